@@ -1,0 +1,208 @@
+"""What a run writes and reads: atomic, safe to load, independent of the number of ranks.
+
+A run folder::
+
+    RUN/config.json              the resolved configuration, written once
+    RUN/metrics.jsonl            one line a measurement
+    RUN/checkpoints/step-N/      model.safetensors, optimizer.pt, bank-0-of-1.safetensors,
+                                 clusters.safetensors (once LA has begun), progress.json
+
+A checkpoint is written beside (``.step-N.tmp``), flushed to disk and renamed, then older ones are
+removed; so a folder named ``step-N`` is always whole. Nothing in it is ever unpickled:
+``optimizer.pt`` is loaded with ``weights_only=True``.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import PretrainConfig, UserError, from_dict, to_dict
+from .models import Encoder, encoder_from_json, spec_to_json
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside ``path``, flush it to disk and rename."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def check_new(run: Path) -> None:
+    """Make sure that a new run can be written to a folder.
+
+    Raises:
+        UserError: it holds another run, or anything else.
+    """
+    if (run / "config.json").exists():
+        raise UserError(
+            f"'{run}' holds another run; go on with --resume {run}, or name another --out."
+        )
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"'{run}' exists and is not empty; name another --out.")
+
+
+def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
+    """Make a run folder with its configuration and the facts that a resume must find again."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {**facts, "config": to_dict(config)})
+
+
+def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
+    """The configuration of a run and the facts beside it ("data", "fingerprint", "size").
+
+    Raises:
+        UserError: not a run folder.
+    """
+    if not (run / "config.json").exists():
+        what = "is not a run folder (it has no config.json)" if run.exists() else "does not exist"
+        raise UserError(f"'{run}' {what}; name the --out of an earlier pretrain.")
+    try:
+        facts = json.loads((run / "config.json").read_text())
+        return from_dict(PretrainConfig, facts.pop("config")), facts
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{run / 'config.json'}' cannot be read: {error}.") from None
+
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    encoder: Encoder,
+    optimizer: torch.optim.Optimizer,
+    bank: nn.Module,
+    clusters: dict[str, Tensor],
+    progress: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of a step and remove older ones.
+
+    Args:
+        run: the run folder.
+        step: optimizer steps done.
+        encoder: its parameters and batch-norm statistics.
+        optimizer: its state.
+        bank: the memory bank, one shard of one.
+        clusters: "labels" [H, N] and perhaps "centroids-h"; empty before LA.
+        progress: JSON values.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run / "checkpoints" / f"step-{step:09d}"
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_weights(beside / "model.safetensors", encoder)
+    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+    save_file({"rows": _plain(bank.rows)}, beside / "bank-0-of-1.safetensors")
+    if clusters:
+        tensors = {name: _plain(tensor) for name, tensor in clusters.items()}
+        save_file(tensors, beside / "clusters.safetensors")
+    write_json(beside / "progress.json", {"step": step, **progress})
+    for file in beside.iterdir():
+        _flush(file)
+    _flush(beside)
+    if folder.exists():  # the same step again, after a resume
+        shutil.rmtree(folder)
+    os.rename(beside, folder)
+    _flush(folder.parent)
+    for old in folder.parent.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def latest(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted((run / "checkpoints").glob("step-*"))
+    if not found:
+        raise UserError(f"'{run}' holds no checkpoint; start it again with another --out.")
+    return found[-1]
+
+
+def restore(
+    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load a checkpoint into encoder, optimizer and bank.
+
+    Returns:
+        (clusters, progress) as they were saved.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    try:
+        encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state_dict(
+            torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        )
+        bank.rows.copy_(load_file(folder / "bank-0-of-1.safetensors")["rows"])
+        clusters = folder / "clusters.safetensors"
+        progress = json.loads((folder / "progress.json").read_text())
+        return (load_file(clusters) if clusters.exists() else {}), progress
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The checkpoint '{folder}' is damaged: {reason}") from None
+
+
+def save_weights(path: Path, encoder: Encoder) -> None:
+    """An encoder as one safetensors file that says itself which architecture it is."""
+    tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
+    save_file(tensors, path, metadata={"localagg": spec_to_json(encoder)})
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder of a run folder's latest checkpoint, or of a weights file.
+
+    Raises:
+        UserError: no such file, not ours, or damaged.
+    """
+    if path.is_dir():
+        read_run(path)
+        path = latest(path) / "model.safetensors"
+    if not path.exists():
+        raise UserError(f"There is no run folder or weights file '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        encoder = encoder_from_json(metadata["localagg"])
+        encoder.load_state_dict(load_file(path))
+    except KeyError:
+        raise UserError(
+            f"'{path}' was not written by localagg: it names no architecture."
+        ) from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The weights '{path}' are damaged: {reason}") from None
+    return encoder
+
+
+def load_bank(run: Path) -> Tensor:
+    """The memory bank [N, D] of a run's latest checkpoint."""
+    return load_file(latest(run) / "bank-0-of-1.safetensors")["rows"]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

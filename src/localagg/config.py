@@ -1,0 +1,253 @@
+"""What can be set: frozen dataclasses, one line an option, every check in one place.
+
+Imports only the standard library, so that help and wrong options answer at once.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Wrong use: one sentence that names the file, option or value, and the way out.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """``" Did you mean 'X'?"`` for the word most like ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network that turns images into unit rows."""
+
+    model: str | None = None
+    """resnet18, resnet50 (torchvision) or resnet18_small (8-64 pixels). None: by the image size."""
+    dim: int = 128
+    """Size of the embedding."""
+    width: int = 64
+    """resnet18_small: channels of the first stage; each further stage doubles them."""
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    """resnet18_small: residual blocks of each stage."""
+    stem_stride: int = 1
+    """resnet18_small: stride of the first convolution; 2 quarters the cost."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "dim", "width", "stem_stride")
+        if not self.blocks or min(self.blocks) < 1:
+            raise UserError(f"--blocks is {_words(self.blocks)}; name at least 1 block a stage.")
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How an image becomes the random views that are learned from, and the one that is measured."""
+
+    image_size: int | None = None
+    """Side of a view in pixels. None: the images' own up to 64, else 224."""
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a random crop takes, from and to."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a random crop, from and to."""
+    gray: float = 0.2
+    """Probability that a view loses its color."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
+    """Strength of the brightness, contrast, saturation and hue jitter; 0 switches one off."""
+    flip: float = 0.5
+    """Probability that a view is mirrored."""
+    eval_crop: float | None = None
+    """Side of the central square that is measured, as a share of the image's shorter side.
+    None: 1 for images up to 64 pixels, else 0.875."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "image_size")
+        _probability(self, "gray", "flip")
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--crop-area is {low} {high}; it must be 0 < from <= to <= 1.")
+        low, high = self.crop_aspect
+        if not 0 < low <= high < math.inf:
+            raise UserError(f"--crop-aspect is {low} {high}; it must be 0 < from <= to.")
+        if not (all(0 <= strength <= 1 for strength in self.jitter) and self.jitter[3] <= 0.5):
+            raise UserError(
+                f"--jitter is {_words(self.jitter)}; strengths lie in 0-1, the hue's in 0-0.5."
+            )
+        if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
+            raise UserError(f"--eval-crop is {self.eval_crop}; it must be in 0-1, above 0.")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Instance Recognition, Local Aggregation, and the memory bank under both."""
+
+    temperature: float = 0.07
+    """t: divides every similarity."""
+    bank_momentum: float = 0.5
+    """m: share of its old value that a bank row keeps at an update."""
+    bank_start: Literal["embedding", "random"] = "embedding"
+    """First rows of the bank: the untrained network's embeddings, or random as in the reference."""
+    instance_loss: Literal["softmax", "nce"] = "softmax"
+    """IR's loss: the exact softmax over the bank, or the reference's sampled NCE."""
+    noise: int = 4096
+    """nce: noise draws a sample."""
+    neighbors: int | None = None
+    """K: background neighbors a sample. None: derived from the number of images."""
+    clusters: tuple[int, ...] | None = None
+    """Clusters of each of the H k-means clusterings. None: derived from the number of images."""
+    kmeans_iterations: int = 20
+    """k-means iterations of a clustering that starts cold."""
+    warm_clusters: bool = False
+    """Start each clustering from the last epoch's centroids."""
+    warm_iterations: int = 5
+    """k-means iterations of a clustering that starts warm."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "temperature")
+        _probability(self, "bank_momentum")
+        _at_least(self, 1, "noise", "neighbors", "kmeans_iterations", "warm_iterations")
+        if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
+            raise UserError(f"--clusters is {_words(self.clusters)}; name at least 1 a clustering.")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a run's result, and how it is run."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    epochs: int | None = None
+    """Passes over the images, IR and LA together. None: derived from the number of images."""
+    ir_epochs: int | None = None
+    """How many of them are IR, first. None: derived from the epochs."""
+    batch_size: int | None = None
+    """Images a step. None: derived from the number of images."""
+    learning_rate: float = 0.03
+    """Of SGD, before the drops."""
+    drops: tuple[float, ...] | None = None
+    """Epochs after which the rate drops to a tenth. None: at 80 and 93 percent of the epochs."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On all weights but batch-norm's."""
+    seed: int = 0
+    """Of the weights, the bank, the order, the views and the noise."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of the network. auto: bf16 where the device has units for it, else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    workers: int = 2
+    """Processes that read and decode; unused where the images fit in memory."""
+    memory: Literal["auto", "always", "never"] = "auto"
+    """Hold all images decoded in memory. auto: where they share one size and fit memory_gb."""
+    memory_gb: float = 2.0
+    """What auto may use for decoded images, in GiB."""
+    unreadable: Literal["error", "skip"] = "error"
+    """An image that cannot be read: refuse to start, or leave it out and count it."""
+    eval_every: int = 1
+    """Epochs between measurements by nearest neighbors; 0 never measures."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints inside an epoch; 0 writes one every step."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "epochs", "batch_size", "log_every")
+        _at_least(self, 0, "ir_epochs", "workers", "eval_every", "checkpoint_seconds", "seed")
+        _at_least(self, 0, "weight_decay", "memory_gb")
+        _positive(self, "learning_rate")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum is {self.momentum}; it must be in 0-1, below 1.")
+        if self.drops and min(self.drops) < 0:
+            raise UserError(f"--drops is {_words(self.drops)}; epochs count from 0.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values, nested as its dataclasses are."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The configuration that :func:`to_dict` wrote; unknown names are refused.
+
+    Raises:
+        UserError: a name that ``kind`` does not have.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"'{name}' is not an option of this version.{nearest(name, fields)}")
+        nested = fields[name].type
+        if dataclasses.is_dataclass(nested) and isinstance(value, dict):
+            value = from_dict(nested, value)  # type: ignore[arg-type]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def override(config: T, **options: Any) -> T:
+    """A copy with options replaced by name, wherever in the nesting they are.
+
+    ``override(config, epochs=3, flip=0.0)``.
+
+    Raises:
+        UserError: an unknown name (the nearest is suggested), or a value out of range.
+    """
+    flat = {name: path for path, name in _paths(config)}
+    tree = to_dict(config)
+    for name, value in options.items():
+        if name not in flat:
+            raise UserError(f"There is no option '{name}'.{nearest(name, flat)}")
+        *outer, last = flat[name]
+        branch = tree
+        for step in outer:
+            branch = branch[step]
+        branch[last] = value
+    return from_dict(type(config), tree)
+
+
+def _paths(config: Any, prefix: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], str]]:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, (*prefix, f.name))
+        else:
+            yield (*prefix, f.name), f.name
+
+
+def _words(values: Iterable[object]) -> str:
+    return " ".join(str(value) for value in values)
+
+
+def _at_least(config: object, low: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise UserError(f"{option(name)} is {value}; it must be at least {low}.")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{option(name)} is {value}; it must be above 0.")
+
+
+def _probability(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{option(name)} is {value}; it must be in 0-1.")

@@ -1,0 +1,129 @@
+"""All that changes while a run learns, on its device, and how it is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from . import checkpoint
+from .bank import MemoryBank
+from .clustering import cluster
+from .config import EncoderConfig, PretrainConfig
+from .data.sources import Source
+from .embed import embed
+from .models import Encoder, create_encoder
+
+
+class Learner:
+    """All that changes while a run learns: weights, optimizer, bank, clusters, and the step.
+
+    Args:
+        config: resolved.
+        size: N, rows of the bank.
+    """
+
+    def __init__(self, config: PretrainConfig, size: int) -> None:
+        self.config = config
+        accelerator = "gpu" if config.device == "cuda" else config.device
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(config))
+        self.encoder = _encoder(config.encoder, config.seed)
+        self.encoder.to(memory_format=torch.channels_last)
+        self.network, self.optimizer = self.fabric.setup(
+            self.encoder, torch.optim.SGD(_decayed(self.encoder, config), momentum=config.momentum)
+        )
+        self.device = self.fabric.device
+        dim = config.encoder.dim
+        self.bank = MemoryBank(size, dim, seed=config.seed, device=self.device)
+        self.labels: Tensor | None = None
+        self.centroids: list[Tensor] = []
+        self.step = 0
+
+    def embed_bank(self, source: Source, pixels: Tensor | None) -> None:
+        """Put each image's embedding by the untrained network into its row of the bank.
+
+        Rows at random places ask the network to learn their noise first: on CIFAR-10 four epochs
+        of IR reached a 200-NN of 40.4 % from here and 25.5 % from random rows. Batch statistics
+        are used, as batch-norm has no others yet. Deviation: the reference starts at random rows.
+        """
+        found = embed(
+            self.encoder,
+            source,
+            self.config.views,
+            pixels=pixels,
+            workers=self.config.workers,
+            autocast=self.fabric.autocast,
+            batch_statistics=True,
+        )
+        self.bank.rows[found.index.to(self.device)] = found.rows.to(self.bank.rows.dtype)
+
+    def recluster(self) -> None:
+        """New cluster labels [H, N] from the bank; warm from the last centroids if so configured."""
+        objective = self.config.objective
+        warm = objective.warm_clusters and bool(self.centroids)
+        self.labels = cluster(
+            self.bank.rows,
+            objective.clusters or (),
+            iterations=objective.warm_iterations if warm else objective.kmeans_iterations,
+            start=self.centroids if warm else None,
+            centroids=self.centroids,
+        )
+
+    def save(self, run: Path, progress: dict[str, Any]) -> None:
+        """Write a checkpoint of this step."""
+        clusters = {} if self.labels is None else {"labels": self.labels}
+        if self.config.objective.warm_clusters:
+            clusters |= {f"centroids-{h}": rows for h, rows in enumerate(self.centroids)}
+        checkpoint.save(
+            run,
+            self.step,
+            encoder=self.encoder,
+            optimizer=self.optimizer,  # type: ignore[arg-type]
+            bank=self.bank,
+            clusters=clusters,
+            progress=progress,
+        )
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Take over a checkpoint; returns the progress that was saved with it."""
+        clusters, progress = checkpoint.restore(
+            folder, encoder=self.encoder, optimizer=self.optimizer, bank=self.bank
+        )
+        if "labels" in clusters:
+            self.labels = clusters.pop("labels").to(self.device)
+        self.centroids = [clusters[f"centroids-{h}"] for h in range(len(clusters))]
+        self.step = progress["step"]
+        return progress
+
+
+def _encoder(config: EncoderConfig, seed: int) -> Encoder:
+    options: dict[str, Any] = {}
+    if config.model == "resnet18_small":
+        options = {k: getattr(config, k) for k in ("width", "blocks", "stem_stride")}
+    return create_encoder(config.model or "resnet18", config.dim, seed=seed, **options)
+
+
+def _decayed(encoder: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Weights that decay, and batch-norm's that do not."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    free = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    decayed = [p for p in encoder.parameters() if id(p) not in free]
+    rest = [p for p in encoder.parameters() if id(p) in free]
+    rate = config.learning_rate
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay, "lr": rate},
+        {"params": rest, "weight_decay": 0.0, "lr": rate},
+    ]
+
+
+def _precision(config: PretrainConfig) -> Any:
+    """Fabric's precision; ``auto`` is bf16 on devices with units for it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    on_cpu = config.device == "cpu" or not torch.backends.mps.is_available()
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public query exists
+    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return "bf16-mixed" if on_cpu and fast else "32-true"

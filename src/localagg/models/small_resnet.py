@@ -1,0 +1,65 @@
+"""A ResNet for images of 8 to 64 pixels: 3x3 stem, no max-pool, width and depth selectable.
+
+Blocks are those of He et al. 2016 (arXiv 1512.03385) in the layout usual for CIFAR: the first
+convolution has stride 1, later stages halve the map and double the channels.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SmallResNet(nn.Module):
+    """The backbone ``resnet18_small``.
+
+    Args:
+        width: channels of the first stage.
+        blocks: residual blocks of each stage; (2, 2, 2, 2) is ResNet-18.
+        stem_stride: of the first convolution.
+    """
+
+    def __init__(
+        self, width: int = 64, blocks: Sequence[int] = (2, 2, 2, 2), stem_stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.stem = _conv(3, width, 3, stem_stride)
+        self.stem_norm = nn.BatchNorm2d(width)
+        stages, channels = [], width
+        for stage, count in enumerate(blocks):
+            out = width * 2**stage
+            first = _Block(channels, out, stride=1 if stage == 0 else 2)
+            stages.append(nn.Sequential(first, *(_Block(out, out, 1) for _ in range(count - 1))))
+            channels = out
+        self.stages = nn.ModuleList(stages)
+        self.channels = channels
+        self.layers = [str(layer) for layer in range(len(stages) + 1)]
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps by name: "0" after the stem, "1".. after each stage, all behind their ReLU."""
+        x = F.relu(self.stem_norm(self.stem(x)))
+        maps = {"0": x}
+        for layer, stage in enumerate(self.stages, start=1):
+            x = stage(x)
+            maps[str(layer)] = x
+        return maps
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = _conv(channels, out, 3, stride), nn.BatchNorm2d(out)
+        self.conv2, self.norm2 = _conv(out, out, 3, 1), nn.BatchNorm2d(out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def _conv(channels: int, out: int, kernel: int, stride: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv

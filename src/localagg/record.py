@@ -1,0 +1,142 @@
+"""The record of a run while it learns: console, metrics, checkpoints, where the time went, Ctrl-C."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import latest
+from .config import PretrainConfig, UserError
+from .data.loader import Feed
+from .learner import Learner
+from .logbook import Metrics, Shares, progress_bar, say
+
+
+class Book:
+    """The record of a run: console, metrics, checkpoints, and where the time went."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        run: Path,
+        learner: Learner,
+        last_step: int,
+        progress: dict[str, Any],
+    ) -> None:
+        self.config, self.run, self.learner, self.last_step = config, run, learner, last_step
+        self.shares = Shares(learner.device)
+        self.shares.seconds = dict(progress["shares"])
+        self.before = progress["seconds"]
+        self.final: dict[str, float] = dict(progress["final"])
+        self.started = self.saved = time.monotonic()
+        self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=learner.step)
+        self.bar = progress_bar()
+
+    def __enter__(self) -> "Book":
+        self.bar.start()
+        self.task = self.bar.add_task("learning", total=self.last_step, note="")
+        self.bar.update(self.task, completed=self.learner.step)
+        if self.learner.step == 0:
+            self.checkpoint()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.metrics.close()
+
+    def after_step(self, epoch: int, loss: Tensor, notes: dict[str, Tensor]) -> None:
+        """Metrics every few steps; a checkpoint when one is due."""
+        step = self.learner.step
+        if step % self.config.log_every == 0 or step == self.last_step:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise UserError(
+                    f"The loss is {value} at step {step:,}; go on from"
+                    f" '{latest(self.run)}' with a lower --learning-rate in a new run."
+                )
+            phase = "LA" if epoch >= (self.config.ir_epochs or 0) else "IR"
+            rate = self.learner.optimizer.param_groups[0]["lr"]
+            values = {name: note.item() for name, note in notes.items()}
+            line = {"epoch": epoch + 1, "phase": phase, "loss": value, "learning_rate": rate}
+            self.metrics.write(step, line | values)
+            note = f"{phase} loss {value:.3f}"
+            if "without_close" in values:
+                note += f", {values['without_close']:.0%} without a close neighbor"
+            self.bar.update(self.task, description=f"epoch {epoch + 1}", note=note)
+        self.bar.update(self.task, completed=step)
+        if time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+            self.checkpoint()
+
+    def after_epoch(self, epoch: int, measured: dict[str, float]) -> None:
+        """A line of measurements."""
+        if measured:
+            self.final = measured
+            self.metrics.write(self.learner.step, {"epoch": epoch + 1, **measured})
+            shown = ", ".join(f"{name} {value:.1%}" for name, value in measured.items())
+            say(f"epoch {epoch + 1}/{self.config.epochs}: {shown}")
+
+    def seconds(self) -> float:
+        """Spent on the run so far, over all its resumes."""
+        return self.before + time.monotonic() - self.started
+
+    def checkpoint(self, summary: dict[str, Any] | None = None) -> None:
+        """Save everything that :meth:`Learner.restore` and this class need to go on."""
+        with self.shares("checkpoint", once=True):
+            self.learner.save(
+                self.run,
+                {
+                    "metrics_bytes": self.metrics.flushed(),
+                    "seconds": self.seconds(),
+                    "shares": self.shares.seconds,
+                    "final": self.final,
+                    "summary": summary,
+                },
+            )
+        self.saved = time.monotonic()
+
+    def finish(self, feed: Feed) -> dict[str, Any]:
+        """The summary of the run, saved with its last checkpoint."""
+        summary = {
+            "run": str(self.run),
+            "images": len(feed.source),
+            "unreadable": len(feed.unreadable),
+            "epochs": self.config.epochs,
+            "steps": self.learner.step,
+            "seconds": round(self.seconds(), 2),
+            "final": self.final,
+            "shares": {part: round(share, 4) for part, share in self.shares.shares().items()},
+        }
+        self.checkpoint(summary)
+        return summary
+
+
+class Interrupt:
+    """Whether the user has asked to stop."""
+
+    asked = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Ctrl-C asks the loop to stop after its step; a second one stops at once."""
+    interrupt = Interrupt()
+
+    def ask(*_: object) -> None:
+        interrupt.asked = True
+        signal.signal(signal.SIGINT, before)
+        say("Stopping after this step (once more: at once, losing what is not saved).")
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: there Ctrl-C cannot be caught
+        yield interrupt
+        return
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
