@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from .bank import MemoryBank
 from .config import PretrainConfig, UserError, from_dict, to_dict
 from .models import Encoder, encoder_from_json, spec_to_json
 
@@ -80,7 +81,7 @@ def save(
     *,
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
-    bank: nn.Module,
+    bank: MemoryBank,
     clusters: dict[str, Tensor],
     progress: dict[str, Any],
 ) -> Path:
@@ -135,7 +136,7 @@ def latest(run: Path) -> Path:
 
 
 def restore(
-    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: nn.Module
+    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: MemoryBank
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a checkpoint into encoder, optimizer and bank.
 
@@ -152,11 +153,23 @@ def restore(
         )
         bank.rows.copy_(load_file(folder / "bank-0-of-1.safetensors")["rows"])
         clusters = folder / "clusters.safetensors"
-        progress = json.loads((folder / "progress.json").read_text())
+        progress = read_progress(folder)
         return (load_file(clusters) if clusters.exists() else {}), progress
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The checkpoint '{folder}' is damaged: {reason}") from None
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, seconds, unreadable images, summary of the end.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads((folder / "progress.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The checkpoint '{folder}' is damaged: {error}") from None
 
 
 def save_weights(path: Path, encoder: Encoder) -> None:

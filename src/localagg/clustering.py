@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bank import MemoryBank
 from .config import UserError
 
 SEED = 1234  # the reference's: clustering h is seeded SEED + h
@@ -52,7 +53,8 @@ def kmeans(
     size, dim = x.shape
     if not 1 <= clusters <= size:
         raise UserError(
-            f"{clusters:,} clusters of {size:,} images cannot be; set --clusters to at most {size:,}."
+            f"{clusters:,} clusters of {size:,} images cannot be;"
+            f" set --clusters to at most {size:,}."
         )
     if not np.isfinite(x).all():
         raise UserError("The bank holds values that are not finite and cannot be clustered.")
@@ -74,7 +76,7 @@ def kmeans(
 
 
 def cluster(
-    bank: Tensor | torch.nn.Module,
+    bank: Tensor | MemoryBank,
     clusters: Sequence[int],
     *,
     seed: int = SEED,

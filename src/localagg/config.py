@@ -20,6 +20,10 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """Ctrl-C: the work was saved; the message says how to go on."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """``" Did you mean 'X'?"`` for the word most like ``word``, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
@@ -147,8 +151,8 @@ class PretrainConfig:
     """Of the weights, the bank, the order, the views and the noise."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network. auto: bf16 where the device has units for it, else float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
     workers: int = 2
     """Processes that read and decode; unused where the images fit in memory."""
     memory: Literal["auto", "always", "never"] = "auto"
@@ -217,6 +221,26 @@ def override(config: T, **options: Any) -> T:
             branch = branch[step]
         branch[last] = value
     return from_dict(type(config), tree)
+
+
+def known(value: T | None) -> T:
+    """An option that ``sizing.resolve`` has derived where it was None."""
+    if value is None:
+        raise ValueError("this configuration was not resolved")
+    return value
+
+
+def option_names(config: Any) -> list[str]:
+    """The names of all options of a configuration, of the nested ones too."""
+    return [name for _, name in _paths(config)]
+
+
+def option_value(config: Any, name: str) -> Any:
+    """The value of an option, wherever in the nesting it is."""
+    path = next(path for path, leaf in _paths(config) if leaf == name)
+    for step in path:
+        config = getattr(config, step)
+    return config
 
 
 def _paths(config: Any, prefix: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], str]]:

@@ -1,17 +1,18 @@
 """All that changes while a run learns, on its device, and how it is saved."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from . import checkpoint
 from .bank import MemoryBank
-from .clustering import cluster
+from .clustering import KMeans, cluster
 from .config import EncoderConfig, PretrainConfig
 from .data.sources import Source
+from .device import make_fabric
 from .embed import embed
 from .models import Encoder, create_encoder
 
@@ -26,8 +27,7 @@ class Learner:
 
     def __init__(self, config: PretrainConfig, size: int) -> None:
         self.config = config
-        accelerator = "gpu" if config.device == "cuda" else config.device
-        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(config))
+        self.fabric = make_fabric(config.device, config.precision)
         self.encoder = _encoder(config.encoder, config.seed)
         self.encoder.to(memory_format=torch.channels_last)
         self.network, self.optimizer = self.fabric.setup(
@@ -58,8 +58,8 @@ class Learner:
         )
         self.bank.rows[found.index.to(self.device)] = found.rows.to(self.bank.rows.dtype)
 
-    def recluster(self) -> None:
-        """New cluster labels [H, N] from the bank; warm from the last centroids if so configured."""
+    def recluster(self, on_progress: Callable[[int, KMeans], None] | None = None) -> None:
+        """New cluster labels [H, N] from the bank, warm from the last centroids if asked."""
         objective = self.config.objective
         warm = objective.warm_clusters and bool(self.centroids)
         self.labels = cluster(
@@ -68,6 +68,7 @@ class Learner:
             iterations=objective.warm_iterations if warm else objective.kmeans_iterations,
             start=self.centroids if warm else None,
             centroids=self.centroids,
+            on_progress=on_progress,
         )
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
@@ -115,15 +116,3 @@ def _decayed(encoder: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]
         {"params": decayed, "weight_decay": config.weight_decay, "lr": rate},
         {"params": rest, "weight_decay": 0.0, "lr": rate},
     ]
-
-
-def _precision(config: PretrainConfig) -> Any:
-    """Fabric's precision; ``auto`` is bf16 on devices with units for it, else float32."""
-    if config.precision != "auto":
-        return config.precision
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    on_cpu = config.device == "cpu" or not torch.backends.mps.is_available()
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public query exists
-    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return "bf16-mixed" if on_cpu and fast else "32-true"

@@ -10,8 +10,8 @@ K background neighbors or noise draws, H clusterings. In the equations v_i is ro
 [B, D], M the bank [N, D], t the temperature, m the bank's momentum, g the cluster labels [H, N].
 
 All functions are pure and take any floating dtype and device. Sums run in at least float32. No
-B x N array is held by a loss: the bank is read in tiles of at most ``TOP_TILE_BYTES`` of similarities. The
-bank gets no gradient; it moves by :func:`momentum_update` alone.
+B x N array is held by a loss: the bank is read in tiles of at most ``TOP_TILE_BYTES`` of
+similarities. The bank gets no gradient; it moves by :func:`momentum_update` alone.
 """
 
 import torch

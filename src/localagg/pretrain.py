@@ -4,7 +4,7 @@ Precedence of settings: an option set by hand, then the recipe's, then the rule 
 rest from the images (``sizing.resolve``). A resumed run takes all of them from its folder.
 """
 
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,29 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import PretrainConfig, UserError
+from .config import Interrupted, PretrainConfig, UserError, known, option, option_value, override
 from .data.augment import Augment
 from .data.loader import Feed, Throttle, typical_side
-from .data.sources import open_images
+from .data.sources import Source, open_images
 from .draws import NOISE, integers
 from .evaluate import OnlineNeighbors
 from .learner import Learner
 from .logbook import say, showing
 from .neighbors import find_neighbors, neighborhood_loss
 from .objectives import instance_nce, instance_softmax
-from .record import Book, interruptible
+from .record import START, Book, interruptible
 from .sizing import derived, resolve
 
 
-class Interrupted(Exception):
-    """Ctrl-C: the run was saved; the message says how to go on."""
-
-
-def pretrain(
-    config: PretrainConfig,
-    data: str | None = None,
-    out: str | Path = "runs/run",
-    *,
-    resume: bool = False,
-) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, data: str, out: str | Path) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
 
     Labels, where the data have them, are used by the nearest-neighbor measurements alone.
 
     Args:
-        config: what to do; what it leaves None is derived from the images. A resumed run takes
-            its own, except for workers and device.
-        data: data URI. A resumed run takes its own unless another place of the same images is
-            given.
-        out: the run folder: a new one, or with ``resume`` the one to go on with.
-        resume: go on from the newest checkpoint of ``out``.
+        config: what to do; what it leaves None is derived from the images.
+        data: data URI.
+        out: the run folder to make.
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
@@ -57,52 +44,85 @@ def pretrain(
         UserError: options, data and folder do not go together.
         Interrupted: Ctrl-C; a checkpoint has been written.
     """
-    # --- What is learned from ---------------------------------------------------------------------
-    run, facts, asked = Path(out), {}, config
-    if resume:
-        stored, facts = checkpoint.read_run(run)
-        asked = config = replace(stored, workers=config.workers, device=config.device)
-        newest = checkpoint.latest(run)
-    else:
-        checkpoint.check_new(run)
-    data = data or facts.get("data")
-    if data is None:
-        raise UserError("Name the images to learn from with --data.")
+    run = Path(out)
+    checkpoint.check_new(run)
     source = open_images(data)
-    config = resolve(config, len(source), typical_side(source))
+    resolved = resolve(config, len(source), typical_side(source))
+    if chosen := derived(config, resolved):
+        listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        say(f"Derived from {len(source):,} images: {listed}.")
     fingerprint = source.fingerprint()
-    if resume and fingerprint != facts["fingerprint"]:
+    feed = _feed(source, resolved)
+    learner = Learner(resolved, len(source))
+    measurement = OnlineNeighbors(resolved, data, source, feed.valid)
+    if resolved.objective.bank_start == "embedding":
+        learner.embed_bank(source, feed.pixels)
+    facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
+    checkpoint.begin_run(run, resolved, facts)
+    return _learn(resolved, run, feed, learner, measurement, START)
+
+
+def resume(
+    out: str | Path,
+    config: PretrainConfig | None = None,
+    *,
+    data: str | None = None,
+    typed: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Go on with a run from its newest checkpoint; the end is that of a run never stopped.
+
+    Args:
+        out: the run folder.
+        config: options set now; all but workers and device must be the run's own.
+        data: another place of the same images. None: where the run found them.
+        typed: names of the options in ``config`` that were set now.
+
+    Returns:
+        As :func:`pretrain`; of a finished run, what it returned then.
+
+    Raises:
+        UserError: not a run, other options, other images, or a damaged checkpoint.
+        Interrupted: Ctrl-C; a checkpoint has been written.
+    """
+    run = Path(out)
+    stored, facts = checkpoint.read_run(run)
+    newest = checkpoint.latest(run)
+    for name in typed:
+        now, then = option_value(config, name), option_value(stored, name)
+        if name in _FREE:
+            stored = override(stored, **{name: now})
+        elif now != then:
+            raise UserError(
+                f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
+                " options. Leave it out, or start a new run with another --out."
+            )
+    data = data or str(facts["data"])
+    source = open_images(data)
+    if source.fingerprint() != facts["fingerprint"]:
         raise UserError(
             f"'{data}' ({len(source):,} images) is not what '{run}' has learned from"
             f" ({facts['size']:,} images); start a new run with another --out."
         )
-    if chosen := derived(asked, config):
-        listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        say(f"Derived from {len(source):,} images: {listed}.")
+    if summary := checkpoint.read_progress(newest)["summary"]:
+        say(f"'{run}' has finished its {stored.epochs} epochs; there is nothing to go on with.")
+        return summary
+    feed = _feed(source, stored)
+    learner = Learner(stored, len(source))
+    measurement = OnlineNeighbors(stored, data, source, feed.valid)
+    progress = learner.restore(newest)
+    say(f"Going on with '{run}' after step {learner.step:,}.")
+    return _learn(stored, run, feed, learner, measurement, progress)
+
+
+_FREE = ("workers", "device")  # what a resumed run may change
+
+
+def _feed(source: Source, config: PretrainConfig) -> Feed:
     with showing("reading images") as show:
         feed = Feed(source, config, Throttle(show))
     if feed.unreadable:
         say(f"{len(feed.unreadable):,} unreadable images are left out.")
-
-    # --- What learns ------------------------------------------------------------------------------
-    learner = Learner(config, len(source))
-    measurement = OnlineNeighbors(config, data, source, feed.valid)
-
-    # --- What was learned before ------------------------------------------------------------------
-    if resume:
-        progress = learner.restore(newest)
-        if progress["summary"]:
-            say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
-            return progress["summary"]
-        say(f"Going on with '{run}' after step {learner.step:,}.")
-    else:
-        facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
-        if config.objective.bank_start == "embedding":
-            learner.embed_bank(source, feed.pixels)
-        checkpoint.begin_run(run, config, facts)
-        progress = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "final": {}}
-
-    return _learn(config, run, feed, learner, measurement, progress)
+    return feed
 
 
 def _learn(
@@ -116,16 +136,16 @@ def _learn(
     """The loop. It reads from top to bottom as a batch of images travels."""
     objective, bank, device = config.objective, learner.bank, learner.device
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
-    last_step = config.epochs * feed.steps
-    book = Book(config, run, learner, last_step, progress)
+    epochs, ir_epochs = known(config.epochs), known(config.ir_epochs)
+    book = Book(config, run, feed, learner, progress)
 
     with book, interruptible() as interrupt:
-        for epoch in range(learner.step // feed.steps, config.epochs):
+        for epoch in range(learner.step // feed.steps, epochs):
             first = learner.step % feed.steps
-            aggregating = epoch >= config.ir_epochs
+            aggregating = epoch >= ir_epochs
             if aggregating and first == 0:
                 with book.shares("clustering", once=True):
-                    learner.recluster()
+                    learner.recluster(book.after_clustering)
 
             batches = feed.batches(epoch, first)
             for _ in range(first, feed.steps):
@@ -138,15 +158,16 @@ def _learn(
                 with book.shares("network"):
                     embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
                 with book.shares("loss engine"):
-                    loss, notes = _loss(learner, embedding, index, aggregating)
-                    (gradient,) = torch.autograd.grad(loss, embedding)
+                    v = embedding.detach().requires_grad_()
+                    loss, notes = _loss(learner, v, index, aggregating)
+                    (gradient,) = torch.autograd.grad(loss, v)
                 with book.shares("network"):
                     _set_rate(learner, feed.steps)
                     learner.fabric.backward(embedding, gradient=gradient)
                     learner.optimizer.step()
                     learner.optimizer.zero_grad()
                 with book.shares("bank"):
-                    bank.update(index, embedding, momentum=objective.bank_momentum)
+                    bank.update(index, v, momentum=objective.bank_momentum)
                 learner.step += 1
                 book.after_step(epoch, loss, notes)
                 if interrupt.asked:
@@ -155,13 +176,11 @@ def _learn(
                         f"Stopped after step {learner.step:,}; go on with"
                         f" localagg pretrain --resume {run}"
                     )
-            if config.eval_every and (
-                (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
-            ):
+            if config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs):
                 with book.shares("measuring", once=True):
                     book.after_epoch(epoch, measurement(learner.encoder, bank.rows, learner.fabric))
             book.checkpoint()
-        return book.finish(feed)
+        return book.finish()
 
 
 def _loss(

@@ -1,4 +1,4 @@
-"""The record of a run while it learns: console, metrics, checkpoints, where the time went, Ctrl-C."""
+"""The record of a run while it learns: console, metrics, checkpoints, shares of time, Ctrl-C."""
 
 import math
 import signal
@@ -11,10 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import latest
+from .clustering import KMeans
 from .config import PretrainConfig, UserError
 from .data.loader import Feed
 from .learner import Learner
 from .logbook import Metrics, Shares, progress_bar, say
+
+# The progress of a run that begins.
+START: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "final": {}}
 
 
 class Book:
@@ -24,11 +28,12 @@ class Book:
         self,
         config: PretrainConfig,
         run: Path,
+        feed: Feed,
         learner: Learner,
-        last_step: int,
         progress: dict[str, Any],
     ) -> None:
-        self.config, self.run, self.learner, self.last_step = config, run, learner, last_step
+        self.config, self.run, self.feed, self.learner = config, run, feed, learner
+        self.last_step = (config.epochs or 0) * feed.steps
         self.shares = Shares(learner.device)
         self.shares.seconds = dict(progress["shares"])
         self.before = progress["seconds"]
@@ -72,6 +77,11 @@ class Book:
         if time.monotonic() - self.saved >= self.config.checkpoint_seconds:
             self.checkpoint()
 
+    def after_clustering(self, number: int, found: KMeans) -> None:
+        """Show how far the clusterings are."""
+        of = len(self.config.objective.clusters or ())
+        self.bar.update(self.task, note=f"clustering {number + 1}/{of} done")
+
     def after_epoch(self, epoch: int, measured: dict[str, float]) -> None:
         """A line of measurements."""
         if measured:
@@ -94,17 +104,18 @@ class Book:
                     "seconds": self.seconds(),
                     "shares": self.shares.seconds,
                     "final": self.final,
+                    "unreadable": sorted(self.feed.unreadable),
                     "summary": summary,
                 },
             )
         self.saved = time.monotonic()
 
-    def finish(self, feed: Feed) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """The summary of the run, saved with its last checkpoint."""
         summary = {
             "run": str(self.run),
-            "images": len(feed.source),
-            "unreadable": len(feed.unreadable),
+            "images": len(self.feed.source),
+            "unreadable": len(self.feed.unreadable),
             "epochs": self.config.epochs,
             "steps": self.learner.step,
             "seconds": round(self.seconds(), 2),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ViewConfig
+from ..config import ViewConfig, known
 from ..draws import VIEW, uniform
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop, before it falls back to a central crop
@@ -226,7 +226,7 @@ class Augment:
         else:
             height, width = torch.tensor(images.shape[2]), torch.tensor(images.shape[3])
             boxes = crop_boxes(self.config, chosen.crop, height, width)
-            views = resample(views, boxes, self.config.image_size, chosen.flip)
+            views = resample(views, boxes, known(self.config.image_size), chosen.flip)
         if self.config.gray:
             gray = chosen.gray.nonzero().squeeze(1).to(views.device)
             views[gray] = grayscale(views[gray]).expand(-1, 3, -1, -1)
@@ -248,4 +248,5 @@ def evaluation_view(images: Tensor, config: ViewConfig) -> Tensor:
     if config.eval_crop == 1 and (config.image_size, config.image_size) == (H, W):
         return views
     height, width = torch.full((B,), float(H)), torch.full((B,), float(W))
-    return resample(views, central_boxes(config.eval_crop, height, width), config.image_size)
+    boxes = central_boxes(known(config.eval_crop), height, width)
+    return resample(views, boxes, known(config.image_size))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import PretrainConfig, UserError, ViewConfig
+from ..config import PretrainConfig, UserError, ViewConfig, known
 from ..draws import ORDER, permutation
 from .augment import Boxes, central_boxes, crop_boxes, draw
 from .decode import UnreadableImage, decode, decode_resized, image_size
@@ -75,7 +75,7 @@ class Feed:
             return
         crops = _Crops(self.source, self.config.views, self.config.seed, epoch, chunks)
         skip = self.config.unreadable == "skip"
-        for index, images, failed in _through_workers(crops, self.config.workers):
+        for index, images, failed in through_workers(crops, self.config.workers):
             if failed and not skip:
                 report_unreadable(self.source, failed, "error")
             self.unreadable.update(failed)
@@ -192,7 +192,7 @@ class _Crops(Dataset):
         def boxes(i: int, height: Tensor, width: Tensor) -> Boxes:
             return crop_boxes(self.views, crop[i : i + 1], height, width)
 
-        return _read(self.source, index, self.views.image_size, boxes)
+        return _read(self.source, index, known(self.views.image_size), boxes)
 
 
 class _Centers(Dataset):
@@ -206,9 +206,9 @@ class _Centers(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, dict[int, str]]:
         def boxes(i: int, height: Tensor, width: Tensor) -> Boxes:
-            return central_boxes(self.views.eval_crop, height, width)
+            return central_boxes(known(self.views.eval_crop), height, width)
 
-        return _read(self.source, self.chunks[step], self.views.image_size, boxes)
+        return _read(self.source, self.chunks[step], known(self.views.image_size), boxes)
 
 
 def _read(
@@ -243,7 +243,8 @@ def _ignore_interrupt(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
-def _through_workers(items: Dataset, workers: int) -> Iterator:
+def through_workers(items: Dataset, workers: int) -> Iterator:
+    """The items of a dataset in order, made by ``workers`` processes (0: by this one)."""
     return iter(
         DataLoader(
             items,
@@ -266,7 +267,7 @@ def evaluation_batches(
     Images that cannot be read are left out; compare the indices with the source to count them.
     """
     chunks = list(torch.arange(len(source)).split(batch))
-    for index, images, _ in _through_workers(_Centers(source, views, chunks), workers):
+    for index, images, _ in through_workers(_Centers(source, views, chunks), workers):
         if len(index):
             yield Batch(index, images)
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,21 @@ from torch import Tensor
 from ..config import UserError, nearest
 
 EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".avif"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".avif",
+    ]
 )
 # Names under which a split may be stored, the asked one first.
 _ALIASES = {
@@ -127,7 +141,7 @@ class Digits:
     def __init__(self, split: str) -> None:
         from sklearn.datasets import load_digits
 
-        raw = load_digits()
+        raw: Any = load_digits()
         order = np.random.RandomState(0).permutation(len(raw.target))
         order = order[: self._TRAIN] if split == "train" else order[self._TRAIN :]
         pixels = np.rint(raw.images[order] * (255 / 16)).astype(np.uint8)
@@ -288,7 +302,7 @@ def _labels(dataset, column: str) -> tuple[Tensor, list[str]]:
 
 
 def _parquet_by_split(root: Path) -> dict[str, list[Path]]:
-    """Parquet files directly under a folder, or in its split folders, by the split of their name."""
+    """Parquet files under a folder, or in its split folders, by the split of their name."""
     tables: dict[str, list[Path]] = {}
     for path in sorted(root.glob("*.parquet")):
         stem = path.stem.split("-")[0]
@@ -301,12 +315,13 @@ def _parquet_by_split(root: Path) -> dict[str, list[Path]]:
 
 def _parquet(uri: str, tables: dict[str, list[Path]], split: str) -> Records:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
-    files = [str(path) for path in tables[_choose(uri, list(tables), split)]]
+    files: Any = [str(path) for path in tables[_choose(uri, list(tables), split)]]
     datasets.disable_progress_bars()
     try:
         return Records(uri, datasets.Dataset.from_parquet(files))
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"'{uri}' cannot be read as Parquet: {reason}") from None
 
@@ -320,7 +335,7 @@ def _saved_dataset(uri: str, root: Path, split: str) -> Records:
         reason = str(error).splitlines()[0]
         raise UserError(f"'{uri}' cannot be read as a saved dataset: {reason}") from None
     if isinstance(saved, datasets.DatasetDict):
-        return Records(uri, saved[_choose(uri, list(saved), split)])
+        return Records(uri, saved[_choose(uri, [str(name) for name in saved], split)])
     if split != "train":
         raise MissingSplit(f"'{uri}' has no split '{split}'; all of its images are 'train'.")
     return Records(uri, saved)

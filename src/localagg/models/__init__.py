@@ -31,6 +31,9 @@ class Encoder(nn.Module):
     user hands over images as they are and weights files are complete.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, dim: int, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec

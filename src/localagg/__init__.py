@@ -1,0 +1,71 @@
+"""localagg: learn to see without labels, by Local Aggregation.
+
+Public names are imported when first used, so that ``import localagg`` and ``localagg --help``
+answer at once.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import PretrainConfig, UserError
+    from .data.sources import open_images
+    from .embed import embed
+    from .knn import knn_accuracy
+    from .models import create_encoder
+    from .pretrain import pretrain
+    from .recipes import RECIPES, recipe
+
+_HOME = {
+    "PretrainConfig": "config",
+    "UserError": "config",
+    "open_images": "data.sources",
+    "embed": "embed",
+    "knn_accuracy": "knn",
+    "create_encoder": "models",
+    "pretrain": "pretrain",
+    "RECIPES": "recipes",
+    "recipe": "recipes",
+}
+
+__all__ = [
+    "RECIPES",
+    "PretrainConfig",
+    "UserError",
+    "create_encoder",
+    "embed",
+    "knn_accuracy",
+    "open_images",
+    "pretrain",
+    "recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'localagg' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # next time without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+class _Package(ModuleType):
+    """Keeps ``localagg.pretrain`` and ``localagg.embed`` the functions.
+
+    Importing a submodule binds it to its package under its own name; here the public name stays.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,7 @@
+"""``python -m localagg``: the same as the command ``localagg``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,35 @@
+"""Which device computes, and in which arithmetic."""
+
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from .config import UserError
+
+
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Lightning Fabric on one device.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+        precision: auto (bf16 where the device has units for it, else float32), or Fabric's name.
+
+    Raises:
+        UserError: a device that this machine has not.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device, True):
+        raise UserError(f"--device {device}: torch finds none here; use --device cpu.")
+    if device == "auto":
+        device = next((name for name, found in present.items() if found), "cpu")
+    plugins: Any = _fast_precision(device) if precision == "auto" else precision
+    return Fabric(accelerator=device, devices=1, precision=plugins)
+
+
+def _fast_precision(device: str) -> str:
+    if device == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public query exists
+    fast = device == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bf16-mixed" if fast else "32-true"

@@ -1,0 +1,222 @@
+"""One self-contained HTML page of a run: a table, curves, neighbors, and a map of the space."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.decode import UnreadableImage, decode
+from ..data.sources import Source
+from ..knn import nearest_rows
+
+_COLORS = (  # Okabe & Ito's, which color-blind readers can tell apart, and three of Tol's
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#56B4E9",
+    "#B8A900",
+    "#882255",
+    "#44AA99",
+    "#6B6B6B",
+)
+_MAPPED = 5000  # points on the map, at most: t-SNE takes seconds for these
+_THUMBNAIL = 48  # pixels
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1060px;
+margin:2.5em auto;padding:0 1.2em}
+h1{font-size:1.9em;line-height:1.2}h2{margin-top:2.2em;font-size:1.2em}
+.lead{font-size:1.1em;color:#444;max-width:46em}
+table{border-collapse:collapse}
+td,th{padding:.35em 1.1em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left;padding-left:0}tr:last-child td{font-weight:600}
+.grid{display:grid;grid-template-columns:repeat(2,max-content);gap:.55em 3em}
+.row{display:flex;gap:4px;align-items:center}.row b{width:1.2em;text-align:center;color:#888}
+img{width:48px;height:48px;image-rendering:pixelated;border-bottom:4px solid transparent}
+img.right{border-color:#009E73}img.wrong{border-color:#D55E00}
+@media(max-width:900px){.grid{grid-template-columns:max-content}}
+"""
+
+
+@dataclass
+class Page:
+    """A title, a sentence or two, and sections of (heading, HTML)."""
+
+    title: str
+    lead: str
+    sections: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, heading: str, body: str) -> None:
+        """Append a section; ``body`` is HTML."""
+        self.sections.append((heading, body))
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Write the page as one file that needs nothing else, beside ``path`` and then renamed."""
+    from plotly.offline import get_plotlyjs
+
+    body = "".join(f"<h2>{html.escape(h)}</h2>{content}" for h, content in page.sections)
+    text = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(page.title)}</title>"
+        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script><body><h1>{html.escape(page.title)}</h1>"
+        f"<p class=lead>{html.escape(page.lead)}</p>{body}</body></html>"
+    )
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+_HEADINGS = {"name": "", "knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as an HTML table; the last row, ours, stands out."""
+    rows = list(rows)
+    head = "".join(f"<th>{html.escape(_HEADINGS.get(key, key))}</th>" for key in rows[0])
+    lines = ""
+    for row in rows:
+        cells = (f"{v:.3f}" if isinstance(v, float) else html.escape(str(v)) for v in row.values())
+        lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<table><tr>{head}</tr>{lines}</table>"
+
+
+def curves(metrics: Mapping[str, list[dict[str, Any]]], *, switch: int | None = None) -> str:
+    """Loss and accuracies by epoch, one color a run.
+
+    Args:
+        metrics: lines of metrics.jsonl by the name of the run.
+        switch: the epoch where LA takes over, marked.
+    """
+    from plotly.subplots import make_subplots
+
+    lines = [line for run in metrics.values() for line in run]
+    measured = sorted({key for line in lines for key in line if "knn" in key})
+    names = ["loss", *measured]
+    figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
+    for number, (run, found) in enumerate(metrics.items()):
+        last = max(line["step"] for line in found)
+        epochs = max(line["epoch"] for line in found)
+        for column, name in enumerate(names, start=1):
+            points = [line for line in found if name in line]
+            figure.add_scatter(
+                x=[line["step"] * epochs / last for line in points],
+                y=[line[name] for line in points],
+                name=run,
+                mode="lines",
+                line_color=_COLORS[number],
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    if switch:
+        figure.add_vline(switch, line_dash="dot", line_color="#888")
+    figure.update_xaxes(title="epoch")
+    figure.update_layout(height=340)
+    return _figure(figure)
+
+
+def space_map(rows: Tensor, source: Source) -> str:
+    """The embedding on a plane by t-SNE (cosine distance), colored by class where there is one.
+
+    Args:
+        rows: unit rows [N, D], of all images of ``source``.
+        source: gives classes and names.
+    """
+    import plotly.graph_objects as go
+    from sklearn.manifold import TSNE
+
+    shown = torch.arange(0, len(rows), -(-len(rows) // _MAPPED))
+    flow = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(shown) / 4))
+    x, y = flow.fit_transform(rows[shown].cpu().numpy()).T
+    figure = go.Figure()
+    classes = source.classes or ["images"]
+    labels = source.labels[shown].numpy() if source.labels is not None else np.zeros(len(shown))
+    names = np.array([html.escape(source.name(i)) for i in shown.tolist()])
+    for number, name in enumerate(classes):
+        chosen = labels == number
+        figure.add_scattergl(
+            x=x[chosen],
+            y=y[chosen],
+            text=names[chosen],
+            name=html.escape(name),
+            mode="markers",
+            marker={"size": 5, "color": _COLORS[number % len(_COLORS)]},
+            hovertemplate="%{text}",
+        )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False, scaleanchor="x")
+    figure.update_layout(height=620, legend={"itemsizing": "constant"})
+    return _figure(figure)
+
+
+def neighbor_grid(
+    asked: Tensor, queries: Source, known: Tensor, source: Source, *, rows: int = 20, k: int = 8
+) -> str:
+    """Queries with their nearest neighbors; a line under each tells right class from wrong.
+
+    Args:
+        asked: unit rows [Q, D] of ``queries``.
+        queries: images that ask, spread evenly over the classes where there are any.
+        known: unit rows [N, D] of ``source``.
+        source: images that are found.
+        rows: how many queries are shown.
+        k: neighbors of each.
+    """
+    chosen = _spread_over_classes(queries, rows)
+    found, _ = nearest_rows(asked[chosen], known, min(k, len(known)))
+    lines = ""
+    for query, neighbors in zip(chosen.tolist(), found.tolist(), strict=True):
+        label = _class(queries, query)
+        images = "".join(_image(source, i, _class(source, i), label) for i in neighbors)
+        lines += f"<div class=row>{_image(queries, query, label, None)}<b>&rarr;</b>{images}</div>"
+    return f"<div class=grid>{lines}</div>"
+
+
+def _spread_over_classes(source: Source, count: int) -> Tensor:
+    if source.labels is None or source.classes is None:
+        return torch.linspace(0, len(source) - 1, min(count, len(source))).long()
+    order = source.labels.argsort(stable=True)
+    counts = source.labels.bincount(minlength=len(source.classes))
+    position = torch.cat([torch.arange(n) for n in counts.tolist()])
+    # The first of each class, then the second of each, until there are enough.
+    by_turn = order[position.argsort(stable=True)][:count]
+    return by_turn[source.labels[by_turn].argsort(stable=True)]
+
+
+def _class(source: Source, index: int) -> str | None:
+    if source.labels is None or source.classes is None:
+        return None
+    return source.classes[int(source.labels[index])]
+
+
+def _image(source: Source, index: int, label: str | None, wanted: str | None) -> str:
+    from PIL import Image
+
+    try:
+        pixels = source[index].image
+        pixels = decode(pixels) if isinstance(pixels, bytes) else pixels
+    except UnreadableImage:
+        pixels = torch.zeros(3, 1, 1, dtype=torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    verdict = "" if wanted is None else " class=right" if label == wanted else " class=wrong"
+    title = html.escape(source.name(index) + (f": {label}" if label else ""), quote=True)
+    return f"<img{verdict} title=\"{title}\" src='data:image/png;base64,{data}'>"
+
+
+def _figure(figure: Any) -> str:
+    figure.update_layout(template="plotly_white", margin={"l": 50, "r": 10, "t": 40, "b": 40})
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})

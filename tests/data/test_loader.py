@@ -1,0 +1,112 @@
+import shutil
+
+import pytest
+import torch
+
+from localagg.config import PretrainConfig, UserError, override
+from localagg.data.augment import Augment
+from localagg.data.decode import decode
+from localagg.data.loader import Feed, Throttle, evaluation_batches, typical_side
+from localagg.data.sources import open_images
+
+CONFIG = override(PretrainConfig(), batch_size=10, image_size=24, eval_crop=1.0, workers=0)
+
+
+def quiet(done, of):
+    pass
+
+
+@pytest.fixture
+def feed(pictures):
+    return Feed(open_images(pictures), override(CONFIG, memory="never"), quiet)
+
+
+def test_an_epoch_shows_whole_batches_of_different_images(feed):
+    assert feed.steps == 4
+    seen = torch.cat([batch.index for batch in feed.batches(0)])
+    assert len(set(seen.tolist())) == 40
+    later = torch.cat([batch.index for batch in feed.batches(1)])
+    assert not torch.equal(seen, later)
+    everything = torch.cat([feed.order(epoch) for epoch in range(20)])
+    assert set(everything.tolist()) == set(range(48))  # what an epoch leaves out differs
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_workers_or_on_where_one_starts(feed, pictures, workers):
+    other = Feed(open_images(pictures), override(CONFIG, memory="never", workers=workers), quiet)
+    expected = list(feed.batches(3))
+    for first in (0, 2):
+        for one, two in zip(expected[first:], other.batches(3, first), strict=True):
+            assert torch.equal(one.index, two.index)
+            assert torch.equal(one.images, two.images)
+
+
+def test_small_images_of_one_size_are_held_in_memory():
+    source = open_images("digits")
+    feed = Feed(source, CONFIG, quiet)
+    assert feed.pixels.shape == (1400, 3, 8, 8)
+    batch = next(feed.batches(0))
+    assert torch.equal(batch.images[3], source[int(batch.index[3])].image)
+    assert not feed.cropped
+    tiny = Feed(source, override(CONFIG, memory_gb=1e-6), quiet)
+    assert tiny.pixels is None
+    assert tiny.cropped
+
+
+def test_images_of_different_sizes_cannot_be_held(pictures):
+    with pytest.raises(UserError, match="another size"):
+        Feed(open_images(pictures), override(CONFIG, memory="always"), quiet)
+
+
+def test_workers_crop_as_the_device_does(pictures, tmp_path):
+    """A view is the same up to the rounding of the worker's uint8 crop."""
+
+    folder = tmp_path / "one-size"
+    folder.mkdir()
+    names = [f"{i:02d}" for i in range(24) if i % 6 == 0]  # all 48 x 48
+    for name in names:
+        shutil.copy(
+            pictures / "train" / "temple" / f"{name}.png"
+            if (pictures / "train" / "temple" / f"{name}.png").exists()
+            else pictures / "train" / "temple" / f"{name}.jpg",
+            folder,
+        )
+    source = open_images(folder)
+    config = override(CONFIG, batch_size=len(names), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
+    views = []
+    for memory in ("always", "never"):
+        feed = Feed(source, override(config, memory=memory), quiet)
+        index, images = next(feed.batches(0))
+        views.append(Augment(config.views, 0, cropped=feed.cropped)(images, 0, index))
+    assert (views[0] - views[1]).abs().max() < 1.01 / 255
+
+
+def test_a_batch_larger_than_the_data_is_refused(pictures):
+    with pytest.raises(UserError, match="--batch-size 60 is more than the 48 images"):
+        Feed(open_images(pictures), override(CONFIG, batch_size=60), quiet)
+
+
+def test_evaluation_shows_each_readable_image_once_in_order(pictures, tmp_path):
+
+    shutil.copytree(pictures / "train", tmp_path / "data")
+    (tmp_path / "data" / "flower" / "02.jpg").write_bytes(b"broken")
+    source = open_images(tmp_path / "data")
+    batches = list(evaluation_batches(source, CONFIG.views, batch=7))
+    index = torch.cat([batch.index for batch in batches])
+    assert index.tolist() == [i for i in range(48) if i != 2]
+    assert batches[0].images.shape == (6, 3, 24, 24)
+    assert decode(source[0].image).shape[0] == 3
+
+
+def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):
+    source = open_images(pictures)
+    sides = sorted(min(decode(source[i].image).shape[1:]) for i in range(48))
+    assert typical_side(source) == sides[24]
+
+
+def test_throttle_always_lets_the_last_through():
+    calls = []
+    throttle = Throttle(lambda done, of: calls.append(done), seconds=100)
+    for done in range(1, 6):
+        throttle(done, 5)
+    assert calls == [1, 5]

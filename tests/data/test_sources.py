@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from localagg.config import UserError
+from localagg.data import open_evaluation, open_images
+from localagg.data.decode import decode
+
+
+@pytest.fixture(scope="module")
+def table(pictures, tmp_path_factory):
+    """The pictures as Parquet and as a saved dataset, written by Hugging Face datasets."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("tables")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(pictures), cache_dir=str(root / "c"))
+    parquet = root / "parquet"
+    parquet.mkdir()
+    for split, name in (("train", "train"), ("validation", "test")):
+        loaded[split].to_parquet(parquet / f"{name}-00000-of-00001.parquet")
+    loaded.save_to_disk(root / "saved")
+    return root
+
+
+def test_a_folder_is_sorted_split_and_labeled(pictures):
+    source = open_images(pictures)
+    assert len(source) == 48
+    assert source.classes == ["flower", "temple"]
+    names = [source.name(i) for i in range(48)]
+    assert names == sorted(names)
+    assert source[30].index == 30
+    assert source[30].label == 1
+    assert source[30].image == (pictures / "train" / names[30]).read_bytes()
+    assert len(open_images(pictures, "val")) == 12
+
+
+def test_a_folder_without_classes_has_no_labels(pictures):
+    source = open_images(pictures / "train" / "temple")
+    assert (len(source), source.labels, source.classes) == (24, None, None)
+    assert source[0].label is None
+    assert open_evaluation(pictures / "train") is None
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_tables_hold_what_the_folder_holds(table, pictures, kind):
+    source, folder = open_images(table / kind), open_images(pictures)
+    assert len(source) == len(folder)
+    assert source.classes == folder.classes
+    assert torch.equal(source.labels, folder.labels)
+    for i in (0, 13, 47):
+        assert torch.equal(decode(source[i].image), decode(folder[i].image))
+        assert source[i].label == folder[i].label
+    assert len(open_images(table / kind, "val")) == 12
+    single = open_images(next((table / "parquet").glob("train*")))
+    assert single.fingerprint() == open_images(table / "parquet").fingerprint()
+
+
+def test_digits_are_split_once_and_for_all():
+    train, held_out = open_images("digits"), open_images("digits", "val")
+    assert (len(train), len(held_out)) == (1400, 397)
+    assert train[5].image.shape == (3, 8, 8)
+    assert sorted(train.labels.unique().tolist()) == list(range(10))
+    assert train.fingerprint() == open_images("digits").fingerprint() != held_out.fingerprint()
+
+
+def test_the_fingerprint_follows_the_content(pictures, tmp_path):
+    import shutil
+
+    shutil.copytree(pictures / "train", tmp_path / "copy")
+    first = open_images(tmp_path / "copy").fingerprint()
+    assert first == open_images(pictures).fingerprint()
+    (tmp_path / "copy" / "flower" / "00.png").rename(tmp_path / "copy" / "flower" / "zz.png")
+    assert open_images(tmp_path / "copy").fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none", "There is no file or folder"),
+        (lambda p: (p / "empty", (p / "empty").mkdir())[0], "holds no images"),
+        (lambda p: (p / "a.txt", (p / "a.txt").write_text("x"))[0], "is a file"),
+        (
+            lambda p: (p / "a.parquet", (p / "a.parquet").write_text("x"))[0],
+            "cannot be read as Parquet",
+        ),
+        (lambda p: "digit", "Did you mean 'digits'"),
+    ],
+)
+def test_what_is_no_source_is_refused_by_name(tmp_path, make, message):
+    with pytest.raises(UserError, match=message):
+        open_images(make(tmp_path))
+
+
+def test_a_table_without_images_names_its_columns(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="no column of images; its columns are text, n"):
+        open_images(tmp_path / "t.parquet")
+
+
+def test_a_missing_split_names_those_there_are(table):
+    with pytest.raises(UserError, match="no split 'val'"):
+        open_images(next((table / "parquet").glob("train*")), "val")
+    with pytest.raises(UserError, match="There is no split 'dev'"):
+        open_images(table / "parquet", "dev")

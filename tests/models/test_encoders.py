@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from localagg.config import UserError
+from localagg.models import (
+    available_models,
+    create_encoder,
+    encoder_from_json,
+    spec_to_json,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "side"), [("resnet18_small", 16), ("resnet18", 64), ("resnet50", 64)]
+)
+def test_unit_rows_come_out(model, side):
+    encoder = create_encoder(model, dim=24, seed=0).eval()
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    with torch.no_grad():
+        rows = encoder(images)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+        assert rows.shape == (3, 24)
+        torch.testing.assert_close(encoder(images.float() / 255), rows)
+        features = encoder.features(images, encoder.layers)
+    assert list(features) == encoder.layers
+    assert all(f.ndim == 2 and len(f) == 3 for f in features.values())
+
+
+def test_the_small_network_is_resnet18_with_another_stem():
+    import torchvision
+
+    small = create_encoder("resnet18_small", seed=0).backbone
+    theirs = torchvision.models.resnet18()
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    stem = count(small.stem) + count(small.stem_norm)
+    expected = count(theirs) - count(theirs.fc) - count(theirs.conv1) - count(theirs.bn1)
+    assert count(small) - stem == expected
+    assert small.maps(torch.zeros(1, 3, 32, 32))["4"].shape == (1, 512, 4, 4)
+
+
+def test_torchvisions_network_computes_what_it_did():
+    import torchvision
+
+    torch.manual_seed(5)
+    encoder = create_encoder("resnet18", dim=8)
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18().eval()
+    theirs.fc = torch.nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        pooled = encoder.eval().backbone.maps(x)["4"].mean(dim=(2, 3))
+        torch.testing.assert_close(pooled, theirs(x))
+
+
+def test_width_depth_and_stem_can_be_chosen():
+    encoder = create_encoder("resnet18_small", width=8, blocks=(1, 2), stem_stride=2, seed=0)
+    maps = encoder.backbone.maps(torch.zeros(1, 3, 32, 32))
+    assert [tuple(m.shape[1:]) for m in maps.values()] == [(8, 16, 16), (8, 16, 16), (16, 8, 8)]
+    again = encoder_from_json(spec_to_json(encoder))
+    again.load_state_dict(encoder.state_dict())
+
+
+def test_weights_depend_on_the_seed_alone():
+    before = torch.random.get_rng_state()
+    one, two = (create_encoder("resnet18_small", width=8, seed=s).state_dict() for s in (1, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = create_encoder("resnet18_small", width=8, seed=2).state_dict()
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_large_maps_are_pooled_and_flattened_as_in_the_reference():
+    from localagg.models import _readout
+
+    large = torch.randn(1, 64, 64, 64)  # 262,144 values
+    expected = torch.nn.functional.avg_pool2d(large, 2).permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(_readout(large), expected)
+    assert _readout(torch.randn(1, 256, 64, 64)).shape == (1, 256 * 16 * 16)
+    small = torch.randn(1, 4, 5, 5)
+    assert torch.equal(_readout(small), small.flatten(1))
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(UserError, match=r"no model 'resnet81'.*Did you mean 'resnet18'"):
+        create_encoder("resnet81")
+    with pytest.raises(UserError, match="does not take these options"):
+        create_encoder("resnet18", width=3)
+    encoder = create_encoder("resnet18_small", width=8)
+    with pytest.raises(UserError, match="has no layer '9'; it has 0, 1, 2, 3, 4"):
+        encoder.features(torch.zeros(1, 3, 16, 16), ["9"])
+    with pytest.raises(ValueError, match="expected"):
+        encoder(torch.zeros(1, 1, 16, 16))
+    assert "resnet18_small" in available_models()

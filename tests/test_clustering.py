@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+
+from localagg.bank import MemoryBank
+from localagg.clustering import cluster, kmeans
+from localagg.config import UserError
+
+
+def lloyd_inertia(x, labels):
+    return sum(((x[labels == k] - x[labels == k].mean(0)) ** 2).sum() for k in np.unique(labels))
+
+
+def test_kmeans_is_as_good_as_scikit_learn_on_every_point():
+    from sklearn.cluster import KMeans
+    from sklearn.datasets import load_digits
+
+    x = load_digits().data.astype(np.float32)
+    ours = kmeans(torch.from_numpy(x), 10)
+    theirs = KMeans(10, init="random", n_init=5, max_iter=20, random_state=0).fit(x)
+    assert lloyd_inertia(x, ours.labels.numpy()) < 1.03 * theirs.inertia_
+    distances = ((x[:, None] - ours.centroids.numpy()[None]) ** 2).sum(-1)
+    assert (distances.argmin(1) == ours.labels.numpy()).mean() > 0.999
+    assert ours.inertia == pytest.approx(distances.min(1).sum(), rel=1e-4)
+
+
+def test_all_points_are_used():
+    # faiss would look at 256 of these points a centroid and could not place the last two clusters.
+    x = torch.cat([torch.zeros(5000, 2), torch.full((2, 2), 100.0)])
+    x[:5000] += torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 1e-3
+    hits = sum(kmeans(x, 3, seed=s).inertia < 1 for s in range(8))
+    sampled = kmeans(x[:5000], 3).inertia
+    assert hits or sampled < 1
+
+
+def test_labels_have_a_row_a_clustering_each_with_its_own_seed():
+    bank = MemoryBank(200, 8, seed=0)
+    seen = []
+    labels = cluster(bank, [10, 10, 25], on_progress=lambda h, found: seen.append(h))
+    assert labels.shape == (3, 200)
+    assert labels.dtype == torch.int32
+    assert seen == [0, 1, 2]
+    assert labels.amax(dim=1).tolist() == [9, 9, 24]
+    assert not torch.equal(labels[0], labels[1])
+    assert torch.equal(labels, cluster(bank.rows, [10, 10, 25]))
+    assert torch.equal(labels[1], kmeans(bank.rows, 10, seed=1235).labels)
+
+
+def test_a_warm_start_goes_on_where_the_last_stopped():
+    rows = MemoryBank(2000, 8, seed=0).rows
+    centroids: list[torch.Tensor] = []
+    cluster(rows, [40], iterations=30, centroids=centroids)
+    converged = kmeans(rows, 40, iterations=30)
+    cold = kmeans(rows, 40, iterations=1)
+    warm = kmeans(rows, 40, iterations=1, start=centroids[0])
+    assert warm.inertia < converged.inertia * 1.001 < cold.inertia
+    again = cluster(rows, [40], iterations=1, start=centroids)
+    assert torch.equal(again[0], warm.labels)
+
+
+def test_what_cannot_be_clustered_is_refused_with_the_numbers():
+    with pytest.raises(UserError, match=r"30 clusters of 20 images.*at most 20"):
+        kmeans(torch.randn(20, 4), 30)
+    with pytest.raises(UserError, match="not finite"):
+        kmeans(torch.full((20, 4), torch.nan), 3)

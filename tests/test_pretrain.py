@@ -1,0 +1,246 @@
+"""Whole runs, small: what they learn, that a killed run ends as an unbroken one, what is refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from localagg import checkpoint
+from localagg.config import Interrupted, PretrainConfig, UserError, override
+from localagg.logbook import read_metrics
+from localagg.pretrain import learning_rate, pretrain, resume
+from localagg.recipes import recipe
+
+QUICK = override(
+    recipe("digits").config,
+    epochs=3,
+    ir_epochs=1,
+    width=8,
+    blocks=(1, 1),
+    neighbors=64,
+    clusters=(10, 20),
+    kmeans_iterations=5,
+    batch_size=100,
+    device="cpu",
+    precision="32-true",
+)
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, bank and clusters of the last checkpoint."""
+    folder = checkpoint.latest(run)
+    files = ("model", "bank-0-of-1", "clusters")
+    return {
+        f"{file}/{name}": tensor
+        for file in files
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = state(one), state(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    lines = [read_metrics(run) for run in (one, other)]
+    assert lines[0] == lines[1]
+
+
+def test_a_run_learns_and_tells(tmp_path):
+    out = pretrain(override(QUICK, epochs=6, ir_epochs=4, width=16), "digits", tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    losses = [line for line in lines if "loss" in line]
+    assert {line["phase"] for line in losses} == {"IR", "LA"}
+    assert all("without_close" in line for line in losses if line["phase"] == "LA")
+    instance = [line["loss"] for line in losses if line["phase"] == "IR"]
+    assert instance[-1] < instance[0] - 0.5
+    measured = [line["knn1"] for line in lines if "knn1" in line]
+    assert len(measured) == 6
+    assert out["final"]["knn1"] == measured[-1] > 0.5  # chance is 0.1
+    assert out["steps"] == 6 * 14
+    assert sum(out["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert {"network", "loss engine", "clustering", "augmentation"} <= set(out["shares"])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    bank = checkpoint.load_bank(tmp_path / "run")
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(1400))
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pretrain(override(QUICK, epochs=2, seed=seed), "digits", tmp_path / name)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    first, other = state(tmp_path / "a"), state(tmp_path / "c")
+    assert not torch.equal(first["bank-0-of-1/rows"], other["bank-0-of-1/rows"])
+
+
+_RUN = """
+import sys, json, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from localagg.config import PretrainConfig, from_dict
+from localagg.pretrain import pretrain, resume
+config = from_dict(PretrainConfig, json.loads(sys.argv[1]))
+run = Path(sys.argv[3])
+if (run / "config.json").exists():
+    resume(run, data=sys.argv[2])
+else:
+    pretrain(config, sys.argv[2], run)
+"""
+
+
+def start(config: PretrainConfig, data: str, run: Path) -> subprocess.Popen:
+    from localagg.config import to_dict
+
+    command = [sys.executable, "-c", _RUN, json.dumps(to_dict(config)), data, str(run)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
+    """SIGKILL the whole group as soon as a checkpoint of ``step`` or later can be seen."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        folders = [p.name for p in (run / "checkpoints").glob("step-*")] if run.exists() else []
+        if any(int(name.removeprefix("step-")) >= step for name in folders):
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_five_steps_and_resumed_ends_as_if_never_killed(tmp_path, pictures, workers):
+    config = override(
+        QUICK,
+        epochs=4,
+        ir_epochs=2,
+        batch_size=8,
+        neighbors=20,
+        clusters=(4, 6),
+        image_size=16,
+        gray=0.2,
+        jitter=(0.4, 0.4, 0.4, 0.1),
+        flip=0.5,
+        workers=workers,
+        memory="never",
+        log_every=1,
+        warm_clusters=True,
+    )
+    data = str(pictures)
+    pretrain(config, data, tmp_path / "whole")  # 6 steps an epoch, 24 in all
+    often = override(config, checkpoint_seconds=0.0)
+    broken = tmp_path / "broken"
+    for step in sorted(random.Random(workers).sample(range(1, 23), 5)):
+        kill_at(start(often, data, broken), broken, step)
+    final = start(often, data, broken)
+    assert final.wait(120) == 0
+    assert_same(tmp_path / "whole", broken)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    pretrain(QUICK, "digits", tmp_path / "whole")
+    from localagg import record
+
+    after, steps = record.Book.after_step, []
+
+    def press(self, *arguments):
+        after(self, *arguments)
+        steps.append(self.learner.step)
+        if len(steps) == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(record.Book, "after_step", press)
+    with pytest.raises(Interrupted, match=r"--resume .*stopped"):
+        pretrain(QUICK, "digits", tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoint.latest(tmp_path / "stopped").name.endswith("17")
+    resume(tmp_path / "stopped", override(QUICK, workers=1), typed=["workers"])
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
+    first = pretrain(override(QUICK, epochs=1), "digits", tmp_path / "run")
+    before = checkpoint.latest(tmp_path / "run").stat().st_mtime_ns
+    assert resume(tmp_path / "run") == first
+    assert checkpoint.latest(tmp_path / "run").stat().st_mtime_ns == before
+
+
+def test_resume_refuses_other_data_and_other_options(tmp_path, pictures):
+    run = tmp_path / "run"
+    pretrain(override(QUICK, epochs=1, ir_epochs=1), "digits", run)
+    with pytest.raises(UserError, match=r"\(48 images\) is not what .* \(1,400 images\)"):
+        resume(run, data=str(pictures))
+    with pytest.raises(UserError, match=r"--epochs 1, not 9"):
+        resume(run, override(QUICK, epochs=9), typed=["epochs"])
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        pretrain(QUICK, "digits", tmp_path / "full")
+    checkpoint.begin_run(tmp_path / "run", QUICK, {"data": "digits"})
+    with pytest.raises(UserError, match="holds another run"):
+        pretrain(QUICK, "digits", tmp_path / "run")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        resume(tmp_path / "run")
+    with pytest.raises(UserError, match="not a run folder"):
+        resume(tmp_path / "full")
+    with pytest.raises(UserError, match="does not exist"):
+        resume(tmp_path / "none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--device cuda"):
+        pretrain(override(QUICK, device="cuda"), "digits", tmp_path / "gpu")
+
+
+@pytest.mark.parametrize("memory", ["auto", "never"])
+def test_unreadable_images_are_refused_or_skipped(tmp_path, pictures, memory):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "train", data)
+    (data / "flower" / "03.jpg").write_bytes(b"nothing")
+    (data / "temple" / "05.png").write_bytes(b"")
+    config = override(
+        PretrainConfig(), epochs=1, batch_size=8, width=8, blocks=(1,), image_size=16,
+        model="resnet18_small", memory=memory, workers=0, neighbors=8, clusters=(4,),
+        ir_epochs=0, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        pretrain(config, str(data), tmp_path / "refused")
+    message = str(caught.value)
+    assert "2 of 49 images" in message
+    assert "flower/03.jpg (not an image)" in message
+    assert "--unreadable skip" in message
+    assert not (tmp_path / "refused").exists()
+    out = pretrain(override(config, unreadable="skip"), str(data), tmp_path / "skipped")
+    assert out["unreadable"] == 2
+
+
+def test_nce_and_the_random_bank_run_as_in_the_reference(tmp_path):
+    config = override(QUICK, epochs=2, instance_loss="nce", noise=64, bank_start="random")
+    pretrain(config, "digits", tmp_path / "run")
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(line["data_term"] + line["noise_term"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="learning-rate"):
+        pretrain(override(QUICK, learning_rate=1e9, log_every=1), "digits", tmp_path / "run")
+
+
+def test_the_rate_drops_on_the_step_after_the_boundary():
+    config = override(PretrainConfig(), drops=(2.0, 3.0), learning_rate=1.0)
+    rates = [learning_rate(config, step, 10) for step in (0, 20, 21, 30, 31)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])

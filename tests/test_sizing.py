@@ -1,0 +1,58 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localagg.config import PretrainConfig, UserError, override
+from localagg.sizing import derived, resolve
+
+
+@given(st.integers(1, 3_000_000), st.integers(8, 500))
+def test_the_rule_fits_every_size(size, side):
+    config = resolve(PretrainConfig(), size, side)
+    objective = config.objective
+    assert 1 <= config.batch_size <= min(size, 128)
+    assert 1 <= objective.neighbors <= min(size, 4096)
+    assert all(1 <= k <= size for k in objective.clusters)
+    assert 0 <= config.ir_epochs <= config.epochs
+    assert config.epochs * (size // config.batch_size) >= 2200
+    assert all(0 < drop < config.epochs for drop in config.drops)
+    assert resolve(config, size, side) == config
+
+
+def test_imagenet_gets_the_references_settings():
+    config = resolve(PretrainConfig(), 1_281_167, 400)
+    assert (config.batch_size, config.epochs, config.ir_epochs) == (128, 200, 10)
+    assert config.objective.neighbors == 4096
+    assert len(config.objective.clusters) == 10
+    assert (config.encoder.model, config.views.image_size) == ("resnet18", 224)
+    assert config.views.eval_crop == 0.875
+
+
+def test_small_images_keep_their_size():
+    config = resolve(PretrainConfig(), 50_000, 32)
+    assert (config.encoder.model, config.views.image_size) == ("resnet18_small", 32)
+    assert config.views.eval_crop == 1.0
+
+
+def test_what_was_set_stays_and_only_the_rest_is_told():
+    config = override(PretrainConfig(), epochs=9, neighbors=5, image_size=20)
+    resolved = resolve(config, 1000, 32)
+    assert (resolved.epochs, resolved.objective.neighbors, resolved.views.image_size) == (9, 5, 20)
+    told = derived(config, resolved)
+    assert not {"epochs", "neighbors", "image_size", "temperature"} & set(told)
+    assert {"batch_size", "clusters", "ir_epochs", "model"} <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neighbors": 101}, "--neighbors 101 is more than the 100 images"),
+        ({"clusters": (5, 101)}, "--clusters 101 is more than the 100 images"),
+        ({"batch_size": 101}, "--batch-size 101 is more than the 100 images"),
+        ({"epochs": 3, "ir_epochs": 4}, "--ir-epochs 4 is more than --epochs 3"),
+    ],
+)
+def test_more_than_there_is_is_refused_with_the_numbers(options, message):
+    with pytest.raises(UserError) as caught:
+        resolve(override(PretrainConfig(), **options), 100, 32)
+    assert message in str(caught.value)
