@@ -1,4 +1,4 @@
-"""Whole runs, small: what they learn, that a killed run ends as an unbroken one, what is refused."""
+"""Whole runs, small: what they learn, how a killed run ends, and what is refused."""
 
 import json
 import os

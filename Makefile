@@ -1,0 +1,21 @@
+.PHONY: demo test check
+
+PYTHON ?= python3
+
+# Installs once, and again when the dependencies change.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: .venv/installed
+	.venv/bin/localagg demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest -n auto --cov --cov-report=term
+
+check: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright

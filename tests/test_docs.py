@@ -1,0 +1,35 @@
+"""Examples in the documentation run, and what it names exists."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+from localagg import cli, config, objectives
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_examples_run(page):
+    failed, _ = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_commands_and_options_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for result in re.findall(r"benchmarks/[\w./]+\w", text):
+        assert (ROOT / result).exists(), result
+    for command in re.findall(r"`localagg (\w+)", text):
+        assert command in cli._COMMANDS
+    for function in re.findall(r"`objectives\.(\w+)`", text):
+        assert hasattr(objectives, function)
+    options = {config.option(name) for name in config.option_names(config.PretrainConfig())}
+    options |= {"--data", "--out", "--resume", "--json", "--k", "--against", "--help", "--seed"}
+    for option in re.findall(r"`(--[a-z-]+)", text):
+        assert option in options, option
