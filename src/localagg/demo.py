@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_encoder, write_json
-from .clustering import kmeans
 from .config import PretrainConfig, UserError, ViewConfig, override
 from .data.augment import evaluation_view
 from .data.loader import typical_side
@@ -91,6 +90,7 @@ def _spaces(encoder, learned: Source, held_out: Source, views: ViewConfig) -> tu
 
 
 def _measure(known: Tensor, asked: Tensor, learned: Source, held_out: Source) -> dict[str, float]:
+    from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
     assert learned.labels is not None
@@ -99,7 +99,9 @@ def _measure(known: Tensor, asked: Tensor, learned: Source, held_out: Source) ->
     labels = learned.labels.numpy()
     nmi, accuracy = [], []
     for h in range(_CLUSTERINGS):
-        found = kmeans(known, len(learned.classes), seed=h).labels.numpy()
+        # The best of ten starts, as a single one may end anywhere: what is measured is the space.
+        engine = KMeans(len(learned.classes), n_init=10, random_state=h)
+        found = engine.fit_predict(known.numpy())
         nmi.append(normalized_mutual_info_score(labels, found))
         accuracy.append(cluster_accuracy(labels, found))
     nearest = knn_accuracy(asked, held_out.labels, known, learned.labels, k=(1,))

@@ -38,11 +38,14 @@ FOLDER = Recipe(
 DIGITS = Recipe(
     PretrainConfig(
         encoder=EncoderConfig(model="resnet18_small", width=32, blocks=(1, 1, 1)),
-        views=ViewConfig(image_size=16, gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0), flip=0.0),
+        views=ViewConfig(
+            image_size=16, crop_area=(0.5, 1.0), gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0), flip=0.0
+        ),
         objective=ObjectiveConfig(neighbors=700, clusters=(15, 15, 15)),
         epochs=50,
         ir_epochs=20,
         batch_size=32,
+        eval_every=2,
     ),
     about="scikit-learn's 1,400 digits of 8 x 8 pixels",
     cost="half a minute on 2 CPU cores",
