@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from localagg import checkpoint
 from localagg.config import Interrupted, PretrainConfig, UserError, override
 from localagg.logbook import read_metrics
-from localagg.pretrain import learning_rate, pretrain, resume
+from localagg.pretrain import pretrain, resume
 from localagg.recipes import recipe
 
 QUICK = override(
@@ -29,6 +29,7 @@ QUICK = override(
     clusters=(10, 20),
     kmeans_iterations=5,
     batch_size=100,
+    eval_every=1,
     device="cpu",
     precision="32-true",
 )
@@ -54,7 +55,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def test_a_run_learns_and_tells(tmp_path):
-    out = pretrain(override(QUICK, epochs=6, ir_epochs=4, width=16), "digits", tmp_path / "run")
+    out = pretrain(override(QUICK, epochs=10, ir_epochs=8, width=16), "digits", tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     losses = [line for line in lines if "loss" in line]
     assert {line["phase"] for line in losses} == {"IR", "LA"}
@@ -62,9 +63,9 @@ def test_a_run_learns_and_tells(tmp_path):
     instance = [line["loss"] for line in losses if line["phase"] == "IR"]
     assert instance[-1] < instance[0] - 0.5
     measured = [line["knn1"] for line in lines if "knn1" in line]
-    assert len(measured) == 6
+    assert len(measured) == 10
     assert out["final"]["knn1"] == measured[-1] > 0.5  # chance is 0.1
-    assert out["steps"] == 6 * 14
+    assert out["steps"] == 10 * 14
     assert sum(out["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert {"network", "loss engine", "clustering", "augmentation"} <= set(out["shares"])
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -240,7 +241,45 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         pretrain(override(QUICK, learning_rate=1e9, log_every=1), "digits", tmp_path / "run")
 
 
-def test_the_rate_drops_on_the_step_after_the_boundary():
-    config = override(PretrainConfig(), drops=(2.0, 3.0), learning_rate=1.0)
-    rates = [learning_rate(config, step, 10) for step in (0, 20, 21, 30, 31)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+def test_la_goes_on_from_a_finished_run_of_ir_as_if_it_had_run_both(tmp_path, pictures):
+    whole = override(QUICK, epochs=3, ir_epochs=2, drops=())
+    pretrain(whole, "digits", tmp_path / "whole")
+    pretrain(override(whole, epochs=2), "digits", tmp_path / "ir")
+    pretrain(whole, "digits", tmp_path / "la", start=tmp_path / "ir")
+    first, second = state(tmp_path / "whole"), state(tmp_path / "la")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    with pytest.raises(UserError, match="has run LA already"):
+        pretrain(QUICK, "digits", tmp_path / "no", start=tmp_path / "la")
+    with pytest.raises(UserError, match="learned from other images"):
+        pretrain(QUICK, str(pictures), tmp_path / "no", start=tmp_path / "ir")
+    with pytest.raises(UserError, match="leave out the network's options"):
+        pretrain(override(QUICK, width=16), "digits", tmp_path / "no", start=tmp_path / "ir")
+    assert not (tmp_path / "no").exists()
+
+
+def test_ir_may_have_a_batch_of_its_own_and_la_then_starts_inside_an_epoch(tmp_path):
+    config = override(QUICK, epochs=4, ir_epochs=1, ir_batch_size=90, batch_size=200, log_every=1)
+    out = pretrain(config, "digits", tmp_path / "whole")
+    lines = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
+    phases = [(line["epoch"], line["phase"]) for line in lines]
+    # 15 steps of 90 images, then epochs of 7 steps: LA starts at step 15, the second of epoch 3.
+    assert phases == [(1, "IR")] * 15 + [(3, "LA")] * 6 + [(4, "LA")] * 7
+    assert out["steps"] == 28
+    often = override(config, checkpoint_seconds=0.0)
+    from localagg import record
+
+    after = record.Book.after_step
+
+    def stop(self, *arguments):
+        after(self, *arguments)
+        if self.learner.step == 18:
+            raise KeyboardInterrupt
+
+    record.Book.after_step = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(often, "digits", tmp_path / "broken")
+    finally:
+        record.Book.after_step = after
+    resume(tmp_path / "broken")
+    assert_same(tmp_path / "whole", tmp_path / "broken")

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localagg.config import PretrainConfig, UserError, override
-from localagg.sizing import derived, resolve
+from localagg.recipes import recipe
+from localagg.sizing import derived, explain, resolve
 
 
 @given(st.integers(1, 3_000_000), st.integers(8, 500))
@@ -56,3 +57,24 @@ def test_more_than_there_is_is_refused_with_the_numbers(options, message):
     with pytest.raises(UserError) as caught:
         resolve(override(PretrainConfig(), **options), 100, 32)
     assert message in str(caught.value)
+
+
+def test_a_recipe_made_for_other_images_is_scaled_and_says_so():
+    config = recipe("res18_LA").config
+    same = resolve(config, 1_281_167, 400)
+    assert same.objective.clusters == (30_000,) * 10
+    assert explain(config, same, 1_281_167) == ["Derived from 1,281,167 images: eval_crop 0.875."]
+    small = resolve(config, 5_000, 400)
+    assert small.objective.clusters == (117,) * 10  # 43 images a cluster, as with 1,281,167
+    assert small.objective.neighbors == 2_500
+    assert (small.epochs, small.ir_epochs, small.drops) == (same.epochs, 10, same.drops)
+    told = explain(config, small, 5_000)[-1]
+    assert "Made for 1,281,167 images" in told
+    assert "neighbors 4,096 -> 2,500" in told
+    assert "clusters 10 x 30,000 -> 10 x 117" in told
+    assert resolve(small, 5_000, 400) == small
+
+
+def test_what_is_set_by_hand_is_not_scaled():
+    config = override(recipe("res18_LA").config, sized_for=None, clusters=(9,), neighbors=7)
+    assert resolve(config, 5_000, 400).objective.clusters == (9,)

@@ -14,6 +14,7 @@ removed; so a folder named ``step-N`` is always whole. Nothing in it is ever unp
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .bank import MemoryBank
-from .config import PretrainConfig, UserError, from_dict, to_dict
+from .config import PretrainConfig, UserError, ViewConfig, from_dict, to_dict
 from .models import Encoder, encoder_from_json, spec_to_json
 
 
@@ -84,6 +85,7 @@ def save(
     bank: MemoryBank,
     clusters: dict[str, Tensor],
     progress: dict[str, Any],
+    views: ViewConfig | None = None,
 ) -> Path:
     """Write the checkpoint of a step and remove older ones.
 
@@ -95,6 +97,7 @@ def save(
         bank: the memory bank, one shard of one.
         clusters: "labels" [H, N] and perhaps "centroids-h"; empty before LA.
         progress: JSON values.
+        views: noted in the weights file.
 
     Returns:
         The checkpoint's folder.
@@ -103,7 +106,7 @@ def save(
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_weights(beside / "model.safetensors", encoder)
+    save_weights(beside / "model.safetensors", encoder, views)
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     save_file({"rows": _plain(bank.rows)}, beside / "bank-0-of-1.safetensors")
     if clusters:
@@ -123,16 +126,20 @@ def save(
     return folder
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has a whole checkpoint."""
+    return any((run / "checkpoints").glob("step-*"))
+
+
 def latest(run: Path) -> Path:
     """The newest whole checkpoint of a run.
 
     Raises:
         UserError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("step-*"))
-    if not found:
+    if not has_checkpoint(run):
         raise UserError(f"'{run}' holds no checkpoint; start it again with another --out.")
-    return found[-1]
+    return max((run / "checkpoints").glob("step-*"))
 
 
 def restore(
@@ -155,7 +162,10 @@ def restore(
         clusters = folder / "clusters.safetensors"
         progress = read_progress(folder)
         return (load_file(clusters) if clusters.exists() else {}), progress
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except (
+        *(OSError, SafetensorError, RuntimeError, ValueError, KeyError),
+        *(EOFError, pickle.UnpicklingError),
+    ) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The checkpoint '{folder}' is damaged: {reason}") from None
 
@@ -172,10 +182,19 @@ def read_progress(folder: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint '{folder}' is damaged: {error}") from None
 
 
-def save_weights(path: Path, encoder: Encoder) -> None:
-    """An encoder as one safetensors file that says itself which architecture it is."""
+def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) -> None:
+    """An encoder as one safetensors file that says itself which architecture it is.
+
+    Args:
+        path: the file to write.
+        encoder: its parameters and batch-norm statistics.
+        views: how images were shown to it; measurements show them the same way.
+    """
     tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
-    save_file(tensors, path, metadata={"localagg": spec_to_json(encoder)})
+    metadata = {"localagg": spec_to_json(encoder)}
+    if views is not None:
+        metadata["views"] = json.dumps(to_dict(views))
+    save_file(tensors, path, metadata=metadata)
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -202,6 +221,25 @@ def load_encoder(path: Path) -> Encoder:
         reason = str(error).splitlines()[0]
         raise UserError(f"The weights '{path}' are damaged: {reason}") from None
     return encoder
+
+
+def load_views(path: Path) -> ViewConfig | None:
+    """How images were shown to the encoder of a run folder or weights file, if that is known.
+
+    Raises:
+        UserError: no such file, or damaged.
+    """
+    if path.is_dir():
+        return read_run(path)[0].views
+    if not path.exists():
+        raise UserError(f"There is no run folder or weights file '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("views")
+        return None if text is None else from_dict(ViewConfig, json.loads(text))
+    except (SafetensorError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The weights '{path}' are damaged: {reason}") from None
 
 
 def load_bank(run: Path) -> Tensor:

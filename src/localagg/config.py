@@ -62,10 +62,15 @@ class ViewConfig:
 
     image_size: int | None = None
     """Side of a view in pixels. None: the images' own up to 64, else 224."""
+    augmentation: Literal["torchvision", "reference"] = "torchvision"
+    """Whose crops, resizing and color formulas: torchvision's, or the reference program's."""
+    crop: Literal["resized", "fixed", "center"] = "resized"
+    """resized: random size and aspect; fixed: a random square of 7/8 of the shorter side (224 of
+    256); center: the square that is measured."""
     crop_area: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a random crop takes, from and to."""
+    """resized: share of the image's area that a crop takes, from and to."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of a random crop, from and to."""
+    """resized: width over height of a crop, from and to."""
     gray: float = 0.2
     """Probability that a view loses its color."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
@@ -79,6 +84,12 @@ class ViewConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "image_size")
         _probability(self, "gray", "flip")
+        if self.augmentation not in ("torchvision", "reference"):
+            raise UserError(
+                f"--augmentation is '{self.augmentation}'; it must be torchvision or reference."
+            )
+        if self.crop not in ("resized", "fixed", "center"):
+            raise UserError(f"--crop is '{self.crop}'; it must be resized, fixed or center.")
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise UserError(f"--crop-area is {low} {high}; it must be 0 < from <= to <= 1.")
@@ -139,10 +150,14 @@ class PretrainConfig:
     """How many of them are IR, first. None: derived from the epochs."""
     batch_size: int | None = None
     """Images a step. None: derived from the number of images."""
+    ir_batch_size: int | None = None
+    """Images a step of IR. None: as LA's."""
     learning_rate: float = 0.03
     """Of SGD, before the drops."""
     drops: tuple[float, ...] | None = None
     """Epochs after which the rate drops to a tenth. None: at 80 and 93 percent of the epochs."""
+    drop_steps: tuple[int, ...] | None = None
+    """The same in steps, instead of drops."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
@@ -159,6 +174,8 @@ class PretrainConfig:
     """Hold all images decoded in memory. auto: where they share one size and fit memory_gb."""
     memory_gb: float = 2.0
     """What auto may use for decoded images, in GiB."""
+    sized_for: int | None = None
+    """Images that neighbors and clusters were chosen for; other numbers of images scale them."""
     unreadable: Literal["error", "skip"] = "error"
     """An image that cannot be read: refuse to start, or leave it out and count it."""
     eval_every: int = 1
@@ -169,7 +186,7 @@ class PretrainConfig:
     """Seconds between checkpoints inside an epoch; 0 writes one every step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "batch_size", "log_every")
+        _at_least(self, 1, "epochs", "batch_size", "ir_batch_size", "log_every", "sized_for")
         _at_least(self, 0, "ir_epochs", "workers", "eval_every", "checkpoint_seconds", "seed")
         _at_least(self, 0, "weight_decay", "memory_gb")
         _positive(self, "learning_rate")
@@ -177,6 +194,68 @@ class PretrainConfig:
             raise UserError(f"--momentum is {self.momentum}; it must be in 0-1, below 1.")
         if self.drops and min(self.drops) < 0:
             raise UserError(f"--drops is {_words(self.drops)}; epochs count from 0.")
+        if self.drop_steps and min(self.drop_steps) < 0:
+            raise UserError(f"--drop-steps is {_words(self.drop_steps)}; steps count from 0.")
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Linear read-outs: one head a layer, trained with labels on an encoder that is frozen."""
+
+    layers: tuple[str, ...] | None = None
+    """Layers to read out, by the encoder's names. None: all it has."""
+    compat: Literal["reference"] | None = None
+    """reference: pool VGG's maps over width and channels, as the reference does by a slip."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Random views that the heads learn from, and the crop that is measured."""
+    epochs: int = 70
+    """Passes over the training images."""
+    drops: tuple[float, ...] | None = None
+    """Epochs after which the rate drops to a tenth. None: at 3/7 and 6/7 of the epochs."""
+    batch_size: int | None = None
+    """Images a step. None: derived from the number of images, at most the reference's 128."""
+    learning_rate: float = 0.01
+    """Of SGD, before the drops."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On the heads' weights and biases; of a fine-tuned network on all but batch-norm's."""
+    finetune: bool = False
+    """Train the whole network with the heads, batch-norm by batch statistics; else it is frozen."""
+    ten_crop: bool = True
+    """Measure the mean softmax of ten crops too, at the end."""
+    seed: int = 0
+    """Of the heads' first weights, the order and the views."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of network and heads. auto: bf16 where the device has units for it, or float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+    workers: int = 2
+    """Processes that read and decode; unused where the images fit in memory."""
+    memory: Literal["auto", "always", "never"] = "auto"
+    """Hold all images decoded in memory. auto: where they share one size and fit memory_gb."""
+    memory_gb: float = 2.0
+    """What auto may use for the decoded images of each split, in GiB."""
+    unreadable: Literal["error", "skip"] = "error"
+    """An image that cannot be read: refuse to start, or leave it out and count it."""
+    eval_every: int = 1
+    """Epochs between measurements on the center crop; 0 measures at the end alone."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints inside an epoch; 0 writes one every step."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "epochs", "batch_size", "log_every")
+        _at_least(self, 0, "workers", "eval_every", "checkpoint_seconds", "seed")
+        _at_least(self, 0, "weight_decay", "memory_gb")
+        _positive(self, "learning_rate")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum is {self.momentum}; it must be in 0-1, below 1.")
+        if self.drops and min(self.drops) < 0:
+            raise UserError(f"--drops is {_words(self.drops)}; epochs count from 0.")
+        if self.layers is not None and len(set(self.layers)) != max(1, len(self.layers)):
+            raise UserError(f"--layers is '{_words(self.layers)}'; name each layer once.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def _measure(known: Tensor, asked: Tensor, learned: Source, held_out: Source) ->
     nmi, accuracy = [], []
     for h in range(_CLUSTERINGS):
         # The best of ten starts, as a single one may end anywhere: what is measured is the space.
-        engine = KMeans(len(learned.classes), n_init=10, random_state=h)
+        starts: Any = 10  # scikit-learn's annotation knows only the word "auto"
+        engine = KMeans(len(learned.classes), n_init=starts, random_state=h)
         found = engine.fit_predict(known.numpy())
         nmi.append(normalized_mutual_info_score(labels, found))
         accuracy.append(cluster_accuracy(labels, found))

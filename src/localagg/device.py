@@ -1,9 +1,11 @@
 """Which device computes, and in which arithmetic."""
 
+import logging
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning_utilities.core import rank_zero
 
 from .config import UserError
 
@@ -23,6 +25,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         raise UserError(f"--device {device}: torch finds none here; use --device cpu.")
     if device == "auto":
         device = next((name for name, found in present.items() if found), "cpu")
+    rank_zero.log.setLevel(logging.WARNING)  # it announces its precision
     plugins: Any = _fast_precision(device) if precision == "auto" else precision
     return Fabric(accelerator=device, devices=1, precision=plugins)
 

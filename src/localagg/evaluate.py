@@ -1,7 +1,6 @@
 """Measurements by nearest neighbors: of a run while it learns, and of a finished one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from .checkpoint import latest, load_bank, load_encoder, read_progress, read_run
-from .config import PretrainConfig, UserError
+from .checkpoint import latest, load_bank, load_encoder, load_views, read_progress, read_run
+from .config import PretrainConfig, UserError, ViewConfig
 from .data.loader import decoded, typical_side
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
@@ -107,38 +106,19 @@ def measure_run(
         raise UserError(f"--k is {' '.join(map(str, k))}; it must be at least 1.")
     fabric = make_fabric()
     encoder = load_encoder(run).to(fabric.device)
-    config, facts = read_run(run) if run.is_dir() else (PretrainConfig(), {})
+    facts = read_run(run)[1] if run.is_dir() else {}
     data = data or facts.get("data")
     if data is None:
         raise UserError(f"'{run}' is a weights file; name the images with --data.")
     source = open_images(data)
     if source.labels is None:
         raise UserError(f"'{data}' has no labels to measure against; put each class in a folder.")
-    config = resolve(
-        replace(config, workers=workers, eval_every=1), len(source), typical_side(source)
-    )
+    config = PretrainConfig(views=load_views(run) or ViewConfig(), workers=workers)
+    config = resolve(config, len(source), typical_side(source))
     if against == "bank":
-        if source.fingerprint() != facts.get("fingerprint"):
-            raise UserError(
-                f"'{run}' has no memory bank of '{data}' ({len(source):,} images);"
-                " use --against embeddings."
-            )
-        bank, left_out = load_bank(run), read_progress(latest(run))["unreadable"]
-        valid = torch.ones(len(source), dtype=torch.bool)
-        valid[left_out] = False
-        valid = valid.nonzero().squeeze(1)
+        bank, valid = _own_bank(run, data, source, facts)
     else:
-        with showing("embedding") as show:
-            found = embed(
-                encoder,
-                source,
-                config.views,
-                workers=workers,
-                autocast=fabric.autocast,
-                on_progress=show,
-            )
-        bank = torch.zeros(len(source), found.rows.shape[1])
-        bank[found.index], valid = found.rows.cpu(), found.index
+        bank, valid = _fresh_bank(encoder, source, config, fabric)
     measure = OnlineNeighbors(config, data, source, valid, k)
     bank = bank.to(fabric.device)
     asked = len(measure.asked(len(valid)) if measure.held_out is None else measure.held_out)
@@ -150,6 +130,36 @@ def measure_run(
         "data": data,
         "run": str(run),
     }
+
+
+def _own_bank(run: Path, data: str, source: Source, facts: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The run's memory bank, and which of its rows were learned."""
+    if source.fingerprint() != facts.get("fingerprint"):
+        raise UserError(
+            f"'{run}' has no memory bank of '{data}' ({len(source):,} images);"
+            " use --against embeddings."
+        )
+    valid = torch.ones(len(source), dtype=torch.bool)
+    valid[read_progress(latest(run))["unreadable"]] = False
+    return load_bank(run), valid.nonzero().squeeze(1)
+
+
+def _fresh_bank(
+    encoder: Encoder, source: Source, config: PretrainConfig, fabric: Fabric
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of the training images now, and which of them could be read."""
+    with showing("embedding") as show:
+        found = embed(
+            encoder,
+            source,
+            config.views,
+            workers=config.workers,
+            autocast=fabric.autocast,
+            on_progress=show,
+        )
+    bank = torch.zeros(len(source), found.rows.shape[1])
+    bank[found.index] = found.rows.cpu()
+    return bank, found.index
 
 
 def translation(data: str, source: Source, held_out: Source) -> Tensor:

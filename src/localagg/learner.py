@@ -28,7 +28,7 @@ class Learner:
     def __init__(self, config: PretrainConfig, size: int) -> None:
         self.config = config
         self.fabric = make_fabric(config.device, config.precision)
-        self.encoder = _encoder(config.encoder, config.seed)
+        self.encoder = make_encoder(config.encoder, config.seed)
         self.encoder.to(memory_format=torch.channels_last)
         self.network, self.optimizer = self.fabric.setup(
             self.encoder, torch.optim.SGD(_decayed(self.encoder, config), momentum=config.momentum)
@@ -84,6 +84,7 @@ class Learner:
             bank=self.bank,
             clusters=clusters,
             progress=progress,
+            views=self.config.views,
         )
 
     def restore(self, folder: Path) -> dict[str, Any]:
@@ -98,7 +99,8 @@ class Learner:
         return progress
 
 
-def _encoder(config: EncoderConfig, seed: int) -> Encoder:
+def make_encoder(config: EncoderConfig, seed: int) -> Encoder:
+    """The network of a configuration, with the random weights of a seed."""
     options: dict[str, Any] = {}
     if config.model == "resnet18_small":
         options = {k: getattr(config, k) for k in ("width", "blocks", "stem_stride")}

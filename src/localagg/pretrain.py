@@ -5,6 +5,7 @@ rest from the images (``sizing.resolve``). A resumed run takes all of them from 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import Interrupted, PretrainConfig, UserError, known, option, option_value, override
+from .config import Interrupted, PretrainConfig, UserError, option, option_value, override
 from .data.augment import Augment
 from .data.loader import Feed, Throttle, typical_side
 from .data.sources import Source, open_images
@@ -23,10 +24,13 @@ from .logbook import say, showing
 from .neighbors import find_neighbors, neighborhood_loss
 from .objectives import instance_nce, instance_softmax
 from .record import START, Book, interruptible
-from .sizing import derived, resolve
+from .schedule import Schedule
+from .sizing import explain, resolve
 
 
-def pretrain(config: PretrainConfig, data: str, out: str | Path) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig, data: str, out: str | Path, *, start: str | Path | None = None
+) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
 
     Labels, where the data have them, are used by the nearest-neighbor measurements alone.
@@ -35,6 +39,8 @@ def pretrain(config: PretrainConfig, data: str, out: str | Path) -> dict[str, An
         config: what to do; what it leaves None is derived from the images.
         data: data URI.
         out: the run folder to make.
+        start: a finished run of IR on the same images, to begin LA from: its weights, bank and
+            momentum are taken over and its epochs count, as the reference's LA runs do.
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
@@ -47,15 +53,18 @@ def pretrain(config: PretrainConfig, data: str, out: str | Path) -> dict[str, An
     run = Path(out)
     checkpoint.check_new(run)
     source = open_images(data)
-    resolved = resolve(config, len(source), typical_side(source))
-    if chosen := derived(config, resolved):
-        listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        say(f"Derived from {len(source):,} images: {listed}.")
     fingerprint = source.fingerprint()
+    if start is not None:
+        config = _continuing(config, Path(start), fingerprint)
+    resolved = resolve(config, len(source), typical_side(source))
+    for line in explain(config, resolved, len(source)):
+        say(line)
     feed = _feed(source, resolved)
     learner = Learner(resolved, len(source))
     measurement = OnlineNeighbors(resolved, data, source, feed.valid)
-    if resolved.objective.bank_start == "embedding":
+    if start is not None:
+        learner.restore(checkpoint.latest(Path(start)))
+    elif resolved.objective.bank_start == "embedding":
         learner.embed_bank(source, feed.pixels)
     facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
     checkpoint.begin_run(run, resolved, facts)
@@ -114,6 +123,35 @@ def resume(
     return _learn(stored, run, feed, learner, measurement, progress)
 
 
+def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> PretrainConfig:
+    """The configuration of an LA run that goes on from a finished run of IR.
+
+    Raises:
+        UserError: not such a run, or one of other images or of another network.
+    """
+    before, facts = checkpoint.read_run(start)
+    if before.ir_epochs != before.epochs:
+        raise UserError(f"--start '{start}' has run LA already; name a run of IR alone.")
+    if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
+        raise UserError(f"--start '{start}' is not finished; go on with --resume {start} first.")
+    if facts["fingerprint"] != fingerprint:
+        raise UserError(
+            f"--start '{start}' has learned from other images ({facts['size']:,} of them)."
+        )
+    model = config.encoder.model
+    if model is not None and config.encoder != before.encoder:
+        raise UserError(
+            f"--start '{start}' trained {before.encoder.model} with options that this run does not"
+            f" share ({model} is asked for); leave out the network's options."
+        )
+    return replace(
+        config,
+        encoder=before.encoder,
+        ir_epochs=before.ir_epochs,
+        ir_batch_size=before.ir_batch_size or before.batch_size,
+    )
+
+
 _FREE = ("workers", "device")  # what a resumed run may change
 
 
@@ -136,19 +174,18 @@ def _learn(
     """The loop. It reads from top to bottom as a batch of images travels."""
     objective, bank, device = config.objective, learner.bank, learner.device
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
-    epochs, ir_epochs = known(config.epochs), known(config.ir_epochs)
-    book = Book(config, run, feed, learner, progress)
+    schedule = Schedule(config, len(feed.valid))
+    book = Book(config, run, feed, learner, schedule, progress)
 
     with book, interruptible() as interrupt:
-        for epoch in range(learner.step // feed.steps, epochs):
-            first = learner.step % feed.steps
-            aggregating = epoch >= ir_epochs
-            if aggregating and first == 0:
+        while learner.step < schedule.last:
+            epoch, first, aggregating = schedule.at(learner.step)
+            if schedule.reclusters(learner.step, has_labels=learner.labels is not None):
                 with book.shares("clustering", once=True):
                     learner.recluster(book.after_clustering)
 
-            batches = feed.batches(epoch, first)
-            for _ in range(first, feed.steps):
+            batches = feed.batches(epoch, first, None if aggregating else config.ir_batch_size)
+            for _ in range(learner.step, schedule.end_of_epoch(learner.step)):
                 book.shares.next_step()
                 with book.shares("data"):
                     index, images = next(batches)
@@ -162,21 +199,22 @@ def _learn(
                     loss, notes = _loss(learner, v, index, aggregating)
                     (gradient,) = torch.autograd.grad(loss, v)
                 with book.shares("network"):
-                    _set_rate(learner, feed.steps)
+                    _set_rate(learner, schedule)
                     learner.fabric.backward(embedding, gradient=gradient)
                     learner.optimizer.step()
                     learner.optimizer.zero_grad()
                 with book.shares("bank"):
                     bank.update(index, v, momentum=objective.bank_momentum)
                 learner.step += 1
-                book.after_step(epoch, loss, notes)
+                book.after_step(epoch, aggregating, loss, notes)
                 if interrupt.asked:
                     book.checkpoint()
                     raise Interrupted(
                         f"Stopped after step {learner.step:,}; go on with"
                         f" localagg pretrain --resume {run}"
                     )
-            if config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs):
+            due = config.eval_every and (epoch + 1) % config.eval_every == 0
+            if due or (config.eval_every and learner.step == schedule.last):
                 with book.shares("measuring", once=True):
                     book.after_epoch(epoch, measurement(learner.encoder, bank.rows, learner.fabric))
             book.checkpoint()
@@ -206,15 +244,6 @@ def _loss(
     return loss, {"data_term": data_term, "noise_term": noise_term}
 
 
-def learning_rate(config: PretrainConfig, step: int, steps_an_epoch: int) -> float:
-    """The rate of step ``step`` (from 0): a tenth for each boundary that lies before it.
-
-    As in the reference the rate drops on the step after the boundary.
-    """
-    passed = sum(step > drop * steps_an_epoch for drop in config.drops or ())
-    return config.learning_rate * 0.1**passed
-
-
-def _set_rate(learner: Learner, steps_an_epoch: int) -> None:
+def _set_rate(learner: Learner, schedule: Schedule) -> None:
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(learner.config, learner.step, steps_an_epoch)
+        group["lr"] = schedule.learning_rate(learner.step)

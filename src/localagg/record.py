@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import latest
+from .checkpoint import has_checkpoint, latest
 from .clustering import KMeans
 from .config import PretrainConfig, UserError
 from .data.loader import Feed
 from .learner import Learner
 from .logbook import Metrics, Shares, progress_bar, say
+from .schedule import Schedule
 
 # The progress of a run that begins.
 START: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "final": {}}
@@ -30,10 +31,11 @@ class Book:
         run: Path,
         feed: Feed,
         learner: Learner,
+        schedule: Schedule,
         progress: dict[str, Any],
     ) -> None:
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
-        self.last_step = (config.epochs or 0) * feed.steps
+        self.last_step = schedule.last
         self.shares = Shares(learner.device)
         self.shares.seconds = dict(progress["shares"])
         self.before = progress["seconds"]
@@ -46,7 +48,7 @@ class Book:
         self.bar.start()
         self.task = self.bar.add_task("learning", total=self.last_step, note="")
         self.bar.update(self.task, completed=self.learner.step)
-        if self.learner.step == 0:
+        if not has_checkpoint(self.run):
             self.checkpoint()
         return self
 
@@ -54,7 +56,9 @@ class Book:
         self.bar.stop()
         self.metrics.close()
 
-    def after_step(self, epoch: int, loss: Tensor, notes: dict[str, Tensor]) -> None:
+    def after_step(
+        self, epoch: int, aggregating: bool, loss: Tensor, notes: dict[str, Tensor]
+    ) -> None:
         """Metrics every few steps; a checkpoint when one is due."""
         step = self.learner.step
         if step % self.config.log_every == 0 or step == self.last_step:
@@ -64,7 +68,7 @@ class Book:
                     f"The loss is {value} at step {step:,}; go on from"
                     f" '{latest(self.run)}' with a lower --learning-rate in a new run."
                 )
-            phase = "LA" if epoch >= (self.config.ir_epochs or 0) else "IR"
+            phase = "LA" if aggregating else "IR"
             rate = self.learner.optimizer.param_groups[0]["lr"]
             values = {name: note.item() for name, note in notes.items()}
             line = {"epoch": epoch + 1, "phase": phase, "loss": value, "learning_rate": rate}

@@ -55,7 +55,7 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     if drops is None:  # where the reference's ResNet-18 has them: 160 and 187 of 200
         drops = (round(0.8 * epochs, 2), round(0.935 * epochs, 2))
 
-    objective = config.objective
+    objective = scaled(config, size).objective
     objective = replace(
         objective,
         neighbors=objective.neighbors or max(1, min(4096, size // 2)),
@@ -70,9 +70,28 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
         ir_epochs=ir_epochs,
         batch_size=batch,
         drops=drops,
+        sized_for=size,
     )
     check(resolved, size)
     return resolved
+
+
+def scaled(config: PretrainConfig, size: int) -> PretrainConfig:
+    """The configuration with K and clusters fitted to ``size`` images, if it was made for others.
+
+    Clusters go with the number of images, so that a cluster holds as many of them; K stays where
+    it is at most half of the images.
+    """
+    objective, made_for = config.objective, config.sized_for
+    if made_for is None or made_for == size:
+        return config
+    if objective.clusters is not None:
+        clusters = tuple(max(1, round(k * size / made_for)) for k in objective.clusters)
+        objective = replace(objective, clusters=clusters)
+    if objective.neighbors is not None:
+        neighbors = min(objective.neighbors, max(1, size // 2))
+        objective = replace(objective, neighbors=neighbors)
+    return replace(config, objective=objective, sized_for=size)
 
 
 def check(config: PretrainConfig, size: int) -> None:
@@ -84,6 +103,7 @@ def check(config: PretrainConfig, size: int) -> None:
     objective = config.objective
     limits = {
         "batch_size": config.batch_size,
+        "ir_batch_size": config.ir_batch_size,
         "neighbors": objective.neighbors,
         "clusters": max(objective.clusters or (1,)),
     }
@@ -100,6 +120,32 @@ def check(config: PretrainConfig, size: int) -> None:
         )
 
 
+def explain(config: PretrainConfig, resolved: PretrainConfig, size: int) -> list[str]:
+    """Sentences that tell what :func:`resolve` chose or changed."""
+    lines = []
+    if chosen := derived(config, resolved):
+        listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        lines.append(f"Derived from {size:,} images: {listed}.")
+    if config.sized_for not in (None, size):
+        now, before = resolved.objective, config.objective
+        changed = [
+            f"{name} {_shown(getattr(before, name))} -> {_shown(getattr(now, name))}"
+            for name in ("neighbors", "clusters")
+            if getattr(before, name) not in (None, getattr(now, name))
+        ]
+        lines.append(
+            f"Made for {config.sized_for:,} images; for {size:,} of them the epochs stay as they"
+            f" are, so the steps change{''.join(f', and {change}' for change in changed)}."
+        )
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return f"{len(value)} x {value[0]:,}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def derived(config: PretrainConfig, resolved: PretrainConfig) -> dict[str, object]:
     """The options that :func:`resolve` chose, by name."""
 
@@ -108,7 +154,7 @@ def derived(config: PretrainConfig, resolved: PretrainConfig) -> dict[str, objec
         for name, value in after.items():
             if isinstance(value, dict):
                 found |= differences(before[name], value)
-            elif before[name] is None:
+            elif before[name] is None and value is not None and name != "sized_for":
                 found[name] = value
         return found
 
