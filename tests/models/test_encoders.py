@@ -73,24 +73,54 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_large_maps_are_pooled_and_flattened_as_in_the_reference():
-    from localagg.models import _readout
-
+    readout = create_encoder("resnet18_small", width=8).backbone.readout
     large = torch.randn(1, 64, 64, 64)  # 262,144 values
     expected = torch.nn.functional.avg_pool2d(large, 2).permute(0, 2, 3, 1).flatten(1)
-    assert torch.equal(_readout(large), expected)
-    assert _readout(torch.randn(1, 256, 64, 64)).shape == (1, 256 * 16 * 16)
-    small = torch.randn(1, 4, 5, 5)
-    assert torch.equal(_readout(small), small.flatten(1))
+    assert torch.equal(readout(large, None), expected)
+    assert readout(torch.randn(1, 256, 64, 64), None).shape == (1, 256 * 16 * 16)
+    assert readout(torch.randn(1, 2, 400, 1000), None).shape == (1, 2 * 200 * 500)  # 800,000
+    small = torch.randn(1, 5, 200, 200)  # 200,000
+    assert torch.equal(readout(small, None), small.flatten(1))
+
+
+def test_layers_may_be_numbers_and_only_what_they_need_is_computed():
+    encoder = create_encoder("resnet18_small", width=8, seed=0).eval()
+    encoder.backbone.stages[2] = None  # would fail if it were called
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    features = encoder.features(images, [2, "1"])
+    assert list(features) == ["2", "1"]
+    assert torch.equal(features["2"], encoder.features(images, ["2"])["2"])
+
+
+def test_every_resnet_of_torchvision_is_there():
+    for model, channels in (
+        ("resnet34", 512),
+        ("wide_resnet50_2", 2048),
+        ("resnext50_32x4d", 2048),
+    ):
+        with torch.device("meta"):
+            encoder = create_encoder(model)
+        images = torch.zeros(1, 3, 64, 64, device="meta")
+        assert encoder.backbone.maps(images)["4"].shape == (1, channels, 2, 2)
+        assert encoder(images).shape == (1, 128)
+        assert model in available_models()
 
 
 def test_wrong_names_are_refused():
     with pytest.raises(UserError, match=r"no model 'resnet81'.*Did you mean 'resnet18'"):
         create_encoder("resnet81")
-    with pytest.raises(UserError, match="does not take these options"):
-        create_encoder("resnet18", width=3)
+    for options in ({"width": 3}, {"weights": "DEFAULT"}):
+        with pytest.raises(UserError, match="does not take these options"):
+            create_encoder("resnet18", **options)
     encoder = create_encoder("resnet18_small", width=8)
     with pytest.raises(UserError, match="has no layer '9'; it has 0, 1, 2, 3, 4"):
         encoder.features(torch.zeros(1, 3, 16, 16), ["9"])
+    for call in (
+        lambda: create_encoder("resnet18_small", compat="torch"),
+        lambda: encoder.features(torch.zeros(1, 3, 16, 16), ["1"], compat="torch"),
+    ):
+        with pytest.raises(UserError, match="compat is 'torch'; it can be 'reference'"):
+            call()
     with pytest.raises(ValueError, match="expected"):
         encoder(torch.zeros(1, 1, 16, 16))
     assert "resnet18_small" in available_models()

@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError, nearest
-from . import small_resnet, torchvision_resnet
+from .alexnet import AlexNet
+from .backbone import Backbone, Compat
+from .preact_resnet import preact_resnet18, preact_resnet50
+from .small_resnet import SmallResNet
+from .timm_backbone import TimmBackbone
+from .torchvision_resnet import TorchvisionResNet, torchvision_resnets
+from .vgg import VGG16
 
-# Each maps options to a backbone: a module with `channels: int` (of its last map) and
-# `maps(x) -> dict[str, Tensor]`, the named [B, C, H, W] maps from first to last.
-_BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": torchvision_resnet.resnet18,
-    "resnet50": torchvision_resnet.resnet50,
-    "resnet18_small": small_resnet.SmallResNet,
+_OURS: dict[str, Callable[..., Backbone]] = {
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet50": preact_resnet50,
+    "alexnet_bn": AlexNet,
+    "vgg16_bn_last": VGG16,
+    "resnet18_small": SmallResNet,
 }
-
-# Read-out features above these sizes are average-pooled (design of the reference's
-# build_transfer_targets: windows of 4 and 2).
-_POOL_BY_4, _POOL_BY_2 = 800_000, 200_000
 
 
 class Encoder(nn.Module):
@@ -34,11 +36,15 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, dim: int, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, backbone: Backbone, dim: int, spec: dict[str, Any], compat: Compat | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.compat: Compat | None = _checked(compat)
         self.backbone = backbone
-        self.head = nn.Linear(int(backbone.channels), dim)  # type: ignore[arg-type]
+        self.head = nn.Linear(backbone.channels, dim)
+        backbone.start_head(self.head)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
@@ -50,40 +56,53 @@ class Encoder(nn.Module):
 
         Returns:
             float32 unit rows [B, dim].
+
+        Raises:
+            UserError: images of a size that this network cannot take (AlexNet, VGG).
         """
-        maps = self.backbone.maps(self._normalized(images))  # type: ignore[operator]
-        pooled_BC = maps.popitem()[1].mean(dim=(2, 3))
-        return F.normalize(self.head(pooled_BC).float(), dim=1)
+        return F.normalize(self.unnormalized(images), dim=1)
+
+    def unnormalized(self, images: Tensor) -> Tensor:
+        """float32 [B, dim]: what the head computes, before it is brought to unit length."""
+        return self.head(self.backbone.vector(self._normalized(images))).float()
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers that :meth:`features` knows, from first to last."""
-        return list(self.backbone.layers)  # type: ignore[arg-type]
+        return list(self.backbone.layers)
 
-    def features(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+    def features(
+        self, images: Tensor, layers: Iterable[str | int], *, compat: Compat | None = None
+    ) -> dict[str, Tensor]:
         """Read-out features of named layers, pooled and flattened as the reference does.
 
-        A map of more than 200,000 values an image is average-pooled by 2 (800,000: by 4) and
-        flattened in NHWC order; smaller ones are flattened in NCHW order.
+        ResNets (and all networks that the reference does not have): a map of more than 200,000
+        values an image is average-pooled by 2 (800,000: by 4) and flattened in NHWC order; smaller
+        ones are flattened in NCHW order. AlexNet: never pooled, NHWC order. VGG: pooled as ResNets,
+        NHWC order.
 
         Args:
-            images: as in :meth:`forward`.
-            layers: names out of :attr:`layers`.
+            images: as in :meth:`forward`; only the network up to the last of the layers is
+                computed, and only that must be able to take their size.
+            layers: names out of :attr:`layers`; 3 means "3".
+            compat: "reference" also copies the reference's slip of pooling VGG's maps over width
+                and channels; None: what the encoder was created with.
 
         Returns:
             {name: [B, values]}.
 
         Raises:
-            UserError: a layer that this network does not have.
+            UserError: a layer that this network does not have, or a wrong ``compat``.
         """
+        compat = _checked(compat) or self.compat
         wanted = [str(layer) for layer in layers]
         for layer in wanted:
             if layer not in self.layers:
                 raise UserError(
                     f"{self.spec['model']} has no layer '{layer}'; it has {', '.join(self.layers)}."
                 )
-        maps = self.backbone.maps(self._normalized(images))  # type: ignore[operator]
-        return {layer: _readout(maps[layer]) for layer in wanted}
+        maps = self.backbone.maps(self._normalized(images), wanted)
+        return {layer: self.backbone.readout(maps[layer], compat) for layer in wanted}
 
     def _normalized(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
@@ -93,24 +112,30 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _readout(map_BCHW: Tensor) -> Tensor:
-    values = map_BCHW[0].numel()
-    if values <= _POOL_BY_2:
-        return map_BCHW.flatten(1)
-    window = 4 if values > _POOL_BY_4 else 2
-    return F.avg_pool2d(map_BCHW, window).permute(0, 2, 3, 1).flatten(1)
+def _checked(compat: str | None) -> Compat | None:
+    if compat is None or compat == "reference":
+        return compat
+    raise UserError(f"compat is '{compat}'; it can be 'reference' or be left out.")
 
 
 def create_encoder(
-    model: str, dim: int = 128, *, seed: int | None = None, **options: Any
+    model: str,
+    dim: int = 128,
+    *,
+    seed: int | None = None,
+    compat: Compat | None = None,
+    **options: Any,
 ) -> Encoder:
     """A new encoder with random weights.
 
     Args:
-        model: one of :func:`available_models`.
+        model: one of :func:`available_models`, or "timm:NAME" for any network of timm.
         dim: size of the embedding.
         seed: of the weights; None takes torch's global generator as it stands.
-        options: of the architecture (``resnet18_small``: width, blocks, stem_stride).
+        compat: the default of :meth:`Encoder.features`. It says how features are read and is no
+            property of the weights: it is not saved with them.
+        options: of the architecture (``resnet18_small``: width, blocks, stem_stride; torchvision's
+            and timm's own).
 
     Returns:
         ``encoder(images [B, 3, H, W]) -> float32 unit rows [B, dim]``.
@@ -118,22 +143,34 @@ def create_encoder(
     Raises:
         UserError: no such model (the nearest is suggested) or option.
     """
-    if model not in _BACKBONES:
-        known = ", ".join(available_models())
-        raise UserError(f"There is no model '{model}'; there are {known}.{nearest(model, known)}")
+    make = _backbone(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            backbone = _BACKBONES[model](**options)
+            backbone = make(**options)
         except TypeError as error:
             raise UserError(f"Model {model} does not take these options: {error}.") from None
-        return Encoder(backbone, dim, {"model": model, "dim": dim, **options})
+        return Encoder(backbone, dim, {"model": model, "dim": dim, **options}, compat)
+
+
+def _backbone(model: str) -> Callable[..., Backbone]:
+    if model in _OURS:
+        return _OURS[model]
+    if model in torchvision_resnets():
+        return lambda **options: TorchvisionResNet(model, **options)
+    if model.startswith("timm:"):
+        return lambda **options: TimmBackbone(model.removeprefix("timm:"), **options)
+    known = available_models()
+    raise UserError(
+        f"There is no model '{model}'; there are {', '.join(known)} and timm:NAME."
+        f"{nearest(model, known)}"
+    )
 
 
 def available_models() -> list[str]:
-    """Names that :func:`create_encoder` knows."""
-    return sorted(_BACKBONES)
+    """Names that :func:`create_encoder` knows; it also takes "timm:NAME" for any name of timm."""
+    return sorted([*_OURS, *torchvision_resnets()])
 
 
 def spec_to_json(encoder: Encoder) -> str:

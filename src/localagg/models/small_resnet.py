@@ -4,13 +4,15 @@ Blocks are those of He et al. 2016 (arXiv 1512.03385) in the layout usual for CI
 convolution has stride 1, later stages halve the map and double the channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone import Backbone
 
-class SmallResNet(nn.Module):
+
+class SmallResNet(Backbone):
     """The backbone ``resnet18_small``.
 
     Args:
@@ -35,14 +37,13 @@ class SmallResNet(nn.Module):
         self.channels = channels
         self.layers = [str(layer) for layer in range(len(stages) + 1)]
 
-    def maps(self, x: Tensor) -> dict[str, Tensor]:
+    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Maps by name: "0" after the stem, "1".. after each stage, all behind their ReLU."""
         x = F.relu(self.stem_norm(self.stem(x)))
-        maps = {"0": x}
+        yield "0", x
         for layer, stage in enumerate(self.stages, start=1):
             x = stage(x)
-            maps[str(layer)] = x
-        return maps
+            yield str(layer), x
 
 
 class _Block(nn.Module):

@@ -1,35 +1,40 @@
-"""torchvision's ResNet-18 and ResNet-50 as backbones, with named maps."""
+"""torchvision's ResNets (also ResNeXt and wide ones) as backbones, with named maps."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 
+from .backbone import Backbone
 
-class TorchvisionResNet(nn.Module):
-    """torchvision's ResNet without its classifier; layers "0" (after the max-pool) and "1".."4"."""
+
+class TorchvisionResNet(Backbone):
+    """torchvision's ResNet without its classifier; layers "0" (after the max-pool) and "1".."4".
+
+    Args:
+        name: one of :func:`torchvision_resnets`; weights are random.
+        options: of torchvision's ``ResNet``.
+    """
 
     layers = ("0", "1", "2", "3", "4")
 
-    def __init__(self, resnet: torchvision.models.ResNet) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
+        resnet: Any = torchvision.models.get_model(name, weights=None, **options)
         self.channels = resnet.fc.in_features
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
 
-    def maps(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps by name, from first to last."""
+    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The named maps [B, C, H, W] from first to last."""
         x = self.stem(x)
-        maps = {"0": x}
+        yield "0", x
         for layer, stage in enumerate(self.stages, start=1):
             x = stage(x)
-            maps[str(layer)] = x
-        return maps
+            yield str(layer), x
 
 
-def resnet18() -> nn.Module:
-    """torchvision's ResNet-18, random weights."""
-    return TorchvisionResNet(torchvision.models.resnet18())
-
-
-def resnet50() -> nn.Module:
-    """torchvision's ResNet-50, random weights."""
-    return TorchvisionResNet(torchvision.models.resnet50())
+def torchvision_resnets() -> list[str]:
+    """Names that :class:`TorchvisionResNet` takes."""
+    return torchvision.models.list_models(include=("resnet*", "resnext*", "wide_resnet*"))

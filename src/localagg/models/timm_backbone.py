@@ -1,0 +1,67 @@
+"""Any network of timm as a backbone: ``timm:NAME``. Needs the extra ``localagg[timm]``."""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+from ..config import UserError, nearest
+from .backbone import Backbone
+
+
+class TimmBackbone(Backbone):
+    """A timm network without its classifier, random weights.
+
+    Layers "0".. are what timm's ``forward_intermediates`` gives: a convolutional network's stages,
+    a transformer's blocks (as maps, class token left out). The head reads what timm's own
+    classifier would.
+
+    Args:
+        name: as in ``timm.list_models()``.
+        options: of ``timm.create_model``.
+
+    Raises:
+        UserError: timm is not installed, or has no such network, or none with named layers.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ModuleNotFoundError:
+            raise UserError(
+                f"Model timm:{name} needs timm: pip install 'localagg[timm]'."
+            ) from None
+        if not timm.is_model(name):
+            known = nearest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
+            raise UserError(f"timm {timm.__version__} has no model '{name}'.{known}")
+        if options.get("pretrained"):
+            raise UserError(f"timm:{name} starts from random weights; leave out 'pretrained'.")
+        # Any: timm's networks share these names, but no type that says so.
+        self.model: Any = timm.create_model(name, num_classes=0, **options)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"timm:{name} does not give its inner maps; take another network.")
+        self.channels = getattr(self.model, "head_hidden_size", self.model.num_features)
+        self.layers = [str(layer) for layer in range(len(self.model.feature_info))]
+
+    def vector(self, x: Tensor) -> Tensor:
+        """[B, channels], pooled as timm's own classifier would have it."""
+        return self._checked(self.model, x)
+
+    def maps(self, x: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Named maps [B, C, H, W], from first to last."""
+        wanted = [n for n, name in enumerate(self.layers) if layers is None or name in layers]
+        found = self._checked(
+            self.model.forward_intermediates,
+            x,
+            indices=wanted,
+            stop_early=True,
+            intermediates_only=True,
+        )
+        return {self.layers[n]: map_BCHW for n, map_BCHW in zip(wanted, found, strict=True)}
+
+    def _checked(self, function: Any, x: Tensor, **arguments: Any) -> Any:
+        try:
+            return function(x, **arguments)
+        except AssertionError as error:  # transformers assert their image size
+            raise UserError(f"timm refuses images of {x.shape[2]}x{x.shape[3]}: {error}") from None

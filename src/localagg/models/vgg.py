@@ -1,0 +1,101 @@
+"""The reference's VGG16 (its ``vggnet_fx``): batch-norm on each stage's last convolution alone.
+
+The layout is slim's ``vgg_16`` (Simonyan & Zisserman 2015, 1409.1556, configuration D). The last
+convolution of each stage, fc6 and fc7 have batch-norm in place of a bias; the others have a bias.
+"""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import UserError
+from .backbone import Backbone, Compat, average_pool, flatten_nhwc, pool_window, reference_norm
+
+# channels and convolutions of each stage
+_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+class VGG16(Backbone):
+    """Layers "0".."4", the last map of each stage before its max-pool, and "fc6", "fc7".
+
+    Images of 224 to 255 pixels a side; "0" to "4" alone of any size from 16.
+    """
+
+    channels = 4096
+    layers = ("0", "1", "2", "3", "4", "fc6", "fc7")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        channels = 3
+        for stage, (width, count) in enumerate(_STAGES, start=1):
+            for number in range(1, count + 1):
+                final = number == count
+                self._add(f"conv{stage}_{number}", channels, width, 3, padding=1, norm=final)
+                channels = width
+        self._add("fc6", channels, 4096, 7, padding=0, norm=True)
+        self._add("fc7", 4096, 4096, 1, padding=0, norm=True)
+
+    def _add(
+        self, name: str, channels: int, out: int, kernel: int, *, padding: int, norm: bool
+    ) -> None:
+        conv = nn.Conv2d(channels, out, kernel, padding=padding, bias=not norm)
+        nn.init.xavier_uniform_(conv.weight)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        self.convs[name] = conv
+        if norm:
+            self.norms[name] = reference_norm(out)
+
+    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The named maps [B, C, H, W] from first to last.
+
+        Raises:
+            UserError: images of a size that the layers asked for cannot take.
+        """
+        height, width = x.shape[2:]
+        if min(height, width) < 16:
+            raise _wrong_size(height, width)
+        for stage, (_, count) in enumerate(_STAGES, start=1):
+            for number in range(1, count + 1):
+                x = self._layer(f"conv{stage}_{number}", x)
+            yield str(stage - 1), x
+            if stage < len(_STAGES) or {*x.shape[2:]} <= {14, 15}:
+                x = F.max_pool2d(x, 2)
+            else:
+                raise _wrong_size(height, width)
+        for name in ("fc6", "fc7"):
+            x = self._layer(name, x)
+            yield name, x
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        x = self.convs[name](x)
+        return F.relu(self.norms[name](x) if name in self.norms else x)
+
+    def readout(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
+        """[B, values] in NHWC order; large maps are pooled first, as in the ResNets.
+
+        With ``compat="reference"`` large maps are pooled over width and channels, which is what
+        the reference does by transposing a map that is NHWC already: the values come in the order
+        width, channel, height. Deviation: by default they are pooled over space.
+        """
+        window = pool_window(map_BCHW)
+        if window == 1:
+            return flatten_nhwc(map_BCHW)
+        if compat == "reference":
+            map_BHWC = map_BCHW.permute(0, 2, 3, 1)
+            return flatten_nhwc(average_pool(map_BHWC, window))
+        return flatten_nhwc(average_pool(map_BCHW, window))
+
+    def start_head(self, head: nn.Linear) -> None:
+        """slim's defaults: Glorot's uniform weights, no bias."""
+        nn.init.xavier_uniform_(head.weight)
+        nn.init.zeros_(head.bias)
+
+
+def _wrong_size(height: int, width: int) -> UserError:
+    return UserError(
+        f"vgg16_bn_last takes images of 224 to 255 pixels a side, not of {height}x{width}: its fc6 "
+        "reads maps of 7x7 (features of layers 0 to 4 alone work from 16 pixels on)."
+    )
