@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from localagg.config import PretrainConfig, UserError, override
-from localagg.data.augment import Augment
+from localagg.data.augment import Augment, evaluation_view, ten_crop_views
 from localagg.data.decode import decode
 from localagg.data.loader import Feed, Throttle, evaluation_batches, typical_side
 from localagg.data.sources import open_images
@@ -58,27 +58,50 @@ def test_images_of_different_sizes_cannot_be_held(pictures):
         Feed(open_images(pictures), override(CONFIG, memory="always"), quiet)
 
 
-def test_workers_crop_as_the_device_does(pictures, tmp_path):
-    """A view is the same up to the rounding of the worker's uint8 crop."""
-
+@pytest.fixture
+def one_size(pictures, tmp_path):
+    """Four photographs of 48 x 48 pixels."""
     folder = tmp_path / "one-size"
     folder.mkdir()
-    names = [f"{i:02d}" for i in range(24) if i % 6 == 0]  # all 48 x 48
-    for name in names:
-        shutil.copy(
-            pictures / "train" / "temple" / f"{name}.png"
-            if (pictures / "train" / "temple" / f"{name}.png").exists()
-            else pictures / "train" / "temple" / f"{name}.jpg",
-            folder,
-        )
-    source = open_images(folder)
-    config = override(CONFIG, batch_size=len(names), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
+    for file in (pictures / "train" / "temple").iterdir():
+        if int(file.stem) % 6 == 0:
+            shutil.copy(file, folder)
+    return open_images(folder)
+
+
+@pytest.mark.parametrize("crop", ["resized", "fixed", "center"])
+@pytest.mark.parametrize("augmentation", ["torchvision", "reference"])
+def test_workers_crop_as_the_device_does(one_size, augmentation, crop):
+    """A view is the same, torchvision's up to the rounding of the worker's uint8 crop."""
+    config = override(
+        CONFIG, batch_size=4, augmentation=augmentation, crop=crop, eval_crop=0.875, gray=0.5
+    )
+    if augmentation == "torchvision":  # color multiplies the rounding
+        config = override(config, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
     views = []
     for memory in ("always", "never"):
-        feed = Feed(source, override(config, memory=memory), quiet)
+        feed = Feed(one_size, override(config, memory=memory), quiet)
         index, images = next(feed.batches(0))
         views.append(Augment(config.views, 0, cropped=feed.cropped)(images, 0, index))
-    assert (views[0] - views[1]).abs().max() < 1.01 / 255
+    tolerance = 1.01 / 255 if augmentation == "torchvision" else 0
+    assert (views[0] - views[1]).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augmentation", ["torchvision", "reference"])
+def test_evaluation_through_workers_equals_that_in_memory(one_size, augmentation, workers):
+    views = override(CONFIG.views, augmentation=augmentation, eval_crop=0.875)
+    pixels = torch.stack([decode(one_size[i].image) for i in range(4)])
+    for ten_crop, expected in (
+        (False, evaluation_view(pixels, views)),
+        (True, ten_crop_views(pixels, views)),
+    ):
+        batches = evaluation_batches(one_size, views, batch=3, workers=workers, ten_crop=ten_crop)
+        found = torch.cat([batch.images for batch in batches])
+        assert found.dtype == torch.uint8
+        assert found.shape == expected.shape == ((4, 10, 3, 24, 24) if ten_crop else (4, 3, 24, 24))
+        tolerance = 1.01 if augmentation == "torchvision" else 1e-4
+        assert (found - expected * 255).abs().max() < tolerance
 
 
 def test_a_batch_larger_than_the_data_is_refused(pictures):
@@ -96,6 +119,18 @@ def test_evaluation_shows_each_readable_image_once_in_order(pictures, tmp_path):
     assert index.tolist() == [i for i in range(48) if i != 2]
     assert batches[0].images.shape == (6, 3, 24, 24)
     assert decode(source[0].image).shape[0] == 3
+
+
+def test_a_vanished_file_is_named_once_and_left_out(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "data")
+    source = open_images(tmp_path / "data")
+    (tmp_path / "data" / "flower" / "00.png").unlink()
+    assert typical_side(source) > 0
+    with pytest.raises(UserError, match=r"00.png \(No such file or directory\);"):
+        Feed(source, override(CONFIG, memory="never"), quiet)
+    for ten_crop in (False, True):
+        batches = evaluation_batches(source, CONFIG.views, batch=1, ten_crop=ten_crop)
+        assert [int(batch.index) for batch in batches] == list(range(1, 48))
 
 
 def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):

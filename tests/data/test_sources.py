@@ -1,9 +1,12 @@
+import shutil
+
 import pytest
 import torch
 
 from localagg.config import UserError
 from localagg.data import open_evaluation, open_images
 from localagg.data.decode import decode
+from localagg.data.sources import stored_splits
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,28 @@ def test_tables_hold_what_the_folder_holds(table, pictures, kind):
     assert single.fingerprint() == open_images(table / "parquet").fingerprint()
 
 
+def test_imagenets_class_folders_are_numbered_in_sorted_order(pictures, tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for wnid, name in (("n02105855", "temple"), ("n01440764", "flower"), ("n0", "flower")):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                picture = pictures / "train" / name / f"0{i}.{'jpg' if i else 'png'}"
+                shutil.copy(picture, tmp_path / split / wnid / f"{wnid}_{i}.JPEG")
+    for split, count in (("train", 3), ("val", 2)):
+        source = open_images(tmp_path, split)
+        assert source.classes == ["n0", "n01440764", "n02105855"]
+        assert source.labels.tolist() == [0] * count + [1] * count + [2] * count
+        assert source.name(0) == "n0/n0_0.JPEG"
+
+
+def test_the_splits_that_are_there_are_named(pictures, table, tmp_path):
+    assert stored_splits(pictures) == ["train", "val"]
+    assert stored_splits(table / "parquet") == ["train", "test"]
+    assert stored_splits(table / "saved") == ["train", "val"]
+    assert stored_splits(pictures / "val") == ["train"]
+    assert stored_splits("digits") == ["train", "val"]
+
+
 def test_digits_are_split_once_and_for_all():
     train, held_out = open_images("digits"), open_images("digits", "val")
     assert (len(train), len(held_out)) == (1400, 397)
@@ -63,8 +88,6 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_the_fingerprint_follows_the_content(pictures, tmp_path):
-    import shutil
-
     shutil.copytree(pictures / "train", tmp_path / "copy")
     first = open_images(tmp_path / "copy").fingerprint()
     assert first == open_images(pictures).fingerprint()
@@ -83,6 +106,7 @@ def test_the_fingerprint_follows_the_content(pictures, tmp_path):
             "cannot be read as Parquet",
         ),
         (lambda p: "digit", "Did you mean 'digits'"),
+        (lambda p: f"{p}/none.csv:{p}", "There is no file or folder .* FILE.csv:ROOT"),
     ],
 )
 def test_what_is_no_source_is_refused_by_name(tmp_path, make, message):

@@ -1,11 +1,13 @@
 """Pixels to views, a whole batch at a time on the device.
 
 Semantics are torchvision's: RandomResizedCrop, RandomGrayscale, ColorJitter (each sample draws its
-own order), RandomHorizontalFlip, in that order, as in InstDisc's published pipeline. Every draw is
-a function of (seed, epoch, index). Images are float [B, 3, H, W] in 0-1 once a view begins.
+own order), RandomHorizontalFlip, in that order, as in InstDisc's published pipeline; or with
+``augmentation="reference"`` the reference program's, which follow the same order but other formulas
+(``crops``, ``reference_views``). Every draw is a function of (seed, epoch, index). Images are float
+[B, 3, H, W] in 0-1 once a view begins.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,25 +15,30 @@ from torch import Tensor
 
 from ..config import ViewConfig, known
 from ..draws import VIEW, uniform
+from . import reference_views
+from .crops import TRIES, Boxes, central_boxes, crop_boxes, evaluation_boxes
 
-_CROP_TRIES = 10  # torchvision's RandomResizedCrop, before it falls back to a central crop
+__all__ = [
+    "Augment",
+    "Boxes",
+    "Parameters",
+    "central_boxes",
+    "color_jitter",
+    "crop_boxes",
+    "draw",
+    "evaluation_view",
+    "resample",
+    "ten_crop_views",
+]
+
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, torchvision's rgb_to_grayscale
-
-
-class Boxes(NamedTuple):
-    """Crops of a batch in pixels, float64 [B] each."""
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
 
 
 class Parameters(NamedTuple):
     """All that is random about the views of a batch, on the CPU."""
 
     crop: Tensor
-    """float64 [B, 10, 4]: area, log aspect, top, left of each try, in 0-1."""
+    """float64 [B, 10, 4] in 0-1: area (reference: height), aspect, top, left of each try."""
     gray: Tensor
     """bool [B]."""
     flip: Tensor
@@ -44,59 +51,19 @@ class Parameters(NamedTuple):
 
 def draw(config: ViewConfig, seed: int, epoch: int, index: Tensor) -> Parameters:
     """The random parameters of the views of samples ``index`` [B] in ``epoch``."""
-    crops = 4 * _CROP_TRIES
+    crops = 4 * TRIES
     u = uniform(seed, VIEW, epoch, index.cpu(), count=crops + 10)
     color = u[:, crops:]
     strength = torch.tensor(config.jitter, dtype=torch.float64)
     factors = (2 * color[:, 2:6] - 1) * strength
     factors[:, :3] += 1
     return Parameters(
-        crop=u[:, :crops].view(-1, _CROP_TRIES, 4),
+        crop=u[:, :crops].view(-1, TRIES, 4),
         gray=color[:, 0] < config.gray,
         flip=color[:, 1] < config.flip,
         factors=factors.float(),
         order=color[:, 6:10].argsort(dim=1),
     )
-
-
-def crop_boxes(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
-    """The boxes of torchvision's RandomResizedCrop, from uniform draws.
-
-    Args:
-        config: crop_area and crop_aspect.
-        crop: float64 [B, 10, 4] in 0-1, as :func:`draw` gives.
-        height: sizes of the images, float64 [B] or scalar.
-        width: likewise.
-
-    Returns:
-        Whole-pixel boxes. An image where ten tries fail gets the central crop whose aspect is the
-        nearest allowed one.
-    """
-    H, W = (size.to(torch.float64).expand(len(crop)).unsqueeze(1) for size in (height, width))
-    low, high = config.crop_area
-    area = H * W * (low + (high - low) * crop[..., 0])
-    low, high = (math.log(aspect) for aspect in config.crop_aspect)
-    aspect = torch.exp(low + (high - low) * crop[..., 1])
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
-    top = (crop[..., 2] * (H - h + 1)).floor()
-    left = (crop[..., 3] * (W - w + 1)).floor()
-    first = fits.int().argmax(dim=1, keepdim=True)
-    chosen = [value.gather(1, first).squeeze(1) for value in (top, left, h, w)]
-
-    H, W = H.squeeze(1), W.squeeze(1)
-    w = torch.minimum(W, (H * config.crop_aspect[1]).round())
-    h = torch.minimum(H, (W / config.crop_aspect[0]).round())
-    central = [((H - h) / 2).floor(), ((W - w) / 2).floor(), h, w]
-    some = fits.any(dim=1)
-    return Boxes(*(torch.where(some, a, b) for a, b in zip(chosen, central, strict=True)))
-
-
-def central_boxes(share: float, height: Tensor, width: Tensor) -> Boxes:
-    """Central squares whose side is ``share`` of the shorter side."""
-    height, width = height.to(torch.float64), width.to(torch.float64)
-    side = (torch.minimum(height, width) * share).round().clamp(min=1)
-    return Boxes(((height - side) / 2).floor(), ((width - side) / 2).floor(), side, side)
 
 
 def resample(images: Tensor, boxes: Boxes, size: int, flip: Tensor | None = None) -> Tensor:
@@ -180,10 +147,17 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
     return torch.stack(channels, dim=1)
 
 
+Operation = Callable[[Tensor, Tensor], Tensor]
 _JITTER = (brightness, contrast, saturation, hue)
 
 
-def color_jitter(images: Tensor, factors: Tensor, order: Tensor, strength: tuple) -> Tensor:
+def color_jitter(
+    images: Tensor,
+    factors: Tensor,
+    order: Tensor,
+    strength: Sequence[float],
+    operations: Sequence[Operation] = _JITTER,
+) -> Tensor:
     """The four color operations, in each sample's own order; those of strength 0 are left out.
 
     Args:
@@ -191,9 +165,10 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, strength: tuple
         factors: float [B, 4].
         order: int64 [B, 4], on the CPU.
         strength: of the configuration, to know what is switched off.
+        operations: the four, in the order of ``strength``.
     """
     for turn in range(4):
-        for number, operation in enumerate(_JITTER):
+        for number, operation in enumerate(operations):
             if strength[number] == 0:
                 continue
             chosen = (order[:, turn] == number).nonzero().squeeze(1)
@@ -219,34 +194,86 @@ class Augment:
     def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Views of uint8 images [B, 3, H, W] as float32 [B, 3, S, S] in 0-1, on their device."""
         chosen = draw(self.config, self.seed, epoch, index)
+        if self.config.augmentation == "reference":
+            return self._reference(images, chosen)
         views = images.float() / 255
         if self.cropped:
-            flip = chosen.flip.to(views.device).view(-1, 1, 1, 1)
-            views = torch.where(flip, views.flip(3), views)
+            views = _mirrored(views, chosen.flip)
         else:
-            height, width = torch.tensor(images.shape[2]), torch.tensor(images.shape[3])
-            boxes = crop_boxes(self.config, chosen.crop, height, width)
+            boxes = self._boxes(images, chosen)
             views = resample(views, boxes, known(self.config.image_size), chosen.flip)
         if self.config.gray:
             gray = chosen.gray.nonzero().squeeze(1).to(views.device)
             views[gray] = grayscale(views[gray]).expand(-1, 3, -1, -1)
         return color_jitter(views, chosen.factors, chosen.order, self.config.jitter)
 
+    def _reference(self, images: Tensor, chosen: Parameters) -> Tensor:
+        """The same by the reference's formulas: levels throughout, 0-1 only at the end."""
+        if self.cropped:
+            views = images.float()
+        else:
+            boxes = self._boxes(images, chosen)
+            views = reference_views.resample(images, boxes, known(self.config.image_size))
+        if self.config.gray:
+            gray = chosen.gray.nonzero().squeeze(1).to(views.device)
+            views[gray] = reference_views.grayscale(views[gray]).expand(-1, 3, -1, -1)
+        strength, operations = self.config.jitter, reference_views.JITTER
+        views = color_jitter(views, chosen.factors, chosen.order, strength, operations)
+        return _mirrored(views, chosen.flip) / 255
+
+    def _boxes(self, images: Tensor, chosen: Parameters) -> Boxes:
+        height, width = torch.tensor(images.shape[2]), torch.tensor(images.shape[3])
+        return crop_boxes(self.config, chosen.crop, height, width)
+
+
+def _mirrored(views: Tensor, flip: Tensor) -> Tensor:
+    return torch.where(flip.to(views.device).view(-1, 1, 1, 1), views.flip(3), views)
+
 
 def evaluation_view(images: Tensor, config: ViewConfig) -> Tensor:
     """The one view that is measured: central square of side ``eval_crop``, resized.
 
+    With ``augmentation="reference"`` it is the reference's ``resnet_validate``: its box, its area
+    resize, truncated to whole levels.
+
     Args:
         images: uint8 [B, 3, H, W].
-        config: image_size and eval_crop.
+        config: augmentation, image_size and eval_crop.
 
     Returns:
         float32 [B, 3, S, S] in 0-1.
     """
+    if config.eval_crop == 1 and images.shape[2:] == (config.image_size, config.image_size):
+        return images.float() / 255
+    return _fixed_views(images, config, ten_crop=False)[:, 0]
+
+
+def ten_crop_views(images: Tensor, config: ViewConfig) -> Tensor:
+    """The ten views of ten-crop evaluation: center, the four corners, and these five mirrored.
+
+    The order is the reference's: center, up left, up right, down left, down right. (torchvision's
+    TenCrop puts the center fifth.)
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        config: augmentation, image_size and eval_crop; the squares are as large as in
+            :func:`evaluation_view`.
+
+    Returns:
+        float32 [B, 10, 3, S, S] in 0-1.
+    """
+    five = _fixed_views(images, config, ten_crop=True)
+    return torch.cat([five, five.flip(4)], dim=1)
+
+
+def _fixed_views(images: Tensor, config: ViewConfig, ten_crop: bool) -> Tensor:
     B, _, H, W = images.shape
-    views = images.float() / 255
-    if config.eval_crop == 1 and (config.image_size, config.image_size) == (H, W):
-        return views
     height, width = torch.full((B,), float(H)), torch.full((B,), float(W))
-    boxes = central_boxes(known(config.eval_crop), height, width)
-    return resample(views, boxes, known(config.image_size))
+    boxes = evaluation_boxes(config, height, width, ten_crop=ten_crop)
+    size = known(config.image_size)
+    if config.augmentation == "reference":
+        views = [reference_views.resample(images, box, size) / 255 for box in boxes]
+    else:
+        pixels = images.float() / 255
+        views = [resample(pixels, box, size) for box in boxes]
+    return torch.stack(views, dim=1)

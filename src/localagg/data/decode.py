@@ -1,11 +1,16 @@
 """Encoded bytes to uint8 pixels. The one place that decides which decoder reads what."""
 
 import io
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .crops import Boxes
+from .reference_views import resample
 
 # A picture larger than this is refused before it is decoded (Pillow's own limit only warns).
 PIXEL_LIMIT = 178_956_970
@@ -66,21 +71,41 @@ def decode(data: bytes) -> Tensor:
     return _tensor(_whole(data))
 
 
-def decode_resized(data: bytes, box: tuple[float, float, float, float], size: int) -> Tensor:
-    """A crop of the image, resized by Pillow's antialiased bilinear filter.
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels."""
+
+
+def decode_crops(
+    data: bytes, boxes: Sequence[Box], size: int, *, resize: Literal["bilinear", "area"]
+) -> Tensor:
+    """Crops of one image, resized. Pixels outside of a box do not show.
 
     Args:
         data: encoded image.
-        box: left, top, right, bottom in pixels.
-        size: side of the result.
+        boxes: what to cut out.
+        size: side of the results.
+        resize: Pillow's antialiased bilinear filter, or the reference's area means, truncated.
 
     Returns:
-        uint8 [3, size, size], RGB.
+        uint8 [crops, 3, size, size], RGB.
 
     Raises:
         UnreadableImage: as :func:`decode`.
     """
-    return _tensor(_whole(data).resize((size, size), Image.Resampling.BILINEAR, box=box))
+    image = _whole(data)
+    resized = _bilinear if resize == "bilinear" else _area
+    # Cut first: Pillow's resize(box=...) blends pixels beyond the box into its rim.
+    return torch.stack([resized(image.crop(box), size) for box in boxes])
+
+
+def _bilinear(crop: Image.Image, size: int) -> Tensor:
+    return _tensor(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _area(crop: Image.Image, size: int) -> Tensor:
+    zero, height, width = (torch.tensor([side]) for side in (0, crop.height, crop.width))
+    pixels = _tensor(crop).unsqueeze(0)
+    return resample(pixels, Boxes(zero, zero, height, width), size)[0].to(torch.uint8)
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import PretrainConfig, UserError, ViewConfig, known
+from ..config import PretrainConfig, UserError, ViewConfig, known, option
 from ..draws import ORDER, permutation
-from .augment import Boxes, central_boxes, crop_boxes, draw
-from .decode import UnreadableImage, decode, decode_resized, image_size
+from .augment import draw
+from .crops import Boxes, crop_boxes, evaluation_boxes
+from .decode import UnreadableImage, decode, decode_crops, image_size
 from .sources import Source
 
 _NAMED = 3  # unreadable files named in a message
@@ -29,7 +30,8 @@ class Batch(NamedTuple):
     index: Tensor
     """int64 [B], on the CPU."""
     images: Tensor
-    """uint8 [B, 3, H, W]: whole images from memory, or crops from workers."""
+    """uint8 [B, 3, H, W]: whole images from memory, or crops from workers. Ten crops:
+    [B, 10, 3, S, S]."""
 
 
 class Feed:
@@ -54,21 +56,22 @@ class Feed:
         valid[list(self.unreadable)] = False
         self.valid = valid.nonzero().squeeze(1)
         self.batch = config.batch_size or 1
-        if len(self.valid) < self.batch:
-            raise UserError(
-                f"--batch-size {self.batch} is more than the {len(self.valid):,} images;"
-                f" set it to at most {len(self.valid):,}."
-            )
+        for name in ("batch_size", "ir_batch_size"):
+            if (getattr(config, name) or 0) > len(self.valid):
+                raise UserError(
+                    f"{option(name)} {getattr(config, name)} is more than the"
+                    f" {len(self.valid):,} images; set it to at most {len(self.valid):,}."
+                )
         self.steps = len(self.valid) // self.batch
 
     def order(self, epoch: int) -> Tensor:
-        """The images of an epoch in their order: int64 [steps * B]."""
-        shuffled = permutation(len(self.valid), self.config.seed, ORDER, epoch)
-        return self.valid[shuffled[: self.steps * self.batch]]
+        """The images of an epoch in their order: int64 [images]."""
+        return self.valid[permutation(len(self.valid), self.config.seed, ORDER, epoch)]
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Batches ``first``.. of an epoch."""
-        chunks = self.order(epoch).view(self.steps, self.batch)[first:]
+    def batches(self, epoch: int, first: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
+        """Batches ``first``.. of an epoch, of the configured size or another."""
+        size = batch_size or self.batch
+        chunks = self.order(epoch)[: len(self.valid) // size * size].view(-1, size)[first:]
         if self.pixels is not None:
             for index in chunks:
                 yield Batch(index, self.pixels[index])
@@ -82,7 +85,7 @@ class Feed:
             if not len(index):
                 report_unreadable(self.source, failed, "error")
             # The batch keeps its size (batch-norm counts on it): readable images stand in again.
-            again = torch.arange(self.batch) % len(index)
+            again = torch.arange(size) % len(index)
             yield Batch(index[again], images[again])
 
 
@@ -128,7 +131,7 @@ def hold_or_scan(
             elif isinstance(image, bytes):
                 image_size(image)
         except (UnreadableImage, OSError) as error:
-            failed[i] = str(error)
+            failed[i] = _reason(error)
         if not hold and config.memory == "always":
             raise UserError(
                 f"{source.name(i)} has another size than the images before it, so they cannot be"
@@ -159,8 +162,8 @@ def typical_side(source: Source) -> int:
             image = source[i].image
             size = image_size(image)[:2] if isinstance(image, bytes) else image.shape[1:]
             sides.append(min(size))
-        except UnreadableImage as error:
-            failed[i] = str(error)
+        except (UnreadableImage, OSError) as error:
+            failed[i] = _reason(error)
     if not sides:
         report_unreadable(source, failed, "error")
     return sorted(sides)[len(sides) // 2]
@@ -189,32 +192,43 @@ class _Crops(Dataset):
         index = self.chunks[step]
         crop = draw(self.views, self.seed, self.epoch, index).crop
 
-        def boxes(i: int, height: Tensor, width: Tensor) -> Boxes:
-            return crop_boxes(self.views, crop[i : i + 1], height, width)
+        def boxes(i: int, height: Tensor, width: Tensor) -> list[Boxes]:
+            return [crop_boxes(self.views, crop[i : i + 1], height, width)]
 
-        return _read(self.source, index, known(self.views.image_size), boxes)
+        index, images, failed = _read(self.source, index, self.views, boxes)
+        return index, images.squeeze(1), failed
 
 
-class _Centers(Dataset):
-    """Item s is batch s of all images in order, decoded and centrally cropped."""
+class _Measured(Dataset):
+    """Item s is batch s of all images in order, decoded and cropped: one view each, or ten."""
 
-    def __init__(self, source: Source, views: ViewConfig, chunks: list[Tensor]) -> None:
-        self.source, self.views, self.chunks = source, views, chunks
+    def __init__(
+        self, source: Source, views: ViewConfig, chunks: list[Tensor], ten_crop: bool
+    ) -> None:
+        self.source, self.views, self.chunks, self.ten_crop = source, views, chunks, ten_crop
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        def boxes(i: int, height: Tensor, width: Tensor) -> Boxes:
-            return central_boxes(known(self.views.eval_crop), height, width)
+        def boxes(i: int, height: Tensor, width: Tensor) -> list[Boxes]:
+            return evaluation_boxes(self.views, height, width, ten_crop=self.ten_crop)
 
-        return _read(self.source, self.chunks[step], known(self.views.image_size), boxes)
+        index, images, failed = _read(self.source, self.chunks[step], self.views, boxes)
+        if self.ten_crop:
+            return index, torch.cat([images, images.flip(4)], dim=1), failed
+        return index, images.squeeze(1), failed
 
 
 def _read(
-    source: Source, index: Tensor, size: int, boxes: Callable[[int, Tensor, Tensor], Boxes]
+    source: Source,
+    index: Tensor,
+    views: ViewConfig,
+    boxes: Callable[[int, Tensor, Tensor], list[Boxes]],
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """(index, images, failed) of the readable ones among ``index``."""
+    """(index, crops [B, V, 3, S, S], failed) of the readable ones among ``index``."""
+    size = known(views.image_size)
+    resize = "area" if views.augmentation == "reference" else "bilinear"
     images, kept, failed = [], [], {}
     for i, row in enumerate(index.tolist()):
         try:
@@ -222,14 +236,22 @@ def _read(
             if not isinstance(data, bytes):
                 data = _encode(data)
             height, width, _ = image_size(data)
-            box = boxes(i, torch.tensor([height]), torch.tensor([width]))
-            top, left, h, w = (float(value) for value in box)
-            images.append(decode_resized(data, (left, top, left + w, top + h), size))
+            found = []
+            for box in boxes(i, torch.tensor([height]), torch.tensor([width])):
+                top, left, h, w = (int(value) for value in box)
+                found.append((left, top, left + w, top + h))
+            images.append(decode_crops(data, found, size, resize=resize))
             kept.append(row)
         except (UnreadableImage, OSError) as error:
-            failed[row] = str(error)
-    stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+            failed[row] = _reason(error)
+    none = torch.empty(0, 1, 3, size, size, dtype=torch.uint8)
+    stacked = torch.stack(images) if images else none
     return torch.tensor(kept, dtype=torch.int64), stacked, failed
+
+
+def _reason(error: UnreadableImage | OSError) -> str:
+    """Why an image cannot be read, without the path that the message names anyway."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def _encode(pixels: Tensor) -> bytes:
@@ -256,18 +278,30 @@ def through_workers(items: Dataset, workers: int) -> Iterator:
     )
 
 
-# --- Evaluation: every image once, in order, one fixed view ---------------------------------------
+# --- Evaluation: every image once, in order, fixed views ------------------------------------------
 
 
 def evaluation_batches(
-    source: Source, views: ViewConfig, *, batch: int = 256, workers: int = 0
+    source: Source,
+    views: ViewConfig,
+    *,
+    batch: int = 256,
+    workers: int = 0,
+    ten_crop: bool = False,
 ) -> Iterator[Batch]:
     """The central view of every readable image, in order: uint8 [B, 3, S, S].
 
     Images that cannot be read are left out; compare the indices with the source to count them.
+
+    Args:
+        source: the images.
+        views: augmentation, image_size and eval_crop.
+        batch: images at a time.
+        workers: processes that decode.
+        ten_crop: the ten views of :func:`augment.ten_crop_views` instead: uint8 [B, 10, 3, S, S].
     """
     chunks = list(torch.arange(len(source)).split(batch))
-    for index, images, _ in through_workers(_Centers(source, views, chunks), workers):
+    for index, images, _ in through_workers(_Measured(source, views, chunks, ten_crop), workers):
         if len(index):
             yield Batch(index, images)
 

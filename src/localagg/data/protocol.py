@@ -1,0 +1,104 @@
+"""What every source of images offers, and what the kinds of sources share."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..config import UserError
+
+# Names under which a split may be stored, the asked one first.
+ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "test"),
+    "test": ("test", "val", "validation", "valid"),
+}
+SPLIT_NAMES = ("train", "training", "val", "validation", "valid", "test")
+MOST_CLASSES = 1_000_000  # a larger label is damage, not a class; bounds the lists made from labels
+_FINGERPRINT_SAMPLES = 64
+
+
+class Sample(NamedTuple):
+    """One image of a source."""
+
+    index: int
+    """Its row in the memory bank: 0..N-1."""
+    image: bytes | Tensor
+    """Encoded bytes, or decoded uint8 [3, H, W]."""
+    label: int | None
+
+
+class Source(Protocol):
+    """What every source offers. It can be pickled, so that worker processes read from it."""
+
+    uri: str
+    classes: list[str] | None
+    """Class names by label; None where there are no labels."""
+    labels: Tensor | None
+    """int64 [N], or None."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def name(self, index: int) -> str:
+        """What to call the image in a message: its path, or its record."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of (index -> content): the same only if every index still means the same image."""
+        ...
+
+    def stored_bytes(self) -> int:
+        """Bytes that all images take where they are stored (of a table: its whole)."""
+        ...
+
+
+class MissingSplit(UserError):
+    """The data exist but have no such split."""
+
+
+class Stored(NamedTuple):
+    """Data of some kind that were found at a URI, not opened yet."""
+
+    splits: Sequence[str]
+    """Names of its splits as they are stored."""
+    open: Callable[[str], Source]
+    """Opens one of them by that name."""
+
+
+def choose(uri: str, available: Sequence[str], split: str) -> str:
+    """The stored name of a split that is asked for as train, val or test.
+
+    Raises:
+        MissingSplit: there is none.
+    """
+    for name in ALIASES[split]:
+        if name in available:
+            return name
+    if list(available) == ["train"]:
+        raise MissingSplit(f"'{uri}' has no split '{split}'; all of its images are 'train'.")
+    raise MissingSplit(f"'{uri}' has no split '{split}'; it has {', '.join(available)}.")
+
+
+def fingerprint(source: Source, records: Iterable[str]) -> str:
+    """Hash of the count, of a line for each image, and of the bytes of 64 images."""
+    digest = hashlib.sha256(f"{len(source)}\n".encode())
+    for record in records:
+        digest.update(record.encode("utf-8", "surrogateescape") + b"\n")
+    for i in np.linspace(0, len(source) - 1, min(_FINGERPRINT_SAMPLES, len(source))).astype(int):
+        try:
+            image = source[int(i)].image
+        except OSError:  # a file that is gone is another content
+            image = b"\0missing"
+        digest.update(image if isinstance(image, bytes) else image.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoded(image: bytes | Tensor) -> bytes:
+    """The bytes of a sample's image: as they are, or decoded pixels [3, H, W] as PNG."""
+    if isinstance(image, bytes):
+        return image
+    from torchvision.io import encode_png
+
+    return encode_png(image.contiguous()).numpy().tobytes()
