@@ -1,0 +1,361 @@
+"""Linear read-outs: how well labels can be told from the layers of an encoder that is frozen.
+
+One head a layer, all trained in one pass over the images. The loop reads as pretraining's does; a
+transfer folder::
+
+    OUT/transfer.json            configuration, weights, data and their fingerprints, written once
+    OUT/metrics.jsonl            one line a measurement
+    OUT/state.pt                 heads, optimizer, step: replaced as a whole, loaded with
+                                 ``weights_only=True``
+    OUT/heads.safetensors        at the end: LAYER.weight [C, F] and LAYER.bias [C]
+    OUT/encoder.safetensors      at the end of a fine-tuning
+    OUT/results.json             at the end: what :func:`transfer` returns
+"""
+
+import copy
+import hashlib
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import check_new, load_encoder, load_views, save_weights, write_json
+from .config import Interrupted, TransferConfig, UserError, ViewConfig, from_dict, to_dict
+from .data.augment import Augment
+from .data.loader import typical_side
+from .data.sources import Source
+from .logbook import Metrics, progress_bar, say
+from .models import Encoder
+from .probe import Probe, general_options, open_labelled
+from .readout import cross_entropies
+from .record import Interrupt, interruptible
+from .sizing import resolve
+
+
+def transfer(
+    config: TransferConfig, weights: str | Path | Encoder, data: str, out: str | Path | None = None
+) -> dict[str, Any]:
+    """Train linear heads on an encoder's layers and measure them on the held-out images.
+
+    The reference's protocol: frozen layers in inference mode, random views, SGD whose rate drops
+    on the step after a boundary, all heads in one pass. As each head has its own parameters, its
+    weights are those it would have alone. All held-out images count, the last partial batch too
+    (deviation: the reference drops it).
+
+    Args:
+        config: what to do.
+        weights: run folder or weights file, whose views are taken over where the configuration
+            leaves all as they are, and else their sizes; or an encoder, which is left as it is.
+        data: data URI with labels, and a held-out split.
+        out: folder to make. None: nothing is written.
+
+    Returns:
+        {"layers": {layer: {"top1", "top5", "ten_crop_top1", "ten_crop_top5": 0-1}}, "data", "run",
+        "protocol", "epochs", "steps", "seconds", "images": learned from, "measured": held-out
+        images, "unreadable": images left out of both, "classes"}.
+
+    Raises:
+        UserError: no labels, no held-out split, one class, unlike classes, or options that do not
+            fit them.
+        Interrupted: Ctrl-C; with ``out`` the state has been saved.
+    """
+    run = None if out is None else Path(out)
+    if run is not None:
+        _check_new(run)
+    encoder, path = _encoder(weights)
+    labelled = open_labelled(data)
+    resolved = _resolve(config, encoder, path, labelled.source)
+    facts = {
+        "weights": path if path is None else str(path),
+        "weights_digest": weights_digest(encoder),
+        "data": data,
+        "fingerprints": labelled.fingerprints() if run else [],
+        "size": len(labelled.source),
+    }
+    say(
+        f"Reading out {', '.join(resolved.layers or ())} of {len(labelled.source):,} images of"
+        f" {labelled.classes:,} classes, measured on {len(labelled.held_out):,}:"
+        f" {protocol(resolved)}; batch {resolved.batch_size}."
+    )
+    probe = Probe(resolved, encoder, labelled, facts)
+    if run is not None:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "transfer.json", {**facts, "config": to_dict(resolved)})
+    return _learn(probe, run)
+
+
+def resume_transfer(
+    out: str | Path,
+    *,
+    weights: str | Path | Encoder | None = None,
+    data: str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Go on with a transfer from its last state; the end is that of one never stopped.
+
+    Args:
+        out: the folder of the transfer.
+        weights: another place of the same weights. None: where the transfer found them.
+        data: another place of the same images. None: where the transfer found them.
+        workers: another number of processes. None: as before.
+        device: another device. None: as before.
+
+    Returns:
+        As :func:`transfer`; of a finished one, what it returned then.
+
+    Raises:
+        UserError: not a transfer, other weights, other images, or a damaged state.
+        Interrupted: Ctrl-C; the state has been saved.
+    """
+    run = Path(out)
+    config, facts = _read_transfer(run)
+    if (run / "results.json").exists():
+        say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
+        return json.loads((run / "results.json").read_text())
+    weights = facts["weights"] if weights is None else weights
+    if weights is None:
+        raise UserError(f"'{run}' was given an encoder, not a file; resume it with weights.")
+    encoder, _ = _encoder(weights)
+    if weights_digest(encoder) != facts["weights_digest"]:
+        raise UserError(f"These weights are not those that '{run}' began with; start a new --out.")
+    data = data or str(facts["data"])
+    labelled = open_labelled(data)
+    if labelled.fingerprints() != facts["fingerprints"]:
+        raise UserError(
+            f"'{data}' ({len(labelled.source):,} images) is not what '{run}' has learned from"
+            f" ({facts['size']:,} images); start a new transfer with another --out."
+        )
+    if workers is not None:
+        config = replace(config, workers=workers)
+    if device is not None:
+        config = from_dict(TransferConfig, {**to_dict(config), "device": device})
+    probe = Probe(config, encoder, labelled, facts)
+    probe.restore(run)
+    say(f"Going on with '{run}' after step {probe.step:,}.")
+    return _learn(probe, run)
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's architecture and of all its values."""
+    digest = hashlib.sha256(json.dumps(encoder.spec, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
+    if isinstance(weights, Encoder):
+        return copy.deepcopy(weights), None
+    return load_encoder(Path(weights)), Path(weights)
+
+
+_SIZES = ("image_size", "eval_crop")  # what the weights' own views lend to others
+
+
+def _resolve(
+    config: TransferConfig, encoder: Encoder, path: Path | None, source: Source
+) -> TransferConfig:
+    """The configuration without None: layers, batch, drops, and views that the weights know."""
+    views = config.views
+    if path is not None and (learned := load_views(path)):
+        sizes = {name: getattr(views, name) or getattr(learned, name) for name in _SIZES}
+        views = learned if views == ViewConfig() else replace(views, **sizes)
+    general = resolve(
+        replace(general_options(config), views=views, drops=(), ir_epochs=0),
+        len(source),
+        typical_side(source),
+    )
+    drops = config.drops
+    if drops is None:  # where the reference's ResNets have them: 30 and 60 of 70
+        drops = tuple(round(config.epochs * share / 7, 2) for share in (3, 6))
+    return replace(
+        config,
+        views=general.views,
+        layers=config.layers or tuple(encoder.layers),
+        batch_size=general.batch_size,
+        drops=drops,
+    )
+
+
+def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
+    """The loop. It reads from top to bottom as a batch of images travels."""
+    config, feed, device = probe.config, probe.feed, probe.device
+    schedule, network = probe.schedule, probe.network
+    augment = Augment(config.views, config.seed, cropped=feed.cropped)
+    record = _Record(probe, run)
+
+    with record, interruptible() as interrupt:
+        network.train()
+        while probe.step < schedule.last:
+            epoch, first, _ = schedule.at(probe.step)
+            batches = feed.batches(epoch, first)
+            for _ in range(probe.step, schedule.end_of_epoch(probe.step)):
+                index, images = next(batches)
+                index, images = index.to(device), images.to(device)
+                views = augment(images, epoch, index)
+                logits = network(views.contiguous(memory_format=torch.channels_last))
+                losses = cross_entropies(logits, probe.labels[index])
+                for group in probe.optimizer.param_groups:
+                    group["lr"] = schedule.learning_rate(probe.step)
+                probe.fabric.backward(torch.stack(list(losses.values())).sum())
+                probe.optimizer.step()
+                probe.optimizer.zero_grad()
+                probe.step += 1
+                record.after_step(epoch, losses, interrupt)
+            due = config.eval_every and (epoch + 1) % config.eval_every == 0
+            if due and probe.step < schedule.last:
+                record.measured(epoch, probe.measure(ten_crop=False)[0])
+            record.end_of_epoch(interrupt)
+        return record.finish()
+
+
+class _Record:
+    """The record of a transfer while it learns: console, metrics, state, Ctrl-C, results."""
+
+    def __init__(self, probe: Probe, run: Path | None) -> None:
+        self.probe, self.run, self.config = probe, run, probe.config
+        progress = probe.progress
+        self.before, self.started = progress["seconds"], time.monotonic()
+        self.saved = self.started
+        self.metrics: Metrics | None = None
+        if run is not None:
+            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=probe.step)
+        self.bar = progress_bar()
+
+    def __enter__(self) -> "_Record":
+        self.bar.start()
+        last = self.probe.schedule.last
+        self.task = self.bar.add_task("learning", total=last, note="")
+        self.bar.update(self.task, completed=self.probe.step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def after_step(self, epoch: int, losses: dict[str, Tensor], interrupt: Interrupt) -> None:
+        """Losses every few steps; the state when it is due. The end of an epoch saves it anyway."""
+        step, schedule = self.probe.step, self.probe.schedule
+        ends = step == schedule.end_of_epoch(step - 1)
+        if step % self.config.log_every == 0 or ends:
+            values = {layer: loss.item() for layer, loss in losses.items()}
+            if wrong := [layer for layer, value in values.items() if not math.isfinite(value)]:
+                raise UserError(
+                    f"The loss of layer {wrong[0]} is {values[wrong[0]]} at step {step:,}; start"
+                    " again with a lower --learning-rate."
+                )
+            named = {f"loss_{layer}": value for layer, value in values.items()}
+            rate = schedule.learning_rate(step - 1)
+            self._write({"epoch": epoch + 1, **named, "learning_rate": rate})
+            note = f"mean loss {sum(values.values()) / len(values):.3f}"
+            self.bar.update(self.task, description=f"epoch {epoch + 1}", note=note)
+        self.bar.update(self.task, completed=step)
+        if ends:
+            return
+        if interrupt.asked or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+            self.save()
+        self._stop_if_asked(interrupt)
+
+    def measured(self, epoch: int, layers: dict[str, dict[str, float]]) -> None:
+        """A line of measurements."""
+        named = {f"{key}_{layer}": v for layer, found in layers.items() for key, v in found.items()}
+        self._write({"epoch": epoch + 1, **named})
+        shown = ", ".join(f"{layer} {found['top1']:.1%}" for layer, found in layers.items())
+        say(f"epoch {epoch + 1}/{self.config.epochs}, top-1 by layer: {shown}")
+
+    def end_of_epoch(self, interrupt: Interrupt) -> None:
+        """Save what was learned and measured."""
+        self.save()
+        self._stop_if_asked(interrupt)
+
+    def save(self) -> None:
+        """Save everything that :meth:`Probe.restore` and this class need to go on."""
+        if self.run is not None and self.metrics is not None:
+            progress = {"metrics_bytes": self.metrics.flushed(), "seconds": self._seconds()}
+            self.probe.save(self.run, progress)
+        self.saved = time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the heads, and write the results where there is a folder."""
+        probe, config, labelled = self.probe, self.config, self.probe.labelled
+        layers, measured = probe.measure(ten_crop=False)
+        if config.ten_crop:
+            for layer, found in probe.measure(ten_crop=True)[0].items():
+                layers[layer] |= {f"ten_crop_{key}": value for key, value in found.items()}
+        self.measured(config.epochs - 1, layers)
+        results = {
+            "layers": layers,
+            "data": labelled.data,
+            "run": probe.facts["weights"],
+            "protocol": protocol(config),
+            "epochs": config.epochs,
+            "steps": probe.step,
+            "seconds": round(self._seconds(), 2),
+            "images": len(probe.feed.valid),
+            "measured": measured,
+            "unreadable": len(probe.feed.unreadable) + len(labelled.held_out) - measured,
+            "classes": labelled.classes,
+        }
+        if self.run is not None:
+            heads = {k: v.cpu().contiguous() for k, v in probe.readout.named_heads().items()}
+            save_file(heads, self.run / "heads.safetensors")
+            if config.finetune:
+                path = self.run / "encoder.safetensors"
+                save_weights(path, probe.readout.encoder, config.views)
+            write_json(self.run / "results.json", results)
+        return results
+
+    def _stop_if_asked(self, interrupt: Interrupt) -> None:
+        if interrupt.asked:
+            way = "nothing was to be saved"
+            if self.run is not None:
+                way = f"go on with localagg transfer --resume {self.run}"
+            raise Interrupted(f"Stopped after step {self.probe.step:,}; {way}.")
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.probe.step, values)
+
+
+def protocol(config: TransferConfig) -> str:
+    """One line that says how a read-out was measured; numbers of unlike lines do not compare."""
+    views = config.views
+    what = "linear heads with the network fine-tuned" if config.finetune else "linear heads, frozen"
+    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    crops = "center crop" + (" and ten crops by mean softmax" if config.ten_crop else "")
+    slip = "; features pooled as in the reference" if config.compat else ""
+    return (
+        f"{what}; {epochs} of random views ({views.augmentation}, {views.crop} crops);"
+        f" {crops} of {views.eval_crop} at {views.image_size} pixels{slip}"
+    )
+
+
+def _check_new(run: Path) -> None:
+    if (run / "transfer.json").exists():
+        raise UserError(
+            f"'{run}' holds another transfer; go on with --resume {run}, or name another --out."
+        )
+    check_new(run)
+
+
+def _read_transfer(run: Path) -> tuple[TransferConfig, dict[str, Any]]:
+    path = run / "transfer.json"
+    if not path.exists():
+        what = "is not a transfer (it has no transfer.json)" if run.exists() else "does not exist"
+        raise UserError(f"'{run}' {what}; name the --out of an earlier transfer.")
+    try:
+        facts = json.loads(path.read_text())
+        return from_dict(TransferConfig, facts.pop("config")), facts
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}.") from None

@@ -1,0 +1,373 @@
+"""Linear read-outs: heads against a float64 softmax regression, whole runs, resumes, refusals."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from localagg.checkpoint import load_encoder, save_weights
+from localagg.config import Interrupted, TransferConfig, UserError, override
+from localagg.data.sources import open_images
+from localagg.logbook import read_metrics
+from localagg.models import create_encoder
+from localagg.readout import linear_head
+from localagg.transfer import _Record, resume_transfer, transfer
+
+# A view that is the whole image, whatever is drawn: what the heads see is known.
+STILL = override(
+    TransferConfig(),
+    image_size=8,
+    crop_area=(1.0, 1.0),
+    crop_aspect=(1.0, 1.0),
+    gray=0.0,
+    jitter=(0.0, 0.0, 0.0, 0.0),
+    flip=0.0,
+    device="cpu",
+    precision="32-true",
+    ten_crop=False,
+    eval_every=0,
+)
+MOVING = override(
+    STILL, crop_area=(0.5, 1.0), flip=0.5, epochs=3, batch_size=200, eval_every=1, log_every=1,
+    ten_crop=True, drops=(1.0,),
+)  # fmt: skip
+
+
+def network(seed=0):
+    """A small encoder whose batch-norm statistics are not those of any batch."""
+    encoder = create_encoder("resnet18_small", 16, seed=seed, width=8, blocks=(1, 1))
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in encoder.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.2, generator=generator)
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return encoder
+
+
+def digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    source = open_images("digits", split)
+    return torch.stack([source[i].image for i in range(len(source))]), source.labels
+
+
+def heads(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "heads.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("transfer") / "whole"
+    transfer(MOVING, network(), "digits", out)
+    return out
+
+
+# --- What is learned ------------------------------------------------------------------------------
+
+
+def softmax_regression(features, labels, weight, bias, rates, momentum, decay):
+    """Full-batch steps of SGD on the mean cross-entropy with L2, in float64 by hand."""
+    x, w, b = (np.asarray(value, dtype=np.float64) for value in (features, weight, bias))
+    speed_w, speed_b = np.zeros_like(w), np.zeros_like(b)
+    target = np.eye(len(b))[labels]
+    for rate in rates:
+        logits = x @ w.T + b
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        speed_w = momentum * speed_w + (p - target).T @ x / len(x) + decay * w
+        speed_b = momentum * speed_b + (p - target).mean(axis=0) + decay * b
+        w, b = w - rate * speed_w, b - rate * speed_b
+    return w, b
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_heads_take_the_steps_of_a_float64_softmax_regression(tmp_path, decay):
+    config = override(
+        STILL, epochs=4, batch_size=1400, drops=(2.0,), learning_rate=0.05, weight_decay=decay,
+        layers=("0", "2"), seed=3,
+    )  # fmt: skip
+    encoder = network()
+    transfer(config, encoder, "digits", tmp_path / "out")
+    images, labels = digits("train")
+    features = encoder.eval().features(images, ["0", "2"])
+    found = heads(tmp_path / "out")
+    for layer in ("0", "2"):
+        x = features[layer].detach()
+        start = linear_head(x.shape[1], 10, 3, layer)
+        rates = (0.05, 0.05, 0.05, 0.005)  # the rate drops on the step after the boundary
+        w, b = softmax_regression(
+            x, labels, start.weight.detach(), start.bias.detach(), rates, 0.9, decay
+        )
+        assert np.abs(found[f"{layer}.weight"] - w).max() < 2e-6 * np.abs(w).max()
+        assert np.abs(found[f"{layer}.bias"] - b).max() < 2e-6 * np.abs(b).max()
+
+
+def test_heads_together_are_heads_alone_bit_for_bit(tmp_path, whole):
+    together = heads(whole)
+    assert len(together) == 2 * 3
+    for layer in ("0", "1", "2"):
+        config = override(MOVING, layers=(layer,), ten_crop=False)
+        transfer(config, network(), "digits", tmp_path / layer)
+        for name, tensor in heads(tmp_path / layer).items():
+            assert torch.equal(tensor, together[name])
+
+
+def test_five_layers_of_real_pictures_together_and_alone(tmp_path, pictures):
+    encoder = create_encoder("resnet18_small", 16, seed=0, width=8, blocks=(1, 1, 1, 1))
+    config = override(
+        MOVING, epochs=2, batch_size=8, image_size=16, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2,
+        memory="never", workers=2, eval_every=0, ten_crop=False,
+    )  # fmt: skip
+    out = transfer(config, encoder, str(pictures), tmp_path / "all")
+    assert list(out["layers"]) == ["0", "1", "2", "3", "4"]
+    assert (out["images"], out["measured"], out["unreadable"]) == (48, 12, 0)
+    for layer in out["layers"]:
+        single = override(config, layers=(layer,), workers=0)
+        transfer(single, encoder, str(pictures), tmp_path / layer)
+        for name, tensor in heads(tmp_path / layer).items():
+            assert torch.equal(tensor, heads(tmp_path / "all")[name])
+
+
+def test_a_head_learns_what_logistic_regression_learns(tmp_path):
+    encoder = network()
+    config = override(STILL, epochs=20, batch_size=50, layers=("1",))
+    out = transfer(config, encoder, "digits", tmp_path / "out")
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        images, known = digits(split)
+        features[split] = encoder.eval().features(images, ["1"])["1"].detach().numpy()
+        labels[split] = known.numpy()
+    solver = LogisticRegression(C=1 / (1400 * 1e-4), max_iter=1000)
+    expected = solver.fit(features["train"], labels["train"]).score(features["val"], labels["val"])
+    assert out["layers"]["1"]["top1"] == pytest.approx(expected, abs=0.02)
+    # The accuracy is that of the head that was written, over all 397 held-out images.
+    head = heads(tmp_path / "out")
+    logits = features["val"] @ head["1.weight"].numpy().T + head["1.bias"].numpy()
+    order = np.argsort(-logits, axis=1)
+    hit = order == labels["val"][:, None]
+    assert out["measured"] == 397
+    assert out["layers"]["1"]["top1"] == pytest.approx(hit[:, :1].any(axis=1).mean())
+    assert out["layers"]["1"]["top5"] == pytest.approx(hit[:, :5].any(axis=1).mean())
+
+
+def test_the_encoder_that_was_handed_over_is_left_alone(tmp_path):
+    encoder = network().train()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    for finetune in (False, True):
+        transfer(override(MOVING, epochs=1, finetune=finetune), encoder, "digits")
+    assert encoder.training
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
+
+
+def test_fine_tuning_trains_the_network_and_its_batch_norm(tmp_path):
+    encoder = network()
+    config = override(MOVING, finetune=True, epochs=2)
+    out = transfer(config, encoder, "digits", tmp_path / "out")
+    tuned = load_encoder(tmp_path / "out" / "encoder.safetensors").state_dict()
+    old = encoder.state_dict()
+    for name in ("backbone.stem.weight", "backbone.stem_norm.running_mean"):
+        assert not torch.equal(tuned[name], old[name])
+    assert torch.equal(tuned["head.weight"], old["head.weight"])  # no read-out uses it
+    assert "fine-tuned" in out["protocol"]
+
+
+# --- How it is scored -----------------------------------------------------------------------------
+
+
+def test_ten_crops_of_digits_are_measured_too(whole):
+    out = json.loads((whole / "results.json").read_text())
+    assert set(out["layers"]["1"]) == {"top1", "top5", "ten_crop_top1", "ten_crop_top5"}
+    head, encoder = heads(whole), network().eval()
+    images, labels = digits("val")
+    hits = 0
+    for views in (images, images.flip(3)):  # whole 8 x 8 images: five times the same two views
+        x = encoder.features(views, ["1"])["1"].detach()
+        hits = hits + (x @ head["1.weight"].T + head["1.bias"]).double().softmax(dim=1)
+    expected = (hits.argmax(dim=1) == labels).double().mean().item()
+    assert out["layers"]["1"]["ten_crop_top1"] == pytest.approx(expected)
+
+
+# --- How a run goes on ----------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    first, second = heads(one), heads(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert read_metrics(one) == read_metrics(other)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize("method", ["after_step", "measured", "end_of_epoch", "finish"])
+def test_stopped_anywhere_and_resumed_ends_as_if_never_stopped(
+    tmp_path, whole, monkeypatch, method
+):
+    """An epoch has 7 steps; the state is saved after each but an epoch's last."""
+    original, calls, fatal = getattr(_Record, method), [], {2, 5, 9}
+
+    def die(self, *arguments):
+        calls.append(method)
+        if len(calls) in fatal or (method == "finish" and len(calls) == 1):
+            raise Killed
+        return original(self, *arguments)
+
+    monkeypatch.setattr(_Record, method, die)
+    broken, config = tmp_path / "broken", override(MOVING, checkpoint_seconds=0.0)
+    with pytest.raises(Killed):
+        transfer(config, network(), "digits", broken)
+    deaths = 1
+    while not (broken / "results.json").exists():
+        try:
+            resume_transfer(broken, weights=network())
+        except Killed:
+            deaths += 1
+    assert deaths == {"after_step": 3, "measured": 1, "end_of_epoch": 1, "finish": 2}[method]
+    assert_same_end(whole, broken)
+
+
+def test_a_fine_tuning_resumes_with_its_network(tmp_path, monkeypatch):
+    config = override(MOVING, finetune=True, checkpoint_seconds=0.0, ten_crop=False)
+    transfer(config, network(), "digits", tmp_path / "whole")
+    original, calls = _Record.after_step, []
+
+    def die(self, *arguments):
+        original(self, *arguments)
+        calls.append(1)
+        if len(calls) == 10:
+            raise Killed
+
+    monkeypatch.setattr(_Record, "after_step", die)
+    with pytest.raises(Killed):
+        transfer(config, network(), "digits", tmp_path / "broken")
+    resume_transfer(tmp_path / "broken", weights=network())
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+    one, other = (load_file(tmp_path / r / "encoder.safetensors") for r in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", [10, 14])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole, monkeypatch, step):
+    save_weights(tmp_path / "weights.safetensors", network())
+    original = _Record.after_step
+
+    def press(self, *arguments):
+        if self.probe.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *arguments)
+
+    monkeypatch.setattr(_Record, "after_step", press)
+    with pytest.raises(Interrupted, match=rf"step {step}; .*--resume .*stopped"):
+        transfer(MOVING, tmp_path / "weights.safetensors", "digits", tmp_path / "stopped")
+    monkeypatch.setattr(_Record, "after_step", original)
+    resume_transfer(tmp_path / "stopped", workers=1)
+    expected = json.loads((whole / "results.json").read_text())
+    found = json.loads((tmp_path / "stopped" / "results.json").read_text())
+    assert found["layers"] == expected["layers"]
+    assert read_metrics(tmp_path / "stopped") == read_metrics(whole)
+
+
+def test_resuming_a_finished_transfer_gives_its_results(whole):
+    expected = json.loads((whole / "results.json").read_text())
+    assert resume_transfer(whole) == expected
+    assert expected["steps"] == 3 * 7
+    last = read_metrics(whole)[-1]
+    assert last["top1_2"] == expected["layers"]["2"]["top1"]
+    assert last["ten_crop_top1_2"] == expected["layers"]["2"]["ten_crop_top1"]
+
+
+def test_what_a_resume_refuses(tmp_path, whole, pictures):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match="was given an encoder"):
+        resume_transfer(run)
+    with pytest.raises(UserError, match="not those that"):
+        resume_transfer(run, weights=network(seed=1))
+    with pytest.raises(UserError, match=r"\(48 images\) is not what .* \(1,400 images\)"):
+        resume_transfer(run, weights=network(), data=str(pictures))
+    state = bytearray((run / "state.pt").read_bytes())
+    (run / "state.pt").write_bytes(state[: len(state) // 2])
+    with pytest.raises(UserError, match=r"state\.pt' is damaged"):
+        resume_transfer(run, weights=network())
+    with pytest.raises(UserError, match="not a transfer"):
+        resume_transfer(pictures)
+    with pytest.raises(UserError, match="does not exist"):
+        resume_transfer(tmp_path / "none")
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def test_folders_and_options_that_do_not_fit_are_refused(tmp_path, whole, pictures):
+    with pytest.raises(UserError, match="holds another transfer; go on with --resume"):
+        transfer(MOVING, network(), "digits", whole)
+    with pytest.raises(UserError, match="not empty"):
+        transfer(MOVING, network(), "digits", pictures)
+    with pytest.raises(UserError, match="no layer '7'; it has 0, 1, 2"):
+        transfer(override(MOVING, layers=("7",)), network(), "digits", tmp_path / "a")
+    with pytest.raises(UserError, match="name each layer once"):
+        override(MOVING, layers=("1", "1"))
+    with pytest.raises(UserError, match="name each layer once"):
+        override(MOVING, layers=())
+    with pytest.raises(UserError, match="--batch-size 1,401 is more"):
+        transfer(override(MOVING, batch_size=1401), network(), "digits", tmp_path / "a")
+    with pytest.raises(UserError, match=r"loss of layer 0 is .* lower --learning-rate"):
+        transfer(override(MOVING, learning_rate=1e30), network(), "digits", tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_unreadable_images_are_refused_or_counted(tmp_path, pictures):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    (data / "train" / "flower" / "03.jpg").write_bytes(b"nothing")
+    whole_file = (data / "val" / "temple" / "01.jpg").read_bytes()
+    config = override(MOVING, epochs=1, batch_size=8, image_size=16, workers=0, ten_crop=False)
+    with pytest.raises(UserError, match=r"1 of 48 images .*flower/03\.jpg"):
+        transfer(config, network(), str(data), tmp_path / "out")
+    shutil.copy(pictures / "train" / "flower" / "03.jpg", data / "train" / "flower" / "03.jpg")
+    (data / "val" / "temple" / "01.jpg").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"1 of 12 images .*temple/01\.jpg"):
+        transfer(config, network(), str(data), tmp_path / "out")
+    (data / "val" / "temple" / "01.jpg").write_bytes(whole_file[:-100])
+    assert transfer(config, network(), str(data))["unreadable"] == 1  # found when decoded
+    (data / "train" / "flower" / "03.jpg").write_bytes(b"nothing")
+    out = transfer(override(config, unreadable="skip"), network(), str(data))
+    assert (out["images"], out["measured"], out["unreadable"]) == (47, 11, 2)
+
+
+def test_a_run_lends_its_views(tmp_path):
+    from localagg.checkpoint import read_run
+    from localagg.config import to_dict
+    from localagg.pretrain import pretrain
+    from localagg.recipes import recipe
+
+    config = override(
+        recipe("digits").config, epochs=1, ir_epochs=1, width=8, blocks=(1,), batch_size=350,
+        eval_every=0, device="cpu",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    pretrain(config, "digits", run)
+    short = TransferConfig(epochs=1, batch_size=700, ten_crop=False, device="cpu")
+    transfer(short, run, "digits", tmp_path / "a")
+    transfer(override(short, flip=0.25), run, "digits", tmp_path / "b")
+    views = [
+        json.loads((tmp_path / name / "transfer.json").read_text())["config"]["views"]
+        for name in ("a", "b")
+    ]
+    lent = json.loads(json.dumps(to_dict(read_run(run)[0].views)))
+    assert views[0] == lent
+    assert views[0]["flip"] == 0.0
+    assert (views[1]["flip"], views[1]["gray"]) == (0.25, 0.2)
+    assert views[1]["image_size"] == lent["image_size"] == 16
