@@ -105,7 +105,7 @@ def test_knn_measures_bank_and_embeddings(run, tmp_path, capsys):
     result = json.loads((tmp_path / "k.json").read_text())
     assert set(result["accuracy"]) == {"knn1", "knn20"}
     assert (result["asked"], result["known"]) == (397, 1400)
-    assert result["accuracy"]["knn1"] > 0.3
+    assert result["accuracy"]["knn1"] > 0.2  # chance is 0.1
     assert cli.main(["knn", str(run), "--against", "embeddings"]) == 0
     assert "397 images asked 1,400 of the training images" in capsys.readouterr().out
 

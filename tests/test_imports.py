@@ -12,14 +12,26 @@ import localagg
 SRC = Path(localagg.__file__).parent
 # Ground first. A module imports from its own floor and below (data and models not each other).
 FLOORS = [
-    {"config", "objectives", "draws"},
-    {"neighbors", "bank", "clustering", "knn", "models", "data", "logbook", "device", "sizing"},
-    {"checkpoint"},
-    {"embed"},
+    {"config", "objectives", "draws", "crc32c"},
+    {
+        "neighbors",
+        "bank",
+        "clustering",
+        "knn",
+        "models",
+        "data",
+        "logbook",
+        "device",
+        "sizing",
+        "schedule",
+    },
+    {"checkpoint", "reference_recipes"},
+    {"embed", "interop", "recipes", "migrate"},
     {"evaluate", "learner", "report"},
-    {"record"},
-    {"pretrain", "recipes", "parse"},
+    {"record", "readout", "probe", "forecast"},
+    {"pretrain", "transfer", "parse"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,15 +1,19 @@
 """Named configurations. Each says the command, the machine, and the number to expect."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .config import (
     EncoderConfig,
     ObjectiveConfig,
     PretrainConfig,
+    TransferConfig,
     UserError,
     ViewConfig,
     nearest,
 )
+from .reference_recipes import IMAGENET, PLACES, PRETRAINING, READOUTS
+from .schedule import Schedule, images_seen
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,15 @@ class Recipe:
     """A configuration with its purpose and its price."""
 
     config: PretrainConfig
+    about: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class ReadoutRecipe:
+    """Likewise for linear read-outs."""
+
+    config: TransferConfig
     about: str
     cost: str
 
@@ -61,7 +74,43 @@ CIFAR10 = Recipe(
     cost="25 minutes on 2 CPU cores",
 )
 
-RECIPES: dict[str, Recipe] = {"folder": FOLDER, "digits": DIGITS, "cifar10": CIFAR10}
+
+_NETWORK = {
+    "alexnet": "AlexNet with batch-norm",
+    "vggnet": "VGG16 with some batch-norm",
+    "res18": "PreAct ResNet-18",
+    "res50": "PreAct ResNet-50",
+}
+
+
+def _pretraining(name: str, config: PretrainConfig) -> Recipe:
+    seen = images_seen(Schedule(config, IMAGENET))
+    about = f"the reference's {name}: {_NETWORK[name.split('_')[0]]} on ImageNet"
+    return Recipe(config, about, _passes(seen, IMAGENET))
+
+
+def _readouts(name: str, config: TransferConfig) -> ReadoutRecipe:
+    images, where = (PLACES, "Places205") if name.startswith("plc") else (IMAGENET, "ImageNet")
+    about = f"the reference's {name}: read-outs of {_NETWORK[name.split('_')[-2]]} on {where}"
+    return ReadoutRecipe(config, about, _passes(config.epochs * images, images))
+
+
+def _passes(seen: int, images: int) -> str:
+    """The basis of any estimate of hours: how often all images go through the network."""
+    return f"{seen / images:.0f} x {images / 1e6:.2f} M"
+
+
+RECIPES: dict[str, Recipe] = {
+    "folder": FOLDER,
+    "digits": DIGITS,
+    "cifar10": CIFAR10,
+    **{name: _pretraining(name, config) for name, config in PRETRAINING.items()},
+}
+READOUT_RECIPES: dict[str, ReadoutRecipe] = {
+    name: _readouts(name, config) for name, config in READOUTS.items()
+}
+# The sixteen configurations of the reference, by its names.
+REFERENCE = (*PRETRAINING, *READOUTS)
 
 
 def recipe(name: str) -> Recipe:
@@ -70,7 +119,28 @@ def recipe(name: str) -> Recipe:
     Raises:
         UserError: there is none; the nearest is suggested.
     """
-    if name not in RECIPES:
-        listed = ", ".join(RECIPES)
-        raise UserError(f"There is no recipe '{name}'; there are {listed}.{nearest(name, RECIPES)}")
-    return RECIPES[name]
+    if name in READOUT_RECIPES:
+        raise UserError(
+            f"'{name}' are read-outs: localagg transfer RUN --recipe {name} --data IMAGES."
+        )
+    return _named(name, RECIPES)
+
+
+def readout_recipe(name: str) -> ReadoutRecipe:
+    """The recipe for read-outs of a name.
+
+    Raises:
+        UserError: there is none; the nearest is suggested.
+    """
+    return _named(name, READOUT_RECIPES)
+
+
+R = TypeVar("R")
+
+
+def _named(name: str, known: dict[str, R]) -> R:
+    if name not in known:
+        raise UserError(
+            f"There is no recipe '{name}'; there are {', '.join(known)}.{nearest(name, known)}"
+        )
+    return known[name]

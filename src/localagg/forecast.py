@@ -1,0 +1,95 @@
+"""What a run would be: its whole configuration, its steps, and the memory it will want."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PretrainConfig, known, to_dict
+from .data.loader import typical_side
+from .data.sources import open_images
+from .learner import make_encoder
+from .objectives import TOP_TILE_BYTES
+from .schedule import Schedule, images_seen
+from .sizing import explain, resolve
+
+
+def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
+    """Resolve a configuration against images and forecast the run, without training.
+
+    Args:
+        config: as for ``pretrain``.
+        data: data URI; a few headers are read.
+
+    Returns:
+        {"images", "notes": sentences of what was derived, "config", "steps": {"epoch", "ir", "la",
+        "total", "drops", "images_seen"}, "memory": {part: bytes}, "checkpoint_bytes"}. Bank,
+        labels, weights and checkpoint are exact; images, views, activations and the loss engine
+        are estimates.
+
+    Raises:
+        UserError: options and data do not go together.
+    """
+    source = open_images(data)
+    size, side = len(source), typical_side(source)
+    resolved = resolve(config, size, side)
+    schedule = Schedule(resolved, size)
+    memory = _memory(resolved, size, side)
+    kept = ("memory bank", "cluster labels")
+    return {
+        "images": size,
+        "notes": explain(config, resolved, size),
+        "config": to_dict(resolved),
+        "steps": {
+            "epoch": schedule.la_steps,
+            "ir": schedule.switch,
+            "la": schedule.last - schedule.switch,
+            "total": schedule.last,
+            "drops": schedule.boundaries,
+            "images_seen": images_seen(schedule),
+        },
+        "memory": memory,
+        "checkpoint_bytes": sum(memory[part] for part in kept)
+        + memory["weights, gradients and momentum"] * 2 // 3,
+    }
+
+
+def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
+    objective, batch = config.objective, known(config.batch_size)
+    batch = max(batch, config.ir_batch_size or 0)
+    parameters, activations = _network(config)
+    number_bytes = 4 if config.precision == "32-true" else 2
+    pixels = size * 3 * side * side
+    held = config.memory == "always" or (
+        config.memory == "auto" and pixels <= config.memory_gb * 2**30
+    )
+    view = known(config.views.image_size)
+    neighbors = known(objective.neighbors)
+    return {
+        "memory bank": size * config.encoder.dim * 4,
+        "cluster labels": len(known(objective.clusters)) * size * 4,
+        "weights, gradients and momentum": 3 * 4 * parameters,
+        "activations (estimate)": batch * activations * number_bytes,
+        "views (estimate)": 3 * batch * 3 * view * view * 4,
+        "loss engine (estimate)": 2 * min(TOP_TILE_BYTES, 4 * batch * size)
+        + 4 * batch * (neighbors + 1) * 12,
+        "images held decoded (estimate, if they share one size)": pixels if held else 0,
+    }
+
+
+def _network(config: PretrainConfig) -> tuple[int, int]:
+    """(parameters, values of all layers' outputs for one image), computed without memory."""
+    with torch.device("meta"):
+        encoder = make_encoder(config.encoder, config.seed)
+    outputs = 0
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal outputs
+        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in encoder.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    view = known(config.views.image_size)
+    encoder.eval()(torch.empty(1, 3, view, view, device="meta"))
+    return sum(p.numel() for p in encoder.parameters()), outputs
