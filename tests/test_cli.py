@@ -34,14 +34,12 @@ def run(tmp_path_factory):
 def test_help_lists_every_command():
     done = localagg("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("demo", "pretrain", "knn", "inspect", "recipes"))
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
     assert localagg().stdout == done.stdout
     assert localagg("--version").stdout.startswith("localagg ")
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "pretrain digits", "pretrain", "knn", "inspect", "recipes"]
-)
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "pretrain digits", "pretrain res18_LA"])
 def test_each_command_explains_itself(command):
     done = localagg(*command.split(), "--help")
     assert done.returncode == 0
@@ -60,6 +58,24 @@ WRONG = [
     ("pretrain digits --data digits --out {run}", "holds another run"),
     ("pretrain digits", "--data"),
     ("pretrain", "Name a recipe"),
+    ("pretrain trans_res18_LA --data digits", "localagg transfer RUN --recipe trans_res18_LA"),
+    ("pretrain res18_LAA --data digits", "Did you mean 'res18_LA'"),
+    ("pretrain --config /no/such.json:x --data digits", "'/no/such.json' cannot be read"),
+    ("pretrain digits --data digits --config", "--config"),
+    ("pretrain digits --data digits --start {run} --out {new}", "has run LA already"),
+    ("pretrain digits --data digits --start {empty} --out {new}", "is not a run folder"),
+    ("transfer", "Name a run folder or a weights file"),
+    ("transfer {run} --recipe trans_res19_LA", "Did you mean 'trans_res18_LA'"),
+    ("transfer {run} --layers 9 --out {new}", "has no layer '9'"),
+    ("transfer {run} --data {pictures}/val --out {new}", "has no split to measure on"),
+    ("transfer {empty} --out {new}", "is not a run folder"),
+    ("transfer --resume {run}", "localagg"),
+    ("embed {run} --data digits --out /no/such/e.parquet", "--out"),
+    ("embed {run} --data /no/such/folder --out {new}", "There is no file or folder"),
+    ("embed {run} --data digits", "--out"),
+    ("pack {empty} {new}", "holds no images"),
+    ("pack digits {run}", "not empty"),
+    ("import-tf {empty} --model preact_resnet18 --out {new}", "checkpoint"),
     ("pretrain --resume {run} --data {pictures}", "is not what"),
     ("pretrain --resume {run} --epochs 9", "--epochs 2, not 9"),
     ("pretrain --resume {run} --out {new}", "leave out --out"),
@@ -131,3 +147,71 @@ def test_inspect_and_recipes_write_json(pictures, tmp_path, capsys):
     assert {"folder", "digits", "cifar10"} <= set(recipes)
     assert recipes["digits"]["config"]["epochs"] == 50
     assert "cifar10" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_whole_configuration_and_leaves_nothing(pictures, tmp_path, capsys):
+    out, file = tmp_path / "run", tmp_path / "r.json"
+    words = ["pretrain", "res18_LA", "--data", str(pictures), "--out", str(out), "--dry-run"]
+    assert cli.main([*words, "--batch-size", "16", "--ir-batch-size", "8", "--json", str(file)]) == 0
+    said = capsys.readouterr()
+    assert "Made for 1,281,167 images" in said.err
+    assert "preact_resnet18" in said.out
+    told = json.loads(file.read_text())
+    assert told["steps"]["total"] == 200 * 3  # 48 images
+    assert told["steps"]["ir"] == 10 * 6
+    assert told["memory"]["memory bank"] == 48 * 128 * 4
+    assert not out.exists()
+    shown = {line.split()[0] for line in said.out.splitlines() if line.strip().startswith("--")}
+    assert {"--clusters", "--drops", "--augmentation", "--weight-decay"} <= shown
+
+
+def test_clusters_set_by_hand_are_taken_as_they_are(pictures, capsys):
+    words = ["pretrain", "res18_LA", "--data", str(pictures), "--dry-run", "--batch-size", "8"]
+    words += ["--ir-batch-size", "8", "--neighbors", "20"]
+    assert cli.main([*words, "--clusters", "7", "9"]) == 0
+    assert "7 9" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*words, "--clusters", "49"]) == 2
+
+
+def test_the_references_json_is_laid_over(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    path.write_text('// of 2019\n{"mine": {"task": "IR", "init_lr": 0.5, "port": 1}}')
+    words = ["pretrain", "--config", f"{path}:mine", "--data", "digits", "--dry-run"]
+    assert cli.main([*words, "--momentum", "0.5", "--json", str(tmp_path / "r.json")]) == 0
+    config = json.loads((tmp_path / "r.json").read_text())["config"]
+    assert (config["learning_rate"], config["momentum"]) == (0.5, 0.5)
+    assert config["encoder"]["model"] == "preact_resnet18"
+    assert "port means nothing here" in capsys.readouterr().err
+
+
+def test_la_starts_from_a_run_of_ir(tmp_path, capsys):
+    words = ["pretrain", "digits", "--data", "digits", *SMALL]
+    ir, la = tmp_path / "ir", tmp_path / "la"
+    assert cli.main([*words, "--epochs", "1", "--out", str(ir)]) == 0
+    again = [*words, "--start", str(ir), "--out", str(la), "--json", str(tmp_path / "j.json")]
+    assert cli.main(again) == 0
+    assert json.loads((tmp_path / "j.json").read_text())["steps"] == 28
+    first = [json.loads(line) for line in (la / "metrics.jsonl").read_text().splitlines()][0]
+    assert (first["step"], first["phase"]) == (20, "LA")
+
+
+def test_readouts_of_a_run_and_how_they_go_on(run, tmp_path, capsys):
+    out, file = tmp_path / "heads", tmp_path / "t.json"
+    words = ["transfer", str(run), "--epochs", "2", "--batch-size", "100", "--device", "cpu"]
+    assert cli.main([*words, "--layers", "0", "1", "--out", str(out), "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["layers"]) == {"0", "1"}
+    assert result["layers"]["1"]["top1"] > 0.2  # chance is 0.1
+    assert "ten_crop_top1" in capsys.readouterr().out
+    assert cli.main(["transfer", "--resume", str(out)]) == 0
+    assert "has finished its 2 epochs" in capsys.readouterr().err
+    assert cli.main(["transfer", "--resume", str(out), "--epochs", "5"]) == 2
+
+
+def test_pack_makes_what_the_commands_read(pictures, tmp_path, capsys):
+    for kind in ("arrow", "tfrecord"):
+        out = tmp_path / kind
+        assert cli.main(["pack", str(pictures), str(out), "--format", kind, "--verify"]) == 0
+        assert cli.main(["inspect", str(out), "--json", str(tmp_path / "i.json")]) == 0
+        splits = json.loads((tmp_path / "i.json").read_text())["splits"]
+        assert (splits["train"]["images"], splits["val"]["images"]) == (48, 12)

@@ -1,5 +1,6 @@
 """Examples in the documentation run, and what it names exists."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
@@ -25,11 +26,15 @@ def test_links_commands_and_options_exist(page):
         assert (page.parent / target).exists(), target
     for result in re.findall(r"benchmarks/[\w./]+\w", text):
         assert (ROOT / result).exists(), result
-    for command in re.findall(r"`localagg (\w+)", text):
-        assert command in cli._COMMANDS
+    for command in re.findall(r"`localagg ([\w-]+)", text):
+        assert command in cli.COMMANDS
     for function in re.findall(r"`objectives\.(\w+)`", text):
         assert hasattr(objectives, function)
-    options = {config.option(name) for name in config.option_names(config.PretrainConfig())}
-    options |= {"--data", "--out", "--resume", "--json", "--k", "--against", "--help", "--seed"}
+    kinds = [kind for kind, _ in cli.COMMANDS.values()]
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    names |= {*config.option_names(config.PretrainConfig())}
+    names |= {*config.option_names(config.TransferConfig())}
+    options = {config.option(name) for name in names} | {"--help", "--version", "--gpu"}
+    options |= {"--cache-dir", "--editable"}  # the reference's, and pip's
     for option in re.findall(r"`(--[a-z-]+)", text):
         assert option in options, option

@@ -88,7 +88,7 @@ def test_torch_waits_until_it_is_needed(code):
     "first", ["import localagg.pretrain", "from localagg.embed import Embedded"]
 )
 def test_public_names_are_functions_whatever_was_imported_before(first):
-    names = "embed, knn_accuracy, pretrain"
+    names = "embed, knn_accuracy, pretrain, transfer"
     check = f"{first}\nfrom localagg import {names}\nprint(all(map(callable, ({names}))))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import PretrainConfig, UserError
+    from .config import PretrainConfig, TransferConfig, UserError
     from .data.sources import open_images
     from .embed import embed
     from .knn import knn_accuracy
     from .models import create_encoder
     from .pretrain import pretrain
     from .recipes import RECIPES, recipe
+    from .transfer import transfer
 
 _HOME = {
     "PretrainConfig": "config",
+    "TransferConfig": "config",
     "UserError": "config",
     "open_images": "data.sources",
     "embed": "embed",
@@ -30,11 +32,13 @@ _HOME = {
     "pretrain": "pretrain",
     "RECIPES": "recipes",
     "recipe": "recipes",
+    "transfer": "transfer",
 }
 
 __all__ = [
     "RECIPES",
     "PretrainConfig",
+    "TransferConfig",
     "UserError",
     "create_encoder",
     "embed",
@@ -42,6 +46,7 @@ __all__ = [
     "open_images",
     "pretrain",
     "recipe",
+    "transfer",
 ]
 
 

@@ -40,7 +40,8 @@ class EncoderConfig:
     """The network that turns images into unit rows."""
 
     model: str | None = None
-    """resnet18, resnet50 (torchvision) or resnet18_small (8-64 pixels). None: by the image size."""
+    """resnet18, resnet50 (torchvision), resnet18_small (8-64 pixels), preact_resnet18,
+    preact_resnet50, alexnet_bn, vgg16_bn_last (the reference's), timm:NAME. None: by image size."""
     dim: int = 128
     """Size of the embedding."""
     width: int = 64

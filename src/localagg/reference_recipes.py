@@ -110,6 +110,7 @@ def _readout(network: str, images: int) -> TransferConfig:
         momentum=0.9,
         weight_decay=0.0 if network == "alexnet" else 1e-4,
         ten_crop=True,
+        compat="reference" if network == "vggnet" else None,
     )
 
 

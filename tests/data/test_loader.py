@@ -133,6 +133,34 @@ def test_a_vanished_file_is_named_once_and_left_out(pictures, tmp_path):
         assert [int(batch.index) for batch in batches] == list(range(1, 48))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_record_is_told_in_one_sentence_from_any_process(pictures, workers):
+    source = open_images(pictures)
+    config = override(CONFIG, memory="never", workers=workers)
+    feed = Feed(source, config, quiet)
+
+    class Damaged:
+        """A source one of whose records turns out to be damaged after the start."""
+
+        def __getattr__(self, name):
+            return getattr(source, name)
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            if index == first:
+                raise UserError("train-00000 is damaged at byte 17.")
+            return source[index]
+
+    first = int(feed.order(0)[0])
+    feed.source = Damaged()
+    with pytest.raises(UserError) as caught:
+        list(feed.batches(0))
+    assert f"{source.name(first)} (train-00000 is damaged at byte 17.)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):
     source = open_images(pictures)
     sides = sorted(min(decode(source[i].image).shape[1:]) for i in range(48))

@@ -126,8 +126,10 @@ def test_hue_is_colorsyss(images, turns):
     for y in range(8):
         for x in range(8):
             h, s, v = colorsys.rgb_to_hsv(*(small[0, :, y, x] / 255).tolist())
-            expected = 255 * torch.tensor(colorsys.hsv_to_rgb((h + turns) % 1, s, v))
-            assert (found[:, y, x] - expected).abs().max() <= 1.01
+            exact = 255.5 * torch.tensor(colorsys.hsv_to_rgb((h + turns) % 1, s, v))
+            on_the_edge = (exact - exact.round()).abs() < 1e-3  # single precision decides
+            assert ((found[:, y, x] == exact.floor()) | on_the_edge).all()
+            assert (found[:, y, x] - exact).abs().max() < 1.01
 
 
 def test_views_are_whole_levels_and_do_not_depend_on_the_batch(images):

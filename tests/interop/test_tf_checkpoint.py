@@ -339,6 +339,17 @@ def test_false_blocks_behind_right_checksums(tmp_path, content, message):
         open_tf_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("offset", [200, 1 << 31, 1 << 63])
+def test_blocks_that_lie_outside_of_the_file(tmp_path, offset):
+    content = make.block(make.bundle(SMALL)[0])
+    body, _, footer = make.table_parts([(b"b", content)])
+    put(tmp_path, make.checkpoint(SMALL))
+    outside = make.varint(offset) + make.varint(len(content))
+    put(tmp_path, {"model.ckpt-10.index": make.joined(body, make.block([]), outside + footer)})
+    with fuzz.limits(), pytest.raises(UserError, match="a block ends outside of the file"):
+        open_tf_checkpoint(tmp_path)
+
+
 def test_blocks_that_overlap_or_are_compressed(tmp_path):
     pairs, data = make.bundle(SMALL)
     content = make.block(pairs)

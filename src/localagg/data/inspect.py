@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..logbook import showing
-from .decode import UnreadableImage, decode, image_size
-from .loader import Progress, Throttle, through_workers
+from .decode import decode, image_size
+from .loader import FAULTS, Progress, Throttle, through_workers
 from .sources import Source, open_evaluation, open_images
 
 _CHUNK = 64  # images a worker looks at before it reports
@@ -47,7 +47,7 @@ def _look(source: Source, index: int) -> _Look:
         height, width, kind = image_size(image)
         decode(image)
         return _Look(index, height, width, kind, None)
-    except (UnreadableImage, OSError) as error:
+    except FAULTS as error:
         return _Look(index, 0, 0, "", str(error))
 
 

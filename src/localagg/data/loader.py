@@ -22,6 +22,8 @@ from .sources import Source
 
 _NAMED = 3  # unreadable files named in a message
 Progress = Callable[[int, int], None]  # (done, of)
+# What a source or a decoder raises about one image (a damaged record is a UserError).
+FAULTS = (UnreadableImage, OSError, UserError)
 
 
 class Batch(NamedTuple):
@@ -130,7 +132,7 @@ def hold_or_scan(
                     pixels[i] = image
             elif isinstance(image, bytes):
                 image_size(image)
-        except (UnreadableImage, OSError) as error:
+        except FAULTS as error:
             failed[i] = _reason(error)
         if not hold and config.memory == "always":
             raise UserError(
@@ -162,7 +164,7 @@ def typical_side(source: Source) -> int:
             image = source[i].image
             size = image_size(image)[:2] if isinstance(image, bytes) else image.shape[1:]
             sides.append(min(size))
-        except (UnreadableImage, OSError) as error:
+        except FAULTS as error:
             failed[i] = _reason(error)
     if not sides:
         report_unreadable(source, failed, "error")
@@ -242,14 +244,14 @@ def _read(
                 found.append((left, top, left + w, top + h))
             images.append(decode_crops(data, found, size, resize=resize))
             kept.append(row)
-        except (UnreadableImage, OSError) as error:
+        except FAULTS as error:
             failed[row] = _reason(error)
     none = torch.empty(0, 1, 3, size, size, dtype=torch.uint8)
     stacked = torch.stack(images) if images else none
     return torch.tensor(kept, dtype=torch.int64), stacked, failed
 
 
-def _reason(error: UnreadableImage | OSError) -> str:
+def _reason(error: Exception) -> str:
     """Why an image cannot be read, without the path that the message names anyway."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
