@@ -152,7 +152,9 @@ def test_inspect_and_recipes_write_json(pictures, tmp_path, capsys):
 def test_a_dry_run_prints_the_whole_configuration_and_leaves_nothing(pictures, tmp_path, capsys):
     out, file = tmp_path / "run", tmp_path / "r.json"
     words = ["pretrain", "res18_LA", "--data", str(pictures), "--out", str(out), "--dry-run"]
-    assert cli.main([*words, "--batch-size", "16", "--ir-batch-size", "8", "--json", str(file)]) == 0
+    assert (
+        cli.main([*words, "--batch-size", "16", "--ir-batch-size", "8", "--json", str(file)]) == 0
+    )
     said = capsys.readouterr()
     assert "Made for 1,281,167 images" in said.err
     assert "preact_resnet18" in said.out
@@ -191,7 +193,7 @@ def test_la_starts_from_a_run_of_ir(tmp_path, capsys):
     again = [*words, "--start", str(ir), "--out", str(la), "--json", str(tmp_path / "j.json")]
     assert cli.main(again) == 0
     assert json.loads((tmp_path / "j.json").read_text())["steps"] == 28
-    first = [json.loads(line) for line in (la / "metrics.jsonl").read_text().splitlines()][0]
+    first = json.loads((la / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["step"], first["phase"]) == (20, "LA")
 
 

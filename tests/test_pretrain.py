@@ -37,12 +37,9 @@ QUICK = override(
 
 def state(run: Path) -> dict[str, torch.Tensor]:
     """Weights, bank and clusters of the last checkpoint."""
-    folder = checkpoint.latest(run)
-    files = ("model", "bank-0-of-1", "clusters")
+    files = checkpoint.latest(run).glob("*.safetensors")
     return {
-        f"{file}/{name}": tensor
-        for file in files
-        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+        f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()
     }
 
 
@@ -241,12 +238,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         pretrain(override(QUICK, learning_rate=1e9, log_every=1), "digits", tmp_path / "run")
 
 
-def test_la_goes_on_from_a_finished_run_of_ir_as_if_it_had_run_both(tmp_path, pictures):
+def test_ir_and_la_go_on_from_a_finished_run_of_ir_as_if_it_were_one(tmp_path, pictures):
     whole = override(QUICK, epochs=3, ir_epochs=2, drops=())
     pretrain(whole, "digits", tmp_path / "whole")
     pretrain(override(whole, epochs=2), "digits", tmp_path / "ir")
     pretrain(whole, "digits", tmp_path / "la", start=tmp_path / "ir")
     first, second = state(tmp_path / "whole"), state(tmp_path / "la")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    alone = override(whole, ir_epochs=3)
+    pretrain(alone, "digits", tmp_path / "alone")
+    pretrain(alone, "digits", tmp_path / "on", start=tmp_path / "ir")
+    first, second = state(tmp_path / "alone"), state(tmp_path / "on")
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     with pytest.raises(UserError, match="has run LA already"):
         pretrain(QUICK, "digits", tmp_path / "no", start=tmp_path / "la")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import Interrupted, PretrainConfig, UserError, option, option_value, override
+from .config import Interrupted, PretrainConfig, UserError, known, option, option_value, override
 from .data.augment import Augment
 from .data.loader import Feed, Throttle, typical_side
 from .data.sources import Source, open_images
@@ -39,8 +39,9 @@ def pretrain(
         config: what to do; what it leaves None is derived from the images.
         data: data URI.
         out: the run folder to make.
-        start: a finished run of IR on the same images, to begin LA from: its weights, bank and
-            momentum are taken over and its epochs count, as the reference's LA runs do.
+        start: a finished run of IR on the same images to go on from: its weights, bank and
+            momentum are taken over and its epochs count, as in the reference's LA runs. LA begins
+            after ``ir_epochs``, or at once where these are behind it.
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
@@ -124,7 +125,7 @@ def resume(
 
 
 def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> PretrainConfig:
-    """The configuration of an LA run that goes on from a finished run of IR.
+    """The configuration of a run that goes on from a finished run of IR.
 
     Raises:
         UserError: not such a run, or one of other images or of another network.
@@ -147,7 +148,7 @@ def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> Pretra
     return replace(
         config,
         encoder=before.encoder,
-        ir_epochs=before.ir_epochs,
+        ir_epochs=max(config.ir_epochs or 0, known(before.ir_epochs)),
         ir_batch_size=before.ir_batch_size or before.batch_size,
     )
 

@@ -126,8 +126,9 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of the truncated luma, itself truncated."""
-    mean = grayscale(images).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
-    return _blend(images, _truncated(mean.float() + _EPS), factor)
+    gray = grayscale(images)
+    mean = gray.sum(dim=(1, 2, 3), keepdim=True) / gray[0].numel()  # sums of levels are exact
+    return _blend(images, _truncated(mean + _EPS), factor)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
