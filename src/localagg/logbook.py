@@ -28,7 +28,7 @@ console = Console(stderr=True)  # results go to stdout and files, everything els
 
 def say(message: str) -> None:
     """One line to the user, on stderr."""
-    console.print(message, highlight=False, markup=False)
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -68,7 +68,8 @@ DIGITS = Recipe(
 # 2 CPU cores, 25 minutes; the curve is in benchmarks/results/cifar10.md. One block a stage and a
 # stem of stride 2 make an epoch of IR 25 s there. LA comes late: neighbors are worth pulling
 # together once they are pure. From epoch 8 on it lost to IR alone (44.6 against 49.0 % by 200-NN at
-# epoch 18); from epoch 40 on, with N / 64 clusters, it did not.
+# epoch 18); from epoch 40 on, with N / 64 clusters, it led after 6 epochs at the first rate (63.1
+# against 62.0 %, 1-NN 53.7 against 50.0 %).
 CIFAR10 = Recipe(
     PretrainConfig(
         encoder=EncoderConfig(model="resnet18_small", width=32, blocks=(1, 1, 1, 1), stem_stride=2),
