@@ -16,21 +16,22 @@ def test_kmeans_is_as_good_as_scikit_learn_on_every_point():
     from sklearn.datasets import load_digits
 
     x = load_digits().data.astype(np.float32)
-    ours = kmeans(torch.from_numpy(x), 10)
+    tries = [kmeans(torch.from_numpy(x), 10, seed=seed) for seed in range(5)]
+    ours = min(tries, key=lambda found: found.inertia)
     theirs = KMeans(10, init="random", n_init=5, max_iter=20, random_state=0).fit(x)
-    assert lloyd_inertia(x, ours.labels.numpy()) < 1.03 * theirs.inertia_
+    assert lloyd_inertia(x, ours.labels.numpy()) < 1.01 * theirs.inertia_
     distances = ((x[:, None] - ours.centroids.numpy()[None]) ** 2).sum(-1)
     assert (distances.argmin(1) == ours.labels.numpy()).mean() > 0.999
     assert ours.inertia == pytest.approx(distances.min(1).sum(), rel=1e-4)
 
 
 def test_all_points_are_used():
-    # faiss would look at 256 of these points a centroid and could not place the last two clusters.
-    x = torch.cat([torch.zeros(5000, 2), torch.full((2, 2), 100.0)])
-    x[:5000] += torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 1e-3
-    hits = sum(kmeans(x, 3, seed=s).inertia < 1 for s in range(8))
-    sampled = kmeans(x[:5000], 3).inertia
-    assert hits or sampled < 1
+    # faiss would look at 256 points a centroid; means of these lie some 0.02 from those of all.
+    x = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0))
+    found = kmeans(x, 3, iterations=100)
+    for label, centroid in enumerate(found.centroids):
+        mean = x[found.labels == label].mean(dim=0)
+        torch.testing.assert_close(centroid, mean, rtol=0, atol=1e-3)
 
 
 def test_labels_have_a_row_a_clustering_each_with_its_own_seed():

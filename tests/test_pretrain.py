@@ -149,8 +149,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
 
     after, steps = record.Book.after_step, []
 
-    def press(self, *arguments):
-        after(self, *arguments)
+    def press(self, *arguments, **options):
+        after(self, *arguments, **options)
         steps.append(self.learner.step)
         if len(steps) == 17:
             os.kill(os.getpid(), signal.SIGINT)
@@ -161,6 +161,47 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert checkpoint.latest(tmp_path / "stopped").name.endswith("17")
     resume(tmp_path / "stopped", override(QUICK, workers=1), typed=["workers"])
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_killed_between_the_end_of_an_epoch_and_its_measurement(tmp_path, monkeypatch, epoch):
+    from localagg.evaluate import OnlineNeighbors
+
+    pretrain(QUICK, "digits", tmp_path / "whole")
+    measure, calls = OnlineNeighbors.__call__, []
+
+    def die(self, *arguments):
+        calls.append(1)
+        if len(calls) == epoch:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(OnlineNeighbors, "__call__", die)
+    often = override(QUICK, checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(often, "digits", tmp_path / "broken")
+    monkeypatch.undo()
+    resume(tmp_path / "broken")
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_ctrl_c_at_the_end_of_an_epoch_leaves_its_measurement_in(tmp_path, monkeypatch):
+    from localagg import record
+
+    pretrain(QUICK, "digits", tmp_path / "whole")
+    after = record.Book.after_step
+
+    def press(self, *arguments, ends):
+        after(self, *arguments, ends=ends)
+        if self.learner.step == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(record.Book, "after_step", press)
+    with pytest.raises(Interrupted):
+        pretrain(QUICK, "digits", tmp_path / "stopped")
+    monkeypatch.undo()
+    resume(tmp_path / "stopped")
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -272,8 +313,8 @@ def test_ir_may_have_a_batch_of_its_own_and_la_then_starts_inside_an_epoch(tmp_p
 
     after = record.Book.after_step
 
-    def stop(self, *arguments):
-        after(self, *arguments)
+    def stop(self, *arguments, **options):
+        after(self, *arguments, **options)
         if self.learner.step == 18:
             raise KeyboardInterrupt
 

@@ -186,7 +186,8 @@ def _learn(
                     learner.recluster(book.after_clustering)
 
             batches = feed.batches(epoch, first, None if aggregating else config.ir_batch_size)
-            for _ in range(learner.step, schedule.end_of_epoch(learner.step)):
+            end = schedule.end_of_epoch(learner.step)
+            for _ in range(learner.step, end):
                 book.shares.next_step()
                 with book.shares("data"):
                     index, images = next(batches)
@@ -207,18 +208,19 @@ def _learn(
                 with book.shares("bank"):
                     bank.update(index, v, momentum=objective.bank_momentum)
                 learner.step += 1
-                book.after_step(epoch, aggregating, loss, notes)
+                book.after_step(epoch, aggregating, loss, notes, ends=learner.step == end)
                 if interrupt.asked:
-                    book.checkpoint()
-                    raise Interrupted(
-                        f"Stopped after step {learner.step:,}; go on with"
-                        f" localagg pretrain --resume {run}"
-                    )
+                    break
             due = config.eval_every and (epoch + 1) % config.eval_every == 0
-            if due or (config.eval_every and learner.step == schedule.last):
+            if learner.step == end and (due or (config.eval_every and end == schedule.last)):
                 with book.shares("measuring", once=True):
                     book.after_epoch(epoch, measurement(learner.encoder, bank.rows, learner.fabric))
             book.checkpoint()
+            if interrupt.asked and learner.step < schedule.last:
+                raise Interrupted(
+                    f"Stopped after step {learner.step:,}; go on with"
+                    f" localagg pretrain --resume {run}"
+                )
         return book.finish()
 
 

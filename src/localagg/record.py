@@ -57,9 +57,13 @@ class Book:
         self.metrics.close()
 
     def after_step(
-        self, epoch: int, aggregating: bool, loss: Tensor, notes: dict[str, Tensor]
+        self, epoch: int, aggregating: bool, loss: Tensor, notes: dict[str, Tensor], *, ends: bool
     ) -> None:
-        """Metrics every few steps; a checkpoint when one is due."""
+        """Metrics every few steps; a checkpoint when one is due.
+
+        Not where the epoch ends: it is measured first, and a run that goes on from a checkpoint
+        before that would leave the measurement out.
+        """
         step = self.learner.step
         if step % self.config.log_every == 0 or step == self.last_step:
             value = loss.item()
@@ -78,7 +82,7 @@ class Book:
                 note += f", {values['without_close']:.0%} without a close neighbor"
             self.bar.update(self.task, description=f"epoch {epoch + 1}", note=note)
         self.bar.update(self.task, completed=step)
-        if time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+        if not ends and time.monotonic() - self.saved >= self.config.checkpoint_seconds:
             self.checkpoint()
 
     def after_clustering(self, number: int, found: KMeans) -> None:

@@ -11,7 +11,7 @@ def test_everything_is_counted_and_the_unreadable_are_named(pictures, tmp_path):
     (data / "train" / "flower" / "02.jpg").write_bytes(b"")
     expected = [
         {"name": "flower/02.jpg", "reason": "empty file"},
-        {"name": "temple/05.jpg", "reason": "image file is truncated"},
+        {"name": "temple/05.jpg", "reason": "truncated"},
     ]
     for workers in (0, 2):
         result = inspect(str(data), workers=workers)
@@ -20,8 +20,10 @@ def test_everything_is_counted_and_the_unreadable_are_named(pictures, tmp_path):
         assert facts["classes"] == {"flower": 24, "temple": 24}
         assert facts["formats"] == {"JPEG": 34, "PNG": 12}
         assert facts["height"] == [48, 64, 64]  # 23 images each: the upper median
-        found = [{**bad, "reason": bad["reason"][:23]} for bad in facts["unreadable"]]
-        assert found == expected
+        told = facts["unreadable"]
+        assert [bad["name"] for bad in told] == [bad["name"] for bad in expected]
+        for bad, wanted in zip(told, expected, strict=True):
+            assert wanted["reason"] in bad["reason"].lower()  # Pillow's words vary
         assert result["splits"]["val"]["images"] == 12
         assert result["splits"]["val"]["unreadable"] == []
     rows = dict(summary_rows(facts))
