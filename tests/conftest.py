@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each (they run in parallel), real small images, the fixtures."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and faiss read it
@@ -24,6 +25,15 @@ def fixtures() -> Path:
     if not FIXTURES.is_dir():
         pytest.skip("the reference program's fixtures are not on this machine")
     return FIXTURES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests leave nothing in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The command line as a user meets it: each in a process of its own, with its exit status."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -73,6 +74,15 @@ WRONG = [
     ("embed {run} --data digits --out /no/such/e.parquet", "--out"),
     ("embed {run} --data /no/such/folder --out {new}", "There is no file or folder"),
     ("embed {run} --data digits", "--out"),
+    ("transfer {run} --quick --layers 9 --out {new}", "has no layer '9'"),
+    ("transfer {run} --quick --epochs 3", "--epochs means nothing with --quick"),
+    ("transfer {run} --few 2", "2"),
+    ("search", "FILE.parquet"),
+    ("search {run}/none.parquet x.png", "none.parquet"),
+    ("search {run}/config.json x.png", "config.json"),
+    ("results", "Name runs to compare"),
+    ("results {empty}", "Nothing was measured"),
+    ("results /no/such/run", "/no/such/run"),
     ("pack {empty} {new}", "holds no images"),
     ("pack digits {run}", "not empty"),
     ("import-tf {empty} --model preact_resnet18 --out {new}", "checkpoint"),
@@ -217,3 +227,59 @@ def test_pack_makes_what_the_commands_read(pictures, tmp_path, capsys):
         assert cli.main(["inspect", str(out), "--json", str(tmp_path / "i.json")]) == 0
         splits = json.loads((tmp_path / "i.json").read_text())["splits"]
         assert (splits["train"]["images"], splits["val"]["images"]) == (48, 12)
+
+
+def test_what_was_measured_stands_in_one_table(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    words = ["knn", str(copy), "--k", "1", "20", "--retrieval", "--clusters"]
+    assert cli.main([*words, "--json", str(tmp_path / "k.json")]) == 0
+    told = json.loads((tmp_path / "k.json").read_text())
+    assert {"precision1", "precision20", "map"} <= set(told["retrieval"])
+    assert told["clusters"]["clusters"] == 10
+    quick = ["transfer", str(copy), "--quick", "--layers", "0", "1", "--device", "cpu"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert cli.main([*quick, *cache, "--json", str(tmp_path / "q.json")]) == 0
+    heads = json.loads((tmp_path / "q.json").read_text())
+    assert heads["protocol"].startswith("quick")
+    few = [
+        "transfer",
+        str(copy),
+        "--few",
+        "0.1",
+        "--per-class",
+        "3",
+        "--seeds",
+        "2",
+        "--layers",
+        "1",
+    ]
+    assert cli.main([*few, *cache, "--device", "cpu", "--json", str(tmp_path / "f.json")]) == 0
+    labels = json.loads((tmp_path / "f.json").read_text())
+    assert [subset["images"] for subset in labels["subsets"]] == [140, 30]
+    said = capsys.readouterr().out
+    assert "±" in said
+    assert cli.main(["results", str(copy), str(run), "--json", str(tmp_path / "r.json")]) == 0
+    table = json.loads((tmp_path / "r.json").read_text())
+    kinds = {column["measure"] for column in table["columns"]}
+    assert kinds == {"knn", "retrieval", "clusters", "linear", "few labels"}
+    row = next(row for row in table["rows"] if row["run"] == str(copy))
+    column = [(c["measure"], c["name"]) for c in table["columns"]].index(("knn", "knn1"))
+    assert row["values"][column] == pytest.approx(told["accuracy"]["knn1"])
+    column = [(c["measure"], c["name"]) for c in table["columns"]].index(("linear", "1 top1"))
+    assert row["values"][column] == pytest.approx(heads["layers"]["1"]["top1"])
+
+
+def test_search_finds_what_embed_wrote(run, pictures, tmp_path, capsys):
+    table = tmp_path / "e.parquet"
+    words = ["embed", str(run), "--data", str(pictures), "--out", str(table), "--dtype", "float16"]
+    assert cli.main(words) == 0
+    image = pictures / "train" / "flower" / "01.jpg"
+    found = ["search", str(table), str(image), "flower/02.jpg", "--k", "3"]
+    assert cli.main([*found, "--json", str(tmp_path / "s.json")]) == 0
+    file, row = json.loads((tmp_path / "s.json").read_text())["queries"]
+    assert file["neighbors"][0]["path"] == "flower/01.jpg"
+    assert file["neighbors"][0]["similarity"] > 0.99
+    assert len(row["neighbors"]) == 3
+    assert "flower/02.jpg" not in [near["path"] for near in row["neighbors"]]
+    assert "similarity" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from localagg import cli
-from localagg.demo import cluster_accuracy
+from localagg.clusters import cluster_accuracy
 
 
 def test_local_aggregation_wins_over_the_computed_floors(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from localagg.config import UserError
 from localagg.probe import open_labelled
+from readouts import saved_dataset
 
 
 def test_labels_that_do_not_fit_are_refused(tmp_path, pictures):
@@ -33,24 +34,6 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, pictures):
                     shutil.copy(file, path)
         with pytest.raises(UserError, match=message):
             open_labelled(str(folder))
-
-
-def saved_dataset(path: Path, pictures: Path, train: list[int], val: list[int]) -> str:
-    import datasets
-
-    image = (pictures / "train" / "temple" / "01.jpg").read_bytes()
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])}
-    )
-    splits = {
-        name: datasets.Dataset.from_dict(
-            {"image": [{"bytes": image, "path": None}] * len(labels), "label": labels},
-            features=features,
-        )
-        for name, labels in (("train", train), ("val", val))
-    }
-    datasets.DatasetDict(splits).save_to_disk(str(path))
-    return str(path)
 
 
 def test_missing_and_constant_labels_are_refused(tmp_path, pictures):

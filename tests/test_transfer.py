@@ -14,11 +14,12 @@ from sklearn.linear_model import LogisticRegression
 
 from localagg.checkpoint import load_encoder, save_weights
 from localagg.config import Interrupted, TransferConfig, UserError, override
-from localagg.data.sources import open_images
+from localagg.features import Extractor
 from localagg.logbook import read_metrics
 from localagg.models import create_encoder
 from localagg.readout import linear_head
 from localagg.transfer import _Record, resume_transfer, transfer
+from readouts import digits, network, saved_dataset
 
 # A view that is the whole image, whatever is drawn: what the heads see is known.
 STILL = override(
@@ -38,23 +39,6 @@ MOVING = override(
     STILL, crop_area=(0.5, 1.0), flip=0.5, epochs=3, batch_size=200, eval_every=1, log_every=1,
     ten_crop=True, drops=(1.0,),
 )  # fmt: skip
-
-
-def network(seed=0):
-    """A small encoder whose batch-norm statistics are not those of any batch."""
-    encoder = create_encoder("resnet18_small", 16, seed=seed, width=8, blocks=(1, 1))
-    generator = torch.Generator().manual_seed(seed)
-    for name, buffer in encoder.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.2, generator=generator)
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5, generator=generator)
-    return encoder
-
-
-def digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    source = open_images("digits", split)
-    return torch.stack([source[i].image for i in range(len(source))]), source.labels
 
 
 def heads(out: Path) -> dict[str, torch.Tensor]:
@@ -176,6 +160,95 @@ def test_fine_tuning_trains_the_network_and_its_batch_norm(tmp_path):
         assert not torch.equal(tuned[name], old[name])
     assert torch.equal(tuned["head.weight"], old["head.weight"])  # no read-out uses it
     assert "fine-tuned" in out["protocol"]
+
+
+# --- Features that are computed once --------------------------------------------------------------
+
+
+FIXED = override(
+    STILL, crop="center", eval_crop=0.75, image_size=12, epochs=3, batch_size=200, drops=(2.0,),
+    eval_every=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["auto", "never"])
+def test_heads_on_kept_features_are_those_on_views(tmp_path, monkeypatch, memory):
+    calls, original = [], Extractor.__call__
+
+    def call(self, images):
+        calls.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Extractor, "__call__", call)
+    config = override(FIXED, memory=memory, workers=0, cache=str(tmp_path / "cache"))
+    results = {}
+    for name, gb in (("kept", 1.0), ("anew", 0.0), ("again", 1.0)):
+        before = sum(calls)
+        chosen = override(config, cache_gb=gb)
+        results[name] = transfer(chosen, network(), "digits", tmp_path / name)
+        blank = 1 if gb else 0
+        computed = 1400 + 397 if name == "kept" else 0
+        assert sum(calls) - before == computed + blank
+    kept, anew, again = (heads(tmp_path / name) for name in ("kept", "anew", "again"))
+    for name, tensor in anew.items():
+        start = linear_head(tensor.shape[1], 10, 0, name[0]).weight if "weight" in name else 0
+        assert (tensor - start).abs().max() > 1e-3  # it has learned
+        assert (kept[name] - tensor).abs().max() <= 1e-6
+        assert torch.equal(kept[name], again[name])
+    assert results["kept"]["layers"] == results["anew"]["layers"]
+
+
+def test_random_views_and_fine_tuning_keep_no_training_features(tmp_path):
+    for name, config, kept in (
+        ("moving", override(MOVING, epochs=1), 1),
+        ("tuned", override(FIXED, epochs=1, finetune=True), 0),
+        ("fixed", override(FIXED, epochs=1), 2),
+    ):
+        cache = tmp_path / name
+        transfer(override(config, layers=("2",), cache=str(cache)), network(), "digits")
+        assert len(list(cache.glob("*/features.npy"))) == kept
+
+
+def test_features_that_do_not_fit_are_computed_anew(tmp_path, capsys):
+    config = override(FIXED, epochs=1, layers=("2",), cache=str(tmp_path), cache_gb=1e-4)
+    tight, wide = (
+        transfer(override(config, cache_gb=gb), network(), "digits") for gb in (1e-4, 1.0)
+    )
+    assert tight["layers"] == wide["layers"]
+    assert "do not fit --cache-gb 0.0001" in capsys.readouterr().err
+
+
+def test_a_transfer_on_kept_features_resumes(tmp_path, monkeypatch):
+    config = override(FIXED, checkpoint_seconds=0.0, cache=str(tmp_path / "cache"))
+    transfer(config, network(), "digits", tmp_path / "whole")
+    original, calls = _Record.after_step, []
+
+    def die(self, *arguments):
+        original(self, *arguments)
+        calls.append(1)
+        if len(calls) == 10:
+            raise Killed
+
+    monkeypatch.setattr(_Record, "after_step", die)
+    with pytest.raises(Killed):
+        transfer(config, network(), "digits", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "cache")
+    resume_transfer(tmp_path / "broken", weights=network())
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_kept_training_images_that_only_decoding_shows_to_be_damaged(tmp_path, pictures):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    file = data / "train" / "flower" / "03.jpg"
+    file.write_bytes(file.read_bytes()[:-100])
+    config = override(FIXED, epochs=1, batch_size=8, workers=0)
+    with pytest.raises(UserError, match=r"1 of 48 images .*flower/03\.jpg \(damaged\)"):
+        transfer(config, network(), str(data))
+    out = transfer(override(config, unreadable="skip"), network(), str(data))
+    assert (out["images"], out["unreadable"]) == (47, 1)
+    with pytest.raises(UserError, match="--batch-size 48 is more than the 47 images"):
+        transfer(override(config, unreadable="skip", batch_size=48), network(), str(data))
 
 
 # --- How it is scored -----------------------------------------------------------------------------
@@ -345,6 +418,31 @@ def test_unreadable_images_are_refused_or_counted(tmp_path, pictures):
     (data / "train" / "flower" / "03.jpg").write_bytes(b"nothing")
     out = transfer(override(config, unreadable="skip"), network(), str(data))
     assert (out["images"], out["measured"], out["unreadable"]) == (47, 11, 2)
+
+
+def test_two_images_and_more_classes_than_images(tmp_path, pictures):
+    data = saved_dataset(tmp_path / "two", pictures, [0, 2], [2, 1])
+    config = override(MOVING, epochs=1, batch_size=None, image_size=16, workers=0)
+    out = transfer(config, network(), data)
+    assert (out["images"], out["measured"], out["classes"], out["steps"]) == (2, 2, 3, 1)
+
+
+def test_one_readable_class_and_no_readable_held_out_image_are_refused(tmp_path, pictures):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    config = override(
+        MOVING, epochs=1, batch_size=8, image_size=16, workers=0, memory="never",
+        unreadable="skip", eval_every=0,
+    )  # fmt: skip
+    for file in (data / "val").rglob("*.*"):
+        file.write_bytes(file.read_bytes()[:-40])
+    for gb in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"None of the .*images .*decoded"):
+            transfer(override(config, cache_gb=gb), network(), str(data))
+    for file in (data / "train" / "flower").iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="that can be read have the same label"):
+        transfer(override(config, cache_gb=0.0), network(), str(data))
 
 
 def test_a_run_lends_its_views(tmp_path):

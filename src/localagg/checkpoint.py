@@ -12,6 +12,7 @@ removed; so a folder named ``step-N`` is always whole. Nothing in it is ever unp
 ``optimizer.pt`` is loaded with ``weights_only=True``.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -240,6 +241,14 @@ def load_views(path: Path) -> ViewConfig | None:
     except (SafetensorError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"The weights '{path}' are damaged: {reason}") from None
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's architecture and of all its values."""
+    digest = hashlib.sha256(json.dumps(encoder.spec, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_bank(run: Path) -> Tensor:

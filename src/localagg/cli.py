@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .commands import COMMANDS, Pretrain, Transfer
+from .actions import COMMANDS
+from .commands import Pretrain, Transfer
 from .config import (
     Interrupted,
     PretrainConfig,

@@ -237,6 +237,10 @@ class TransferConfig:
     """Hold all images decoded in memory. auto: where they share one size and fit memory_gb."""
     memory_gb: float = 2.0
     """What auto may use for the decoded images of each split, in GiB."""
+    cache: str | None = None
+    """Folder of features that were computed once. None: localagg/features in the user's cache."""
+    cache_gb: float = 4.0
+    """What that folder may hold, in GiB; features used longest ago make way. 0 keeps none."""
     unreadable: Literal["error", "skip"] = "error"
     """An image that cannot be read: refuse to start, or leave it out and count it."""
     eval_every: int = 1
@@ -249,7 +253,7 @@ class TransferConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "epochs", "batch_size", "log_every")
         _at_least(self, 0, "workers", "eval_every", "checkpoint_seconds", "seed")
-        _at_least(self, 0, "weight_decay", "memory_gb")
+        _at_least(self, 0, "weight_decay", "memory_gb", "cache_gb")
         _positive(self, "learning_rate")
         if not 0 <= self.momentum < 1:
             raise UserError(f"--momentum is {self.momentum}; it must be in 0-1, below 1.")

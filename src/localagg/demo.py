@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .checkpoint import load_encoder, write_json
+from .clusters import cluster_scores
 from .config import PretrainConfig, UserError, ViewConfig, override
 from .data.augment import evaluation_view
 from .data.loader import typical_side
@@ -97,44 +97,15 @@ def _spaces(encoder, learned: Source, held_out: Source, views: ViewConfig) -> tu
 
 
 def _measure(known: Tensor, asked: Tensor, learned: Source, held_out: Source) -> dict[str, float]:
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
-
     assert learned.labels is not None
     assert held_out.labels is not None
-    assert learned.classes is not None
-    labels = learned.labels.numpy()
-    nmi, accuracy = [], []
-    for h in range(_CLUSTERINGS):
-        # The best of ten starts, as a single one may end anywhere: what is measured is the space.
-        starts: Any = 10  # scikit-learn's annotation knows only the word "auto"
-        engine = KMeans(len(learned.classes), n_init=starts, random_state=h)
-        found = engine.fit_predict(known.numpy())
-        nmi.append(normalized_mutual_info_score(labels, found))
-        accuracy.append(cluster_accuracy(labels, found))
+    clusters = cluster_scores(known, learned.labels, seeds=_CLUSTERINGS)
     nearest = knn_accuracy(asked, held_out.labels, known, learned.labels, k=(1,))
     return {
         "knn1": nearest["knn1"],
-        "nmi": float(np.mean(nmi)),
-        "cluster_accuracy": float(np.mean(accuracy)),
+        "nmi": clusters["nmi"]["mean"],
+        "cluster_accuracy": clusters["accuracy"]["mean"],
     }
-
-
-def cluster_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Share of samples in their cluster's class, under the best one-to-one match of the two.
-
-    Args:
-        labels: int [N], classes from 0.
-        clusters: int [N], clusters from 0.
-
-    Returns:
-        0-1 (the Hungarian accuracy).
-    """
-    from scipy.optimize import linear_sum_assignment
-    from sklearn.metrics.cluster import contingency_matrix
-
-    counts = contingency_matrix(labels, clusters)
-    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / counts.sum())
 
 
 def _write_report(

@@ -1,23 +1,31 @@
 """A linear read-out while it learns: labelled images, network, optimizer, step, how it is saved."""
 
+import copy
 import hashlib
 import os
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import PretrainConfig, TransferConfig, UserError, known
-from .data.loader import Feed, Throttle, hold_or_scan, report_unreadable
+from .checkpoint import load_encoder, load_views
+from .config import PretrainConfig, TransferConfig, UserError, ViewConfig, known
+from .data.augment import Augment
+from .data.loader import Feed, Throttle, hold_or_scan, report_unreadable, typical_side
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
 from .evaluate import translation
-from .logbook import showing
+from .features import Extractor, FeatureCache, Kept, is_fixed
+from .logbook import say, showing
 from .models import Encoder
 from .readout import ReadOut, accuracies, evaluation_views, make_optimizer
 from .schedule import Schedule
+from .sizing import resolve
+
+_ROWS = 256  # kept features at a time
 
 
 class Labelled(NamedTuple):
@@ -75,11 +83,59 @@ def open_labelled(data: str) -> Labelled:
     return Labelled(data, source, source.labels, held_out, names[held_out.labels], classes)
 
 
+def check_classes(labelled: Labelled, readable: Tensor) -> None:
+    """Make sure that the readable training images are of two classes at least.
+
+    Raises:
+        UserError: they are not.
+    """
+    if len(labelled.labels[readable].unique()) < 2:
+        raise UserError(
+            f"All training images of '{labelled.data}' that can be read have the same label; a"
+            " read-out needs two classes."
+        )
+
+
 def general_options(config: TransferConfig) -> PretrainConfig:
     """The options that reading, order, views and schedule know, as pretraining has them."""
     theirs = {field.name for field in fields(PretrainConfig)}
     shared = {f.name: getattr(config, f.name) for f in fields(config) if f.name in theirs}
     return PretrainConfig(**shared, ir_epochs=0)
+
+
+def take_encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
+    """A copy of an encoder, or the one of a run folder or weights file, and where it was found."""
+    if isinstance(weights, Encoder):
+        return copy.deepcopy(weights), None
+    return load_encoder(Path(weights)), Path(weights)
+
+
+_SIZES = ("image_size", "eval_crop")  # what the weights' own views lend to others
+
+
+def resolve_transfer(
+    config: TransferConfig, encoder: Encoder, path: Path | None, source: Source
+) -> TransferConfig:
+    """The configuration without None: layers, batch, drops, and views that the weights know."""
+    views = config.views
+    if path is not None and (learned := load_views(path)):
+        sizes = {name: getattr(views, name) or getattr(learned, name) for name in _SIZES}
+        views = learned if views == ViewConfig() else replace(views, **sizes)
+    general = resolve(
+        replace(general_options(config), views=views, drops=(), ir_epochs=0),
+        len(source),
+        typical_side(source),
+    )
+    drops = config.drops
+    if drops is None:  # where the reference's ResNets have them: 30 and 60 of 70
+        drops = tuple(round(config.epochs * share / 7, 2) for share in (3, 6))
+    return replace(
+        config,
+        views=general.views,
+        layers=config.layers or tuple(encoder.layers),
+        batch_size=general.batch_size,
+        drops=drops,
+    )
 
 
 class Probe:
@@ -123,14 +179,83 @@ class Probe:
             pixels, failed = hold_or_scan(labelled.held_out, general, Throttle(show))
         report_unreadable(labelled.held_out, failed, config.unreadable)
         self.pixels = None if failed else pixels
+        self.kept: Kept | None = None
+        self.kept_held_out: Kept | None = None
+        if config.cache_gb and not config.finetune:
+            self._keep_features()
+        check_classes(labelled, self.feed.valid)
         self.schedule = Schedule(general, len(self.feed.valid))
         self.labels = labelled.labels.to(self.device)
         self.held_out_labels = labelled.held_out_labels.to(self.device)
+        self.augment = Augment(config.views, config.seed, cropped=self.feed.cropped)
         self.step = 0
         self.progress: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0}
 
+    def _keep_features(self) -> None:
+        """Features that will be asked for again, as far as they fit the cache."""
+        config, feed = self.config, self.feed
+        cache = FeatureCache(config.cache, config.cache_gb)
+        extractor = Extractor(
+            self.readout.encoder,
+            self.readout.layers,
+            config.views,
+            self.fabric,
+            compat=config.compat,
+            workers=config.workers,
+        )
+        if is_fixed(config.views):
+            source = self.labelled.source
+            self.kept = cache.keep(extractor, source, pixels=feed.pixels, index=feed.valid)
+            if self.kept is None:
+                say(
+                    f"The features do not fit --cache-gb {config.cache_gb:g} (or the disk); they"
+                    " are computed again in each epoch."
+                )
+            else:
+                self._leave_out_undecodable(self.kept.index)
+        self.kept_held_out = cache.keep(extractor, self.labelled.held_out, pixels=self.pixels)
+
+    def _leave_out_undecodable(self, readable: Tensor) -> None:
+        """Training images of which only the header could be read are refused, or never drawn."""
+        feed = self.feed
+        lost = sorted(set(feed.valid.tolist()) - set(readable.tolist()))
+        failed = dict.fromkeys(lost, "damaged")
+        report_unreadable(self.labelled.source, failed, self.config.unreadable)
+        feed.unreadable.update(failed)
+        feed.valid = readable
+        feed.steps = len(readable) // feed.batch
+        if not feed.steps:
+            raise UserError(
+                f"--batch-size {feed.batch} is more than the {len(readable):,} images that can be"
+                f" decoded; set it to at most {len(readable):,}."
+            )
+
+    def batches(
+        self, epoch: int, first: int
+    ) -> Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]:
+        """What the network reads in an epoch, from its batch ``first`` on, on the device.
+
+        Returns:
+            (index int64 [B], views float32 [B, 3, S, S]) a batch; where features are kept,
+            (index, {layer: [B, F]}).
+        """
+        feed, device = self.feed, self.device
+        if self.kept is None:
+            for index, images in feed.batches(epoch, first):
+                index, images = index.to(device), images.to(device)
+                views = self.augment(images, epoch, index)
+                yield index, views.contiguous(memory_format=torch.channels_last)
+            return
+        order = feed.order(epoch)[: feed.steps * feed.batch]
+        for index in order.view(-1, feed.batch)[first:]:
+            rows = {layer: self.kept.rows(layer, index).to(device) for layer in self.kept.layers}
+            yield index.to(device), rows
+
     def measure(self, *, ten_crop: bool) -> tuple[dict[str, dict[str, float]], int]:
         """Accuracies of the heads by layer, and over how many held-out images."""
+        if self.kept_held_out is not None and not ten_crop:
+            batches = self.kept_held_out.batches(_ROWS)
+            return accuracies(self.network, batches, self.held_out_labels)
         views = evaluation_views(
             self.labelled.held_out,
             self.config.views,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ViewConfig
+from .config import UserError, ViewConfig
 from .data.augment import evaluation_view, ten_crop_views
 from .data.loader import Batch, evaluation_batches
 from .data.sources import Source
@@ -61,17 +61,20 @@ class ReadOut(nn.Module):
         sizes = {layer: features[layer].shape[1] for layer in self.layers}
         self.heads = nn.ModuleList(linear_head(sizes[la], classes, seed, la) for la in self.layers)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits by layer.
 
         Args:
-            images: [B, 3, S, S], uint8 or floating in 0-1.
+            images: [B, 3, S, S], uint8 or floating in 0-1; or their features {layer: [B, F]}.
 
         Returns:
             {layer: [B, C]}.
         """
-        with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
-            features = self.encoder.features(images, self.layers, compat=self.compat)
+        if isinstance(images, dict):
+            features = images
+        else:
+            with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
+                features = self.encoder.features(images, self.layers, compat=self.compat)
         return {
             layer: head(features[layer])
             for layer, head in zip(self.layers, self.heads, strict=True)
@@ -150,36 +153,48 @@ def mean_softmax(logits: Tensor, views: int) -> Tensor:
 
 @torch.no_grad()
 def accuracies(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], labels: Tensor
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | dict[str, Tensor]]],
+    labels: Tensor,
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Top-1 and top-5 accuracy of every head over all images of ``batches``.
 
     Args:
         network: a :class:`ReadOut`, perhaps wrapped by Fabric; its training mode is restored.
-        batches: (index int64 [B], one view [B, 3, S, S] or V views [B, V, 3, S, S] of an image).
+        batches: (index int64 [B], one view [B, 3, S, S] or V views [B, V, 3, S, S] of an image, or
+            features {layer: [B, F]}).
         labels: int64 [N], on the network's device.
 
     Returns:
         ({layer: {"top1": 0-1, "top5": 0-1}}, images counted). Several views of an image are scored
         by their mean softmax. Equal scores rank by the lower class, as in the reference. With five
         classes or fewer top-5 is 1.
+
+    Raises:
+        UserError: no images at all.
     """
     training = network.training
     network.eval()
     hits: dict[str, Tensor] = {}
     counted = 0
-    for index, images in batches:
-        several = images.ndim == 5
-        views = images.flatten(0, 1) if several else images
+    for index, shown in batches:
+        views = 1
+        if isinstance(shown, dict):
+            shown = {layer: values.to(labels.device) for layer, values in shown.items()}
+        elif shown.ndim == 5:
+            views, shown = shown.shape[1], shown.flatten(0, 1).to(labels.device)
+        else:
+            shown = shown.to(labels.device)
         asked_B = labels[index.to(labels.device)]
-        logits = network(views.to(labels.device))
-        for layer, score in logits.items():
-            score_BC = mean_softmax(score, images.shape[1]) if several else score.float()
+        for layer, score in network(shown).items():
+            score_BC = mean_softmax(score, views) if views > 1 else score.float()
             rank_B = _rank(score_BC, asked_B)
             found = torch.stack([(rank_B < 1).sum(), (rank_B < 5).sum()])
             hits[layer] = hits[layer] + found if layer in hits else found
         counted += len(index)
     network.train(training)
+    if not counted:
+        raise UserError("None of the held-out images can be decoded, so nothing can be measured.")
     of_all = {layer: (found.cpu().double() / counted).tolist() for layer, found in hits.items()}
     return {layer: {"top1": a, "top5": b} for layer, (a, b) in of_all.items()}, counted
 
@@ -201,6 +216,7 @@ def evaluation_views(
     ten_crop: bool,
     workers: int,
     device: torch.device,
+    index: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every readable image of a source once, the last partial batch too.
 
@@ -211,6 +227,7 @@ def evaluation_views(
         ten_crop: ten views of an image instead of the central one.
         workers: processes that decode where they are not.
         device: where views are made of pixels in memory.
+        index: int64 [n], which of the pixels to take; None: all.
 
     Returns:
         (index int64 [B], images [B, 3, S, S] or [B, 10, 3, S, S]) a batch.
@@ -223,5 +240,6 @@ def evaluation_views(
         yield from found
         return
     make = ten_crop_views if ten_crop else evaluation_view
-    for index in torch.arange(len(pixels)).split(batch):
-        yield index, make(pixels[index].to(device), views)
+    taken = torch.arange(len(pixels)) if index is None else index
+    for part in taken.split(batch):
+        yield part, make(pixels[part].to(device), views)

@@ -12,8 +12,6 @@ transfer folder::
     OUT/results.json             at the end: what :func:`transfer` returns
 """
 
-import copy
-import hashlib
 import json
 import math
 import time
@@ -25,17 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import check_new, load_encoder, load_views, save_weights, write_json
-from .config import Interrupted, TransferConfig, UserError, ViewConfig, from_dict, to_dict
-from .data.augment import Augment
-from .data.loader import typical_side
-from .data.sources import Source
+from .checkpoint import check_new, save_weights, weights_digest, write_json
+from .config import Interrupted, TransferConfig, UserError, from_dict, to_dict
 from .logbook import Metrics, progress_bar, say
 from .models import Encoder
-from .probe import Probe, general_options, open_labelled
+from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder
 from .readout import cross_entropies
 from .record import Interrupt, interruptible
-from .sizing import resolve
 
 
 def transfer(
@@ -46,14 +40,16 @@ def transfer(
     The reference's protocol: frozen layers in inference mode, random views, SGD whose rate drops
     on the step after a boundary, all heads in one pass. As each head has its own parameters, its
     weights are those it would have alone. All held-out images count, the last partial batch too
-    (deviation: the reference drops it).
+    (deviation: the reference drops it). Features under fixed views are computed once where they fit
+    ``cache_gb`` (see ``features``): of the held-out images' center crops, and of the training
+    images' if nothing about their views is random.
 
     Args:
         config: what to do.
         weights: run folder or weights file, whose views are taken over where the configuration
             leaves all as they are, and else their sizes; or an encoder, which is left as it is.
         data: data URI with labels, and a held-out split.
-        out: folder to make. None: nothing is written.
+        out: folder to make. None: nothing is written but kept features.
 
     Returns:
         {"layers": {layer: {"top1", "top5", "ten_crop_top1", "ten_crop_top5": 0-1}}, "data", "run",
@@ -68,13 +64,31 @@ def transfer(
     run = None if out is None else Path(out)
     if run is not None:
         _check_new(run)
-    encoder, path = _encoder(weights)
-    labelled = open_labelled(data)
-    resolved = _resolve(config, encoder, path, labelled.source)
+    encoder, path = take_encoder(weights)
+    return read_out(config, encoder, path, open_labelled(data), run)
+
+
+def read_out(
+    config: TransferConfig,
+    encoder: Encoder,
+    path: Path | None,
+    labelled: Labelled,
+    run: Path | None = None,
+) -> dict[str, Any]:
+    """:func:`transfer` of images that are open.
+
+    Args:
+        config: what to do.
+        encoder: its own copy; fine-tuning changes it.
+        path: where it was found.
+        labelled: the images.
+        run: folder to make, not there yet.
+    """
+    resolved = resolve_transfer(config, encoder, path, labelled.source)
     facts = {
         "weights": path if path is None else str(path),
         "weights_digest": weights_digest(encoder),
-        "data": data,
+        "data": labelled.data,
         "fingerprints": labelled.fingerprints() if run else [],
         "size": len(labelled.source),
     }
@@ -122,7 +136,7 @@ def resume_transfer(
     weights = facts["weights"] if weights is None else weights
     if weights is None:
         raise UserError(f"'{run}' was given an encoder, not a file; resume it with weights.")
-    encoder, _ = _encoder(weights)
+    encoder, _ = take_encoder(weights)
     if weights_digest(encoder) != facts["weights_digest"]:
         raise UserError(f"These weights are not those that '{run}' began with; start a new --out.")
     data = data or str(facts["data"])
@@ -142,66 +156,19 @@ def resume_transfer(
     return _learn(probe, run)
 
 
-def weights_digest(encoder: Encoder) -> str:
-    """SHA-256 of an encoder's architecture and of all its values."""
-    digest = hashlib.sha256(json.dumps(encoder.spec, sort_keys=True).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
-    if isinstance(weights, Encoder):
-        return copy.deepcopy(weights), None
-    return load_encoder(Path(weights)), Path(weights)
-
-
-_SIZES = ("image_size", "eval_crop")  # what the weights' own views lend to others
-
-
-def _resolve(
-    config: TransferConfig, encoder: Encoder, path: Path | None, source: Source
-) -> TransferConfig:
-    """The configuration without None: layers, batch, drops, and views that the weights know."""
-    views = config.views
-    if path is not None and (learned := load_views(path)):
-        sizes = {name: getattr(views, name) or getattr(learned, name) for name in _SIZES}
-        views = learned if views == ViewConfig() else replace(views, **sizes)
-    general = resolve(
-        replace(general_options(config), views=views, drops=(), ir_epochs=0),
-        len(source),
-        typical_side(source),
-    )
-    drops = config.drops
-    if drops is None:  # where the reference's ResNets have them: 30 and 60 of 70
-        drops = tuple(round(config.epochs * share / 7, 2) for share in (3, 6))
-    return replace(
-        config,
-        views=general.views,
-        layers=config.layers or tuple(encoder.layers),
-        batch_size=general.batch_size,
-        drops=drops,
-    )
-
-
 def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels."""
-    config, feed, device = probe.config, probe.feed, probe.device
     schedule, network = probe.schedule, probe.network
-    augment = Augment(config.views, config.seed, cropped=feed.cropped)
     record = _Record(probe, run)
 
     with record, interruptible() as interrupt:
         network.train()
         while probe.step < schedule.last:
             epoch, first, _ = schedule.at(probe.step)
-            batches = feed.batches(epoch, first)
+            batches = probe.batches(epoch, first)
             for _ in range(probe.step, schedule.end_of_epoch(probe.step)):
-                index, images = next(batches)
-                index, images = index.to(device), images.to(device)
-                views = augment(images, epoch, index)
-                logits = network(views.contiguous(memory_format=torch.channels_last))
-                losses = cross_entropies(logits, probe.labels[index])
+                index, shown = next(batches)  # views, or their features where those are kept
+                losses = cross_entropies(network(shown), probe.labels[index])
                 for group in probe.optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(probe.step)
                 probe.fabric.backward(torch.stack(list(losses.values())).sum())
@@ -209,7 +176,7 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
                 probe.optimizer.zero_grad()
                 probe.step += 1
                 record.after_step(epoch, losses, interrupt)
-            due = config.eval_every and (epoch + 1) % config.eval_every == 0
+            due = probe.config.eval_every and (epoch + 1) % probe.config.eval_every == 0
             if due and probe.step < schedule.last:
                 record.measured(epoch, probe.measure(ten_crop=False)[0])
             record.end_of_epoch(interrupt)

@@ -1,0 +1,345 @@
+"""What each command calls and prints. Heavy imports wait until a command runs.
+
+An action returns what ``--json`` writes.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .commands import (
+    Demo,
+    Embed,
+    ImportTf,
+    Inspect,
+    Knn,
+    Pack,
+    Pretrain,
+    Recipes,
+    Results,
+    Search,
+    Transfer,
+)
+from .config import PretrainConfig, TransferConfig, UserError, known, option, override
+from .recipes import READOUT_RECIPES, RECIPES, REFERENCE
+
+
+def _demo(options: Demo) -> dict[str, Any]:
+    from .demo import demo
+    from .logbook import print_table
+
+    result = demo(Path(options.out), seed=options.seed)
+    columns = {"knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
+    rows = [[row["name"], *(f"{row[column]:.3f}" for column in columns)] for row in result["rows"]]
+    print_table(["", *columns.values()], rows)
+    print(f"{result['seconds']['total']:.0f} s. Open {Path(options.out) / 'report.html'}")
+    return result
+
+
+def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str, Any]:
+    from .logbook import print_table
+    from .pretrain import pretrain, resume
+
+    if options.resume is not None:
+        if options.out not in (None, options.resume):
+            raise UserError(f"--resume {options.resume} writes there; leave out --out.")
+        result = resume(options.resume, options.options, data=options.data, typed=typed)
+    else:
+        if named is None:
+            raise UserError(
+                f"Name a recipe: localagg pretrain {'|'.join(RECIPES)} --data IMAGES --out RUN."
+            )
+        if options.data is None:
+            raise UserError("Name the images to learn from with --data.")
+        config = options.options
+        if typed & {"neighbors", "clusters"}:  # set by hand: taken as they are
+            config = override(config, sized_for=None)
+        if options.dry_run:
+            return _dry_run(config, options.data)
+        result = pretrain(config, options.data, options.out or f"runs/{named}", start=options.start)
+    shares = result["shares"].items()
+    print_table(["part of the time", "share"], [[part, f"{share:.1%}"] for part, share in shares])
+    measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
+    print(f"{result['seconds']:.0f} s. {measured or 'Nothing was measured.'}")
+    print(f"The run is in {result['run']}")
+    return result
+
+
+def _dry_run(config: PretrainConfig, data: str) -> dict[str, Any]:
+    from .config import PretrainConfig, from_dict, option, option_names, option_value
+    from .forecast import forecast
+    from .logbook import print_table, say
+
+    result = forecast(config, data)
+    for note in result["notes"]:
+        say(note)
+    resolved = from_dict(PretrainConfig, result["config"])
+    values = [
+        [option(name), _words(option_value(resolved, name))] for name in option_names(resolved)
+    ]
+    print_table(["option", "value"], values)
+    steps = [[name, _words(value)] for name, value in result["steps"].items()]
+    print_table(["steps", ""], steps)
+    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
+    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
+    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
+    return result
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
+    from .ledger import note_readouts
+    from .logbook import print_table
+    from .transfer import resume_transfer, transfer
+
+    config = options.options
+    if options.resume is not None:
+        if options.out not in (None, options.resume):
+            raise UserError(f"--resume {options.resume} writes there; leave out --out.")
+        if fixed := sorted(typed - {"workers", "device"}):
+            raise UserError(
+                f"'{options.resume}' keeps its options; leave out {option(fixed[0])}, or start"
+                " again with another --out."
+            )
+        result = resume_transfer(
+            options.resume,
+            weights=run,
+            data=options.data,
+            workers=config.workers if "workers" in typed else None,
+            device=config.device if "device" in typed else None,
+        )
+    else:
+        folder, data = _weights(run, options.data)
+        if options.few or options.per_class:
+            return _few_labels(options, folder, data, typed)
+        if options.quick:
+            from .quick import OPTIONS, quick_readout
+
+            if unheeded := sorted(typed - OPTIONS):
+                raise UserError(f"{option(unheeded[0])} means nothing with --quick; leave it out.")
+            out = options.out and Path(options.out)
+            ten_crop = config.ten_crop and "ten_crop" in typed
+            result = quick_readout(config, folder, data, out or None, ten_crop=ten_crop)
+        else:
+            beside = folder if folder.is_dir() else folder.with_suffix("")
+            named = f"transfer-{options.recipe}" if options.recipe else "transfer"
+            result = transfer(config, folder, data, options.out or str(beside / named))
+    columns = list(next(iter(result["layers"].values())))
+    rows = [
+        [name, *(f"{found[column]:.1%}" for column in columns)]
+        for name, found in result["layers"].items()
+    ]
+    print_table(["layer", *columns], rows)
+    print(f"{result['seconds']:.0f} s. {result['protocol']}")
+    if result["run"] is not None and options.resume is None:
+        note_readouts(Path(result["run"]), result)
+    return result
+
+
+def _weights(run: str | None, data: str | None) -> tuple[Path, str]:
+    """The run folder or weights file, and its images unless others are named."""
+    from .checkpoint import read_run
+
+    if run is None:
+        raise UserError("Name a run folder or a weights file: localagg transfer RUN.")
+    folder = Path(run)
+    if data is None:
+        if folder.is_file():
+            raise UserError(f"'{run}' is a weights file; name the images with --data.")
+        data = str(read_run(folder)[1]["data"])
+    return folder, data
+
+
+def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
+    from .few_labels import few_labels
+    from .ledger import note_few_labels, subset_name
+    from .logbook import print_table
+
+    config = options.options
+    result = few_labels(
+        config,
+        run,
+        data,
+        options.out,
+        few=options.few,
+        per_class=options.per_class,
+        seeds=options.seeds,
+        finetune=config.finetune,
+        **({"finetune_epochs": config.epochs} if "epochs" in typed else {}),
+    )
+    rows = []
+    for subset in result["subsets"]:
+        for way in ("linear", "finetuned"):
+            for layer, found in subset.get(way, {}).items():
+                shown = [_interval(found[name]) for name in ("top1", "top5")]
+                rows.append([subset_name(subset), f"{subset['images']:,}", way, layer, *shown])
+    print_table(["labels", "images", "heads", "layer", "top1", "top5"], rows)
+    print(f"{result['seconds']:.0f} s. Mean of {len(result['seeds'])} draws and 95 % interval.")
+    note_few_labels(run, result)
+    return result
+
+
+def _interval(found: dict[str, Any]) -> str:
+    half = found["interval"]
+    return f"{found['mean']:.1%}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def _embed(options: Embed) -> dict[str, Any]:
+    from .embed import write_embeddings
+
+    result = write_embeddings(
+        Path(options.run),
+        options.data,
+        Path(options.out),
+        split=options.split,
+        layer=options.layer,
+        dtype=options.dtype,
+        workers=options.workers,
+    )
+    skipped = f", {result['unreadable']:,} unreadable left out" if result["unreadable"] else ""
+    print(f"{result['rows']:,} rows of {result['dim']} in {result['out']}{skipped}.")
+    return result
+
+
+def _knn(options: Knn) -> dict[str, Any]:
+    from .evaluate import measure_run
+    from .ledger import note_neighbors
+    from .logbook import print_table
+
+    run = Path(options.run)
+    result = measure_run(
+        run,
+        data=options.data,
+        against=options.against,
+        k=options.k,
+        workers=options.workers,
+        retrieval=options.retrieval,
+        clusters=options.clusters,
+    )
+    print_table(["", "accuracy"], [[k, f"{value:.1%}"] for k, value in result["accuracy"].items()])
+    if "retrieval" in result:
+        scores = result["retrieval"].items()
+        print_table(["", "retrieval"], [[k, f"{v:.1%}"] for k, v in scores if isinstance(v, float)])
+    if "clusters" in result:
+        parts = ("mean", "std", "min", "max")
+        spreads = {name: result["clusters"][name] for name in ("nmi", "ari", "accuracy")}
+        rows = [[name, *(f"{v[part]:.3f}" for part in parts)] for name, v in spreads.items()]
+        print_table([f"{result['clusters']['clusters']} clusters", *parts], rows)
+    print(f"{result['asked']:,} images asked {result['known']:,} of {result['against']}.")
+    note_neighbors(run, result)
+    return result
+
+
+def _search(options: Search) -> dict[str, Any]:
+    from .logbook import print_table
+    from .search import search
+
+    if not options.images:
+        raise UserError("Name images to search for: localagg search FILE.parquet IMAGE...")
+    result = search(options.table, options.images, options.run, options.k)
+    for query in result["queries"]:
+        rows = [
+            [near["path"], str(near.get("label", "")), f"{near['similarity']:.3f}"]
+            for near in query["neighbors"]
+        ]
+        print_table([str(query["image"]), "label", "similarity"], rows)
+    print(f"{result['rows']:,} rows, {result['engine']}.")
+    return result
+
+
+def _results(options: Results) -> dict[str, Any]:
+    from .logbook import print_table, say
+    from .results import compare, tables
+
+    if not options.runs:
+        raise UserError("Name runs to compare: localagg results RUN...")
+    result = compare([Path(run) for run in options.runs])
+    for title, columns, rows in tables(result):
+        print(title)
+        print_table(columns, rows)
+    for note in result["notes"]:
+        say(note)
+    return result
+
+
+def _inspect(options: Inspect) -> dict[str, Any]:
+    from .data.inspect import inspect, summary_rows
+    from .logbook import print_table
+
+    result = inspect(options.data, workers=options.workers)
+    for split, facts in result["splits"].items():
+        print_table([split, ""], summary_rows(facts))
+    return result
+
+
+def _pack(options: Pack) -> dict[str, Any]:
+    from .data.pack import pack
+    from .logbook import print_table
+
+    result = pack(options.source, options.destination, format=options.format, verify=options.verify)
+    print_table(["", ""], [[name, _words(value)] for name, value in result.items()])
+    return result
+
+
+def _import_tf(options: ImportTf) -> dict[str, Any]:
+    from .interop.weights_file import import_weights
+
+    result = import_weights(
+        options.prefix,
+        options.model,
+        Path(options.out),
+        bank=None if options.bank is None else Path(options.bank),
+    )
+    print(f"{len(result['matched'])} variables went into {options.out} ({options.model}).")
+    for what in ("left", "missing"):
+        if result[what]:
+            named = ", ".join(result[what][:5]) + (" ..." if len(result[what]) > 5 else "")
+            print(f"{what}: {len(result[what])} ({named})")
+    return result
+
+
+def _recipes(_: Recipes) -> dict[str, Any]:
+    from .config import to_dict
+    from .logbook import print_table
+
+    listed = {**RECIPES, **READOUT_RECIPES}
+    ours = [[name, r.about, r.cost] for name, r in listed.items() if name not in REFERENCE]
+    print_table(["recipe", "for", "cost"], ours)
+    theirs = [[name, *_facts(listed[name].config), listed[name].cost] for name in REFERENCE]
+    print_table(["of the reference", "network", "epochs", "clusters", "images"], theirs)
+    print("localagg pretrain RECIPE --help shows every option with the recipe's values.")
+    return {
+        name: {"about": r.about, "cost": r.cost, "config": to_dict(r.config)}
+        for name, r in listed.items()
+    }
+
+
+def _facts(config: PretrainConfig | TransferConfig) -> list[str]:
+    """Network, epochs and clusters of a recipe of the reference."""
+    if isinstance(config, TransferConfig):
+        return ["RUN's", str(config.epochs), ""]
+    if config.ir_epochs == config.epochs:
+        return [str(config.encoder.model), f"{config.epochs} IR", ""]
+    clusters = known(config.objective.clusters)
+    shown = f"{len(clusters)} x {clusters[0]:,}"
+    return [str(config.encoder.model), f"{config.epochs}, {config.ir_epochs} IR", shown]
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., dict[str, Any]]]] = {
+    "demo": (Demo, _demo),
+    "pretrain": (Pretrain, _pretrain),
+    "knn": (Knn, _knn),
+    "transfer": (Transfer, _transfer),
+    "embed": (Embed, _embed),
+    "search": (Search, _search),
+    "results": (Results, _results),
+    "inspect": (Inspect, _inspect),
+    "pack": (Pack, _pack),
+    "import-tf": (ImportTf, _import_tf),
+    "recipes": (Recipes, _recipes),
+}

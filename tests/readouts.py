@@ -1,0 +1,45 @@
+"""What the tests of read-outs share: a small network, the digits, a tiny labelled data set."""
+
+from pathlib import Path
+
+import torch
+
+from localagg.data.sources import open_images
+from localagg.models import create_encoder
+
+
+def network(seed=0):
+    """A small encoder whose batch-norm statistics are not those of any batch."""
+    encoder = create_encoder("resnet18_small", 16, seed=seed, width=8, blocks=(1, 1))
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in encoder.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.2, generator=generator)
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return encoder
+
+
+def digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels uint8 [N, 3, 8, 8] and labels of a split of the digits."""
+    source = open_images("digits", split)
+    return torch.stack([source[i].image for i in range(len(source))]), source.labels
+
+
+def saved_dataset(path: Path, pictures: Path, train: list[int], val: list[int]) -> str:
+    """A saved data set of classes x, y and z: one picture again and again, with these labels."""
+    import datasets
+
+    image = (pictures / "train" / "temple" / "01.jpg").read_bytes()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])}
+    )
+    splits = {
+        name: datasets.Dataset.from_dict(
+            {"image": [{"bytes": image, "path": None}] * len(labels), "label": labels},
+            features=features,
+        )
+        for name, labels in (("train", train), ("val", val))
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    return str(path)
