@@ -101,7 +101,7 @@ def test_unreadable_images_are_left_out_and_counted(weights, pictures, tmp_path)
     assert result["left_out"]["asking"]["unreadable"] == 1
     assert result["notes"] == [
         "2 training images cannot be read and are left out.",
-        "1 asking images cannot be read and are left out.",
+        "1 held-out images cannot be read and are left out.",
     ]
     # The others are measured as if these did not exist.
     for name in ("train/temple/05.jpg", "train/flower/00.png", "val/flower/01.jpg"):

@@ -319,7 +319,7 @@ def _named(choice: Choice, found: dict[str, Any]) -> dict[str, Any]:
 def _more_notes(choice: Choice, found: Space, k: Sequence[int]) -> list[str]:
     """Sentences about unreadable images and a k above the number of images."""
     notes = []
-    for side, what in (("known", "training"), ("asking", "asking")):
+    for side, what in (("known", "training"), ("asking", "held-out")):
         if count := choice.left_out[side]["unreadable"]:
             notes.append(f"{count:,} {what} images cannot be read and are left out.")
     there = len(found.bank) - (choice.held_out is None)

@@ -2,7 +2,7 @@
 
 Legend of shape suffixes: Q queries, N known rows, D embedding size, C classes, k neighbors.
 Similarities are dot products in float32 (or in the type of the rows, if that is wider). Queries go
-in batches, so that beyond the rows found at most some 100 MB are held, whatever Q and N are.
+in batches, so that some 150 MB are held, whatever Q is, beside a coarse copy of the known rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from .config import UserError
 from .shortlist import Shortlist, nearest_in_order
 
 VOTES = (1, 10, 20, 100, 200)  # the numbers of neighbors that are reported for an embedding
-_BATCH = Shortlist.BATCH  # queries at a time
+_BATCH = 256  # queries at a time, where there is no shortlist
 _RANKED_BYTES = 16 << 20  # similarities that are ranked whole at a time
 
 
@@ -52,8 +52,9 @@ def _nearest(
         raise UserError("The embeddings hold values that are not finite and have no neighbors.")
     most = k + (exclude is not None)
     shortlist = Shortlist(bank) if Shortlist.pays(bank, most) else None
-    for start in range(0, len(queries), _BATCH):
-        part = slice(start, start + _BATCH)
+    batch = _BATCH if shortlist is None else shortlist.batch
+    for start in range(0, len(queries), batch):
+        part = slice(start, start + batch)
         asked = queries[part]
         if shortlist is not None and asked.dtype == bank.dtype:
             rows_Qk, sim_Qk = shortlist(asked, most)
@@ -162,7 +163,7 @@ def retrieval_scores(
     equal similarities rank equally high, as in scikit-learn's ``average_precision_score``. mAP is
     its mean over the queries whose class has a row (R > 0); the others are counted.
 
-    mAP ranks all N rows for each query: at N = 50,000 it takes far longer than the vote.
+    mAP ranks all N rows for each query, exactly: some 5 ms of one core a query at N = 50,000.
 
     Args:
         queries: unit rows [Q, D].

@@ -18,10 +18,11 @@ from .objectives import background_neighbors
 
 _SPACING, _GROUP = 16, 8  # every 16th row is in the sample, the best of every 8 of which counts
 _TILE_BYTES = 16 << 20  # coarse similarities held at a time
-_MARKS = 32 << 20  # (query, row) pairs marked at a time
+_MARKS = 64 << 20  # (query, row) pairs marked at a time
+_LEAST = 128  # queries at a time: fewer would wait for the bank to be read
 _WORTH = 4096  # below so many rows the whole product costs less
-_CROWD = 16  # times k rows (and 1,024) marked for a query: then the whole product costs less
-_ROW_BITS, _QUERY_BITS = 22, 9  # of a sorting key; the 32 bits of a float32 make it 63
+_CROWD = 8  # times k rows (and 1,024) marked for a query: then the whole product costs less
+_ROW_BITS, _QUERY_BITS = 20, 11  # of a sorting key; the 32 bits of a float32 make it 63
 _LARGEST = 0x7FFFFFFF  # int32
 
 
@@ -46,15 +47,16 @@ class Shortlist:
     """The k most similar rows of a bank for batches of queries: what :func:`nearest_in_order`
     gives, in less time, on a CPU.
 
-    Beside the bank it holds a coarse copy of it, 32 MiB of marks and 16 MiB of similarities.
+    Beside the bank it holds a coarse copy of it, 64 MiB of marks and 16 MiB of similarities.
 
     Args:
         bank: float32 [N, D] on the CPU.
         coarse: type of the first pass. None: bfloat16 where the processor multiplies it, else
             float32.
-    """
 
-    BATCH = 1 << _QUERY_BITS  # queries at a time, at most
+    Attributes:
+        batch: how many queries should come at a time.
+    """
 
     def __init__(self, bank: Tensor, coarse: torch.dtype | None = None) -> None:
         self.bank, self.coarse_type = bank, coarse or _coarse_type()
@@ -62,6 +64,7 @@ class Shortlist:
         sampled = self.coarse[::_SPACING]
         self.sample = sampled[: max(1, len(sampled) // _GROUP) * _GROUP].contiguous()
         self.error, self.longest = error_N.max(), bank.norm(dim=1).max()
+        self.batch = min(max(_LEAST, _MARKS // len(bank)), 1 << _QUERY_BITS)
         # Held from batch to batch: fresh memory of this size costs as much as the product.
         self._tile = torch.empty(_TILE_BYTES // self.coarse.element_size(), dtype=self.coarse_type)
         self._marks = torch.empty(_MARKS, dtype=torch.bool)
@@ -77,7 +80,7 @@ class Shortlist:
         """Rows and similarities in order.
 
         Args:
-            queries: float32 [B, D], finite, at most ``BATCH`` of them.
+            queries: float32 [B, D], finite, at most 2,048 of them.
             k: 1 to N.
 
         Returns:
