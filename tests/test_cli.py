@@ -285,3 +285,26 @@ def test_search_finds_what_embed_wrote(run, pictures, tmp_path, capsys):
     assert len(row["neighbors"]) == 3
     assert "flower/02.jpg" not in [near["path"] for near in row["neighbors"]]
     assert "similarity" in capsys.readouterr().out
+
+
+def test_readouts_that_were_stopped_are_noted_when_they_end(run, tmp_path, monkeypatch, capsys):
+    from localagg.probe import Probe
+    from localagg.results import read_results
+
+    copy, out = tmp_path / "copy", tmp_path / "heads"
+    shutil.copytree(run, copy)
+    (copy / "results.json").unlink(missing_ok=True)
+    measure = Probe.measure
+
+    def stop(self, **options):
+        raise KeyboardInterrupt
+
+    words = ["transfer", str(copy), "--epochs", "2", "--batch-size", "100", "--device", "cpu"]
+    monkeypatch.setattr(Probe, "measure", stop)
+    assert cli.main([*words, "--layers", "1", "--out", str(out)]) == 130
+    assert read_results(copy) == []
+    monkeypatch.setattr(Probe, "measure", measure)
+    for _ in range(2):  # and not once more when it has ended already
+        assert cli.main(["transfer", "--resume", str(out)]) == 0
+    (entry,) = read_results(copy)
+    assert set(entry["values"]) >= {"1 top1", "1 ten_crop_top1"}

@@ -73,6 +73,13 @@ def stop_after(monkeypatch, batches: int) -> None:
     monkeypatch.setattr(Parts, "_put", counted)
 
 
+def test_a_source_of_which_nothing_can_be_read_is_one_sentence(weights, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(UserError, match="None of the 2 images"):
+        embed(weights[1], open_images(str(tmp_path)), VIEWS)
+
+
 def test_rows_are_those_of_one_image_at_a_time(weights, pictures):
     _, encoder = weights
     source = open_images(str(pictures), "val")

@@ -12,7 +12,7 @@ import localagg
 SRC = Path(localagg.__file__).parent
 # Ground first. A module imports from its own floor and below (data and models not each other).
 FLOORS = [
-    {"config", "objectives", "draws", "crc32c"},
+    {"config", "objectives", "draws", "crc32c", "files"},
     {
         "neighbors",
         "bank",

@@ -95,40 +95,16 @@ def _words(value: Any) -> str:
 def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
     from .ledger import note_readouts
     from .logbook import print_table
-    from .transfer import resume_transfer, transfer
 
-    config = options.options
+    noted = False
     if options.resume is not None:
-        if options.out not in (None, options.resume):
-            raise UserError(f"--resume {options.resume} writes there; leave out --out.")
-        if fixed := sorted(typed - {"workers", "device"}):
-            raise UserError(
-                f"'{options.resume}' keeps its options; leave out {option(fixed[0])}, or start"
-                " again with another --out."
-            )
-        result = resume_transfer(
-            options.resume,
-            weights=run,
-            data=options.data,
-            workers=config.workers if "workers" in typed else None,
-            device=config.device if "device" in typed else None,
-        )
+        noted = (Path(options.resume) / "results.json").exists()  # when it ended
+        result = _resume_transfer(options, run, typed)
     else:
         folder, data = _weights(run, options.data)
         if options.few or options.per_class:
             return _few_labels(options, folder, data, typed)
-        if options.quick:
-            from .quick import OPTIONS, quick_readout
-
-            if unheeded := sorted(typed - OPTIONS):
-                raise UserError(f"{option(unheeded[0])} means nothing with --quick; leave it out.")
-            out = options.out and Path(options.out)
-            ten_crop = config.ten_crop and "ten_crop" in typed
-            result = quick_readout(config, folder, data, out or None, ten_crop=ten_crop)
-        else:
-            beside = folder if folder.is_dir() else folder.with_suffix("")
-            named = f"transfer-{options.recipe}" if options.recipe else "transfer"
-            result = transfer(config, folder, data, options.out or str(beside / named))
+        result = _read_out(options, folder, data, typed)
     columns = list(next(iter(result["layers"].values())))
     rows = [
         [name, *(f"{found[column]:.1%}" for column in columns)]
@@ -136,9 +112,45 @@ def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, 
     ]
     print_table(["layer", *columns], rows)
     print(f"{result['seconds']:.0f} s. {result['protocol']}")
-    if result["run"] is not None and options.resume is None:
-        note_readouts(Path(result["run"]), result)
+    if not noted:
+        note_readouts(Path(run or result["run"]), result)
     return result
+
+
+def _read_out(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
+    config = options.options
+    if options.quick:
+        from .quick import OPTIONS, quick_readout
+
+        if unheeded := sorted(typed - OPTIONS):
+            raise UserError(f"{option(unheeded[0])} means nothing with --quick; leave it out.")
+        ten_crop = config.ten_crop and "ten_crop" in typed
+        return quick_readout(config, run, data, options.out, ten_crop=ten_crop)
+    from .transfer import transfer
+
+    beside = run if run.is_dir() else run.with_suffix("")
+    named = f"transfer-{options.recipe}" if options.recipe else "transfer"
+    return transfer(config, run, data, options.out or str(beside / named))
+
+
+def _resume_transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
+    from .transfer import resume_transfer
+
+    config = options.options
+    if options.out not in (None, options.resume):
+        raise UserError(f"--resume {options.resume} writes there; leave out --out.")
+    if fixed := sorted(typed - {"workers", "device"}):
+        raise UserError(
+            f"'{options.resume}' keeps its options; leave out {option(fixed[0])}, or start"
+            " again with another --out."
+        )
+    return resume_transfer(
+        options.resume or "",
+        weights=run,
+        data=options.data,
+        workers=config.workers if "workers" in typed else None,
+        device=config.device if "device" in typed else None,
+    )
 
 
 def _weights(run: str | None, data: str | None) -> tuple[Path, str]:

@@ -27,18 +27,14 @@ from torch import Tensor
 
 from .bank import MemoryBank
 from .config import PretrainConfig, UserError, ViewConfig, from_dict, to_dict
+from .files import flush, whole
 from .models import Encoder, encoder_from_json, spec_to_json
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside ``path``, flush it to disk and rename."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def check_new(run: Path) -> None:
@@ -115,12 +111,12 @@ def save(
         save_file(tensors, beside / "clusters.safetensors")
     write_json(beside / "progress.json", {"step": step, **progress})
     for file in beside.iterdir():
-        _flush(file)
-    _flush(beside)
+        flush(file)
+    flush(beside)
     if folder.exists():  # the same step again, after a resume
         shutil.rmtree(folder)
     os.rename(beside, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
@@ -258,11 +254,3 @@ def load_bank(run: Path) -> Tensor:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

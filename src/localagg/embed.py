@@ -70,6 +70,9 @@ def embed(
 
     Returns:
         An :class:`Embedded` on the encoder's device; unreadable images are missing from it.
+
+    Raises:
+        UserError: no image can be read.
     """
     device = next(encoder.parameters()).device
     training = encoder.training
@@ -88,6 +91,8 @@ def embed(
         done += len(index)
         on_progress(done, len(source))
     encoder.train(training)
+    if not found_index:
+        raise UserError(f"None of the {len(source):,} images of '{source.uri}' can be read.")
     index = torch.cat(found_index)
     labels = None if source.labels is None else source.labels[index]
     return Embedded(index, torch.cat(found_rows), labels)

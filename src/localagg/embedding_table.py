@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .checkpoint import write_json
 from .config import Interrupted, UserError
+from .files import flush
 from .logbook import say
 
 if TYPE_CHECKING:
@@ -145,9 +146,9 @@ class Parts:
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
                 " read; none is left to embed."
             )
-        _flush(whole)
+        flush(whole)
         os.replace(whole, self.out)
-        _flush(self.out.absolute().parent)
+        flush(self.out.absolute().parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 
@@ -241,14 +242,6 @@ def _is_whole(part: Path) -> bool:
     except _faults():
         return False
     return True
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_line(error: Exception) -> str:

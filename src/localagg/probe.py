@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
 from .evaluate import translation
 from .features import Extractor, FeatureCache, Kept, is_fixed
+from .files import whole
 from .logbook import say, showing
 from .models import Encoder
 from .readout import ReadOut, accuracies, evaluation_views, make_optimizer
@@ -268,7 +268,6 @@ class Probe:
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
         """Write the state beside and rename, so that a kill leaves the last one whole."""
-        beside = run / ".state.pt.tmp"
         state = {
             "step": self.step,
             "heads": self.readout.heads.state_dict(),
@@ -276,11 +275,8 @@ class Probe:
             "encoder": self.readout.encoder.state_dict() if self.config.finetune else {},
             "progress": progress,
         }
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, run / "state.pt")
+        with whole(run / "state.pt") as beside:
+            torch.save(state, beside)
 
     def restore(self, run: Path) -> None:
         """Take over the state of a folder; before the first there is nothing to take over.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import UserError
+from ..files import flush
 from ..logbook import showing
 from .decode import UnreadableImage, decode, image_size
 from .protocol import Source, encoded
@@ -137,11 +138,7 @@ def _check_room(destination: Path, size: int) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def _pack_split(

@@ -9,7 +9,6 @@ remainder; files may be empty.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..files import whole
 from .example import write_example
 from .protocol import Sample, Source, Stored, encoded
 from .tfrecord_index import (
@@ -164,16 +164,9 @@ def write_tfrecords(
     each = -(-len(source) // files)
     names = [f"{prefix}-{number:05d}-of-{files:05d}" for number in range(files)]
     for number, name in enumerate(names):
-        beside = folder / f".{name}.tmp"
-        try:
-            with open(beside, "wb") as file:
-                for i in range(number * each, min((number + 1) * each, len(source))):
-                    _write_image(file, source, i, on_image)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(folder / name) as beside, open(beside, "wb") as file:
+            for i in range(number * each, min((number + 1) * each, len(source))):
+                _write_image(file, source, i, on_image)
     if source.classes is not None:
         (folder / _CLASSES.format(prefix)).write_text(json.dumps(source.classes))
     return names

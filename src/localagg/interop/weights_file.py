@@ -1,8 +1,6 @@
 """A checkpoint of the reference, or of its PyTorch port, as one of our weights files."""
 
-import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from safetensors.torch import save_file
 from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import UserError, ViewConfig, nearest
+from ..files import whole
 from ..models import Encoder, create_encoder
 from .tf_checkpoint import open_tf_checkpoint
 from .tf_weights import NETWORKS, TFReport, load_variables
@@ -58,11 +57,13 @@ def import_weights(
             f"'{prefix}' lacks {len(report.missing)} variables of {model},"
             f" {report.missing[0]} the first; it is not a whole checkpoint of it."
         )
-    _write(out, lambda file: save_weights(file, encoder, REFERENCE_VIEWS))
+    with whole(out) as beside:
+        save_weights(beside, encoder, REFERENCE_VIEWS)
     if bank is not None and rows is not None:
         parts = {"rows": rows.rows, "labels": report.labels, "clusters": report.cluster_labels}
         tensors = {name: t.contiguous() for name, t in parts.items() if t is not None}
-        _write(bank, lambda file: save_file(tensors, file))
+        with whole(bank) as beside:
+            save_file(tensors, beside)
     return {
         "matched": list(report.matched),
         "left": list(report.left),
@@ -97,10 +98,3 @@ def _from_port(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, Mem
             raise UserError(f"'{prefix}' holds no memory bank; leave out --bank.")
         rows = MemoryBank(*stored.shape)
     return load_torch_port(prefix, encoder, rows), rows
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    os.replace(beside, path)

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..data.decode import UnreadableImage, decode
 from ..data.sources import Source
+from ..files import whole
 from ..knn import nearest_rows
 
 _COLORS = (  # Okabe & Ito's, which color-blind readers can tell apart, and three of Tol's
@@ -71,9 +71,8 @@ def write_page(path: Path, page: Page) -> None:
         f"<script>{get_plotlyjs()}</script><body><h1>{html.escape(page.title)}</h1>"
         f"<p class=lead>{html.escape(page.lead)}</p>{body}</body></html>"
     )
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 _HEADINGS = {"name": "", "knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
