@@ -1,4 +1,4 @@
-"""The reference's read-outs by name, end to end on small real trees: class folders and a listing."""
+"""The reference's read-outs by name, end to end on small real trees: folders and a listing."""
 
 import csv
 import json
