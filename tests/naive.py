@@ -64,20 +64,28 @@ def close(labels, i, j):
 
 def local_aggregation(v, bank, labels, index, K, t, eps=1e-7):
     """LA eq. 5 and its gradient."""
+    around = [background(sim, K) for sim in similarities(v, bank)]
+    return aggregation(v, bank, labels, index, around, t, eps)[:2]
+
+
+def aggregation(v, bank, labels, index, around, t, eps=1e-7):
+    """LA eq. 5 among given rows, its gradient, and a size that the gradient's terms add up to."""
     B = len(v)
-    loss, grad = 0.0, np.zeros((B, len(bank[0])))
+    loss, grad, size = 0.0, np.zeros((B, len(bank[0]))), 0.0
     for i, sim in enumerate(similarities(v, bank)):
-        around = background(sim, K)
-        top = max(sim[j] for j in around)
-        weight = {j: math.exp((sim[j] - top) / t) for j in around}
+        top = max(sim[j] for j in around[i])
+        weight = {j: math.exp((sim[j] - top) / t) for j in around[i]}
         whole = sum(weight.values())
-        near = [j for j in around if close(labels, index[i], j)]
+        near = [j for j in around[i] if close(labels, index[i], j)]
+        # The rest is summed by itself: of a share near 1 it would be lost in rounding.
+        rest = sum(weight[j] for j in around[i] if j not in near) / whole
         share = sum(weight[j] for j in near) / whole
-        loss -= math.log(share + eps) / B
-        for j in around:
-            slope = weight[j] / whole * ((j in near) - share) / t
-            grad[i] -= slope / (share + eps) * np.array(bank[j]) / B
-    return loss, grad
+        loss -= (math.log(share + eps) if share < 0.5 else math.log1p(eps - rest)) / B
+        for j in around[i]:
+            slope = weight[j] / whole * (rest if j in near else -share) / t / (share + eps) / B
+            grad[i] -= slope * np.array(bank[j])
+            size += abs(slope) * max(map(abs, map(float, bank[j])))
+    return loss, grad, size
 
 
 def knn_accuracy(queries, query_labels, bank, bank_labels, k, t):

@@ -31,3 +31,38 @@ def test_of_repeated_indices_the_last_wins_and_other_rows_stay(index):
         expected[row] = momentum_update(before[row : row + 1], new[position : position + 1])[0]
     torch.testing.assert_close(bank.rows, expected)
     assert torch.equal(bank.rows[3:], before[3:])
+
+
+def test_a_bank_of_bfloat16_moves_in_float32_and_is_rounded_once():
+    bank = MemoryBank(5, 16, seed=0, dtype=torch.bfloat16)
+    before = bank.rows.float()
+    new = torch.nn.functional.normalize(
+        torch.randn(2, 16, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    bank.update(torch.tensor([3, 0]), new, momentum=0.5)
+    expected = before.clone()
+    expected[[3, 0]] = momentum_update(before[[3, 0]], new)
+    assert torch.equal(bank.rows, expected.bfloat16())
+    assert not torch.equal(bank.rows[3], bank.rows[0])
+
+
+def test_a_run_with_a_bank_of_bfloat16_learns_as_one_of_float32_and_is_measured(tmp_path):
+    from localagg.checkpoint import load_bank
+    from localagg.config import override
+    from localagg.evaluate import measure_run
+    from localagg.pretrain import pretrain
+    from localagg.recipes import recipe
+
+    config = override(
+        recipe("digits").config, epochs=2, ir_epochs=1, width=8, blocks=(1,), batch_size=100,
+        ir_batch_size=100, clusters=(20,), neighbors=64, device="cpu", bank_dtype="bfloat16",
+    )  # fmt: skip
+    final = pretrain(config, "digits", tmp_path / "run")["final"]
+    rows = load_bank(tmp_path / "run")
+    assert rows.dtype == torch.bfloat16
+    torch.testing.assert_close(rows.float().norm(dim=1), torch.ones(1400), rtol=0.01, atol=0)
+    measured = measure_run(tmp_path / "run", data=None, against="bank", workers=0, retrieval=True)
+    assert measured["accuracy"]["knn1"] == pytest.approx(final["knn1"], abs=0.01)
+    config = override(config, bank_dtype="float32")
+    other = pretrain(config, "digits", tmp_path / "other")["final"]
+    assert final["knn200"] == pytest.approx(other["knn200"], abs=0.05)

@@ -1,4 +1,9 @@
+import contextlib
 import json
+import os
+import resource
+import shutil
+import signal
 
 import pytest
 import torch
@@ -55,19 +60,105 @@ def test_only_the_newest_stays_and_half_written_ones_are_never_seen(tmp_path, pa
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000003"]
 
 
-def test_a_failed_write_leaves_the_last_good_one(tmp_path, parts, monkeypatch):
+@pytest.mark.parametrize("room", [0, 200, 1000, -1])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_loads(tmp_path, parts, room, step):
     checkpoint.begin_run(tmp_path, PretrainConfig(), {})
     good = save(tmp_path, 1, parts)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, 2, parts)
-    monkeypatch.undo()
-    assert checkpoint.latest(tmp_path) == good
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if room == -1:  # one byte less than the largest file needs
+        room = max(path.stat().st_size for path in good.iterdir()) - 1
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # bytes of a file
+        if step == 1 and room:  # a few words about a step that was saved before
+            save(tmp_path, step, parts)
+        else:
+            with pytest.raises(UserError, match=r"\(File too large.*step-000000001', is whole"):
+                save(tmp_path, step, parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+    assert [path.name for path in good.iterdir() if path.name.startswith(".")] == []
+    checkpoint.restore(good, **parts)
     checkpoint.load_encoder(tmp_path)
+
+
+class Cut:
+    """What reaches the disk, in order; before a chosen event the process is killed."""
+
+    def __init__(self, monkeypatch, at=None):
+        self.events, self.at = [], at
+        for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink")):
+            self.watch(monkeypatch, module, name)
+        self.watch(monkeypatch, checkpoint, "save_tensors")
+        self.watch(monkeypatch, shutil, "rmtree")
+
+    def watch(self, monkeypatch, module, name):
+        original = getattr(module, name)
+
+        def watched(first, *rest, **options):
+            what = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first)
+            self.note(name, what)
+            original(first, *rest, **options)
+            self.note(f"{name} done", what)
+
+        monkeypatch.setattr(module, name, watched)
+
+    def note(self, name, what):
+        if not name.endswith("done"):
+            if self.at == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.at = None if self.at is None else self.at - 1
+        self.events.append((name, os.path.basename(what)))
+
+
+def test_after_a_loss_of_power_a_name_never_stands_for_less_than_its_bytes(
+    tmp_path, parts, monkeypatch
+):
+    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+    save(tmp_path, 1, parts)
+    seen = Cut(monkeypatch).events
+    folder = save(tmp_path, 2, parts)
+    named = seen.index(("rename done", ".step-000000002.tmp"))
+    for path in folder.iterdir():
+        written = ".progress.json.tmp" if path.name == "progress.json" else path.name
+        assert ("fsync done", written) in seen[:named]
+    assert ("fsync done", ".step-000000002.tmp") in seen[:named]
+    removed = seen.index(("rmtree", "step-000000001"))
+    assert ("fsync done", "checkpoints") in seen[named:removed]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_at_any_moment_of_a_write_leaves_the_checkpoint_before_or_this_one(
+    tmp_path, parts, monkeypatch, step
+):
+    """Step 2 follows step 1; step 1 once more has other words about it."""
+    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+    save(tmp_path, 1, parts, word="before")
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "first")
+    rows, moments = parts["bank"].rows.clone(), 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                parts["bank"].rows += step - 1
+                Cut(monkeypatch, at=moments)
+                save(tmp_path, step, parts, word="after")
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        folder = checkpoint.latest(tmp_path)
+        _, progress = checkpoint.restore(folder, **parts)
+        assert (progress["step"], progress["word"]) in {(1, "before"), (step, "after")}
+        assert torch.equal(parts["bank"].rows, rows + (progress["step"] - 1))
+        parts["bank"].rows.copy_(rows)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        shutil.rmtree(tmp_path / "checkpoints")
+        shutil.copytree(tmp_path / "first", tmp_path / "checkpoints")
+        moments += 1
+    assert progress == {"step": step, "word": "after"}
+    assert moments > (3 if step == 1 else 15)
 
 
 @pytest.mark.parametrize(

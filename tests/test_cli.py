@@ -89,7 +89,7 @@ WRONG = [
     ("pretrain --resume {run} --data {pictures}", "is not what"),
     ("pretrain --resume {run} --epochs 9", "--epochs 2, not 9"),
     ("pretrain --resume {run} --out {new}", "leave out --out"),
-    ("pretrain --resume {bare}", "holds no checkpoint"),
+    ("knn {bare}", "holds no checkpoint"),
     ("pretrain --resume {empty}", "is not a run folder"),
     ("pretrain digits --data digits --precision low", "--precision"),
     ("pretrain digits --data digits --json /no/such/folder/x.json", "--json"),
@@ -224,7 +224,8 @@ def test_pack_makes_what_the_commands_read(pictures, tmp_path, capsys):
     for kind in ("arrow", "tfrecord"):
         out = tmp_path / kind
         assert cli.main(["pack", str(pictures), str(out), "--format", kind, "--verify"]) == 0
-        assert cli.main(["inspect", str(out), "--json", str(tmp_path / "i.json")]) == 0
+        words = ["inspect", str(out), "--recipe", "none", "--json", str(tmp_path / "i.json")]
+        assert cli.main(words) == 0
         splits = json.loads((tmp_path / "i.json").read_text())["splits"]
         assert (splits["train"]["images"], splits["val"]["images"]) == (48, 12)
 

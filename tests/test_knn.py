@@ -66,7 +66,7 @@ def test_the_excluded_one_may_be_anywhere_among_equals(size):
 
 @pytest.mark.parametrize("size", [30, 5000])
 def test_many_queries_are_answered_as_few(size, monkeypatch):
-    monkeypatch.setattr("localagg.shortlist._MARKS", 200 * 5000)  # then 200 queries are a batch
+    monkeypatch.setattr("localagg.knn._BATCH", 200)
     generator = torch.Generator().manual_seed(0)
     bank, queries = unit(generator, size, 4).float(), unit(generator, 600, 4).float()
     rows, _ = nearest_rows(queries, bank, 3)

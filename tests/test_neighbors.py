@@ -1,28 +1,30 @@
-"""The engine's memory is bounded whatever the size of the bank."""
+"""What the loop asks of the engine; that its memory is bounded whatever the size of the bank."""
 
 import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from localagg import objectives
-from localagg.neighbors import find_neighbors, neighborhood_loss
+from localagg import neighbors_numba, streaming
+from localagg.bank import MemoryBank
+from localagg.neighbors import by_row, engine_note, find_neighbors, neighborhood_loss, search_bytes
 from localagg.objectives import local_aggregation
 
 _STEP = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 def peak_kib():
     # Linux's own figure is this process's; getrusage inherits that of the process that forked it.
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
-from localagg import objectives
-from localagg.neighbors import find_neighbors, neighborhood_loss
-size, objectives.TOP_TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+from localagg import neighbors_torch, streaming
+from localagg.neighbors import Prepared, find_neighbors, neighborhood_loss
+size, neighbors_torch.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+if sys.argv[3] == "torch":
+    streaming._numba = lambda: (None, None)
 generator = torch.Generator().manual_seed(0)
 def step(bank, labels):
     embedding = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
@@ -31,36 +33,68 @@ def step(bank, labels):
     neighborhood_loss(embedding, bank, found).backward()
 bank = torch.randn(size, 32, generator=generator)
 labels = torch.randint(0, 100, (3, size), dtype=torch.int32)
-step(bank[:1000], labels[:, :1000])  # libraries load their buffers
+step(bank[:5000], labels[:, :5000])  # libraries load their buffers, loops are compiled
 before = peak_kib()
 step(bank, labels)
 print((peak_kib() - before) / 1024)
 """
 
 
-def peak_mib(size: int, tile_mib: int) -> float:
+def peak_mib(size: int, tile_mib: int, engine: str) -> float:
     """Extra memory of one LA step in a fresh process."""
-    command = [sys.executable, "-c", textwrap.dedent(_STEP), str(size), str(tile_mib << 20)]
+    arguments = [str(size), str(tile_mib << 20), engine]
+    command = [sys.executable, "-c", textwrap.dedent(_STEP), *arguments]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_follows_the_tile_and_not_the_bank():
     # The whole product would take 64 x 400,000 x 4 bytes = 98 MiB.
-    assert peak_mib(400_000, tile_mib=1) < 30
-    assert peak_mib(400_000, tile_mib=512) > 80  # so the measurement does see a large product
+    assert peak_mib(400_000, 1, "numba") < 30
+    assert peak_mib(400_000, 1, "torch") < 30
+    assert peak_mib(400_000, 512, "torch") > 80  # so the measurement does see a large product
 
 
-def test_the_engine_and_the_objective_agree():
+@pytest.mark.parametrize("size", [300, 5000])  # by torch alone, and by the compiled loops
+def test_the_engine_and_the_objective_agree(size):
     generator = torch.Generator().manual_seed(1)
-    bank = torch.nn.functional.normalize(torch.randn(300, 16, generator=generator), dim=1)
-    embedding = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=1)
-    labels = torch.randint(0, 30, (2, 300), generator=generator)
+    bank = MemoryBank(size, 16, seed=1)
+    embedding = F.normalize(torch.randn(8, 16, generator=generator), dim=1)
+    labels = by_row(torch.randint(0, 30, (2, size), generator=generator))
     index = torch.arange(8)
-    found = find_neighbors(embedding, bank, labels, index, neighbors=40)
+    found = find_neighbors(embedding, bank.prepared, labels, index, neighbors=40)
     assert found.rows.shape == found.similarity.shape == found.close.shape == (8, 40)
-    whole = local_aggregation(embedding, bank, labels, index, neighbors=40)
-    assert torch.equal(neighborhood_loss(embedding, bank, found), whole)
-    alone = find_neighbors(embedding, bank, torch.arange(300)[None], index, neighbors=1)
+    whole = local_aggregation(embedding, bank.rows, labels, index, neighbors=40)
+    torch.testing.assert_close(neighborhood_loss(embedding, bank.prepared, found), whole)
+    alone = find_neighbors(embedding, bank.rows, torch.arange(size)[None], index, neighbors=1)
     itself = (alone.rows == index[:, None]).any(dim=1)
     assert alone.without_close == (~itself).float().mean()
-    assert objectives.TOP_TILE_BYTES == 32 << 20
+
+
+def test_where_the_loops_do_not_compile_torch_answers_and_a_sentence_says_so(monkeypatch):
+    def broken():
+        raise OSError("no folder for compiled code")
+
+    monkeypatch.setattr(neighbors_numba, "compile_all", broken)
+    streaming._numba.cache_clear()
+    try:
+        bank = MemoryBank(5000, 8, seed=0)
+        note = engine_note(bank.rows)
+        assert note is not None
+        assert "numba does not run here (no folder for compiled code)" in note
+        assert engine_note(bank.rows[:100]) is None  # there nobody would notice
+        found = find_neighbors(
+            bank.rows[:3], bank.prepared, torch.arange(5000)[None], torch.arange(3), neighbors=4
+        )
+        assert found.close.sum().item() == 3
+    finally:
+        streaming._numba.cache_clear()
+    monkeypatch.undo()
+    assert engine_note(bank.rows) is None
+
+
+def test_the_forecast_of_memory_knows_of_the_copy():
+    for dtype in (torch.float32, torch.bfloat16):
+        bank = MemoryBank(10, 8, dtype=dtype).prepared
+        copied = search_bytes(bank, 2000, 4, 10) - search_bytes(bank, 1000, 4, 10)
+        assert copied == 0 if bank.type == dtype else 1000 * 8 * bank.type.itemsize

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import naive
-from localagg import objectives
+from localagg import neighbors_torch, streaming
 from localagg.objectives import (
     background_neighbors,
     close_neighbors,
@@ -67,7 +67,7 @@ def test_probability_is_the_softmax_over_the_bank(p):
 @given(problems())
 def test_instance_softmax(p):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "PRODUCT_TILE_BYTES", p["tile"])
+        patch.setattr(streaming, "PRODUCT_TILE_BYTES", p["tile"])
         found = value_and_gradient(
             lambda v: instance_softmax(v, p["bank"], p["index"], temperature=p["t"]),
             p["embedding"],
@@ -94,7 +94,7 @@ def test_instance_nce(p):
 @given(problems())
 def test_local_aggregation(p):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "TOP_TILE_BYTES", p["tile"])
+        patch.setattr(neighbors_torch, "TILE_BYTES", p["tile"])
         found = value_and_gradient(
             lambda v: local_aggregation(
                 v, p["bank"], p["labels"], p["index"], neighbors=p["K"], temperature=p["t"]
@@ -123,7 +123,7 @@ def test_ties_go_to_the_lowest_rows(seed, K, tile):
     bank = torch.from_numpy(rng.randint(-1, 2, (30, 3))).double()  # products are exact integers
     embedding = torch.from_numpy(rng.randint(-1, 2, (4, 3))).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "TOP_TILE_BYTES", tile)
+        patch.setattr(neighbors_torch, "TILE_BYTES", tile)
         rows, similarity = background_neighbors(embedding, bank, K)
     for i, sim in enumerate(naive.similarities(embedding, bank)):
         assert sorted(rows[i].tolist()) == sorted(naive.background(sim, K))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from damage import middle_lost
 from localagg import quick
 from localagg.checkpoint import save_weights
 from localagg.config import TransferConfig, UserError, ViewConfig, override
@@ -132,13 +133,13 @@ def test_unreadable_images_are_refused_or_counted(tmp_path, pictures):
     header, tail = data / "train" / "flower" / "03.jpg", data / "train" / "temple" / "05.jpg"
     held_out = data / "val" / "temple" / "01.jpg"
     whole = {path: path.read_bytes() for path in (header, tail, held_out)}
-    tail.write_bytes(whole[tail][:-100])
+    tail.write_bytes(middle_lost(whole[tail]))
     with pytest.raises(UserError, match=r"1 of 48 images .*temple/05\.jpg \(damaged\)"):
         quick_readout(config, network(), str(data))
     header.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"1 of 48 images .*flower/03\.jpg"):
         quick_readout(config, network(), str(data))
-    held_out.write_bytes(whole[held_out][:-100])
+    held_out.write_bytes(middle_lost(whole[held_out]))
     results = quick_readout(override(config, unreadable="skip"), network(), str(data))
     assert (results["images"], results["measured"], results["unreadable"]) == (46, 11, 3)
     for file in (data / "train" / "flower").iterdir():

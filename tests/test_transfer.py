@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
+from damage import middle_lost
 from localagg.checkpoint import load_encoder, save_weights
 from localagg.config import Interrupted, TransferConfig, UserError, override
 from localagg.features import Extractor
@@ -241,7 +242,7 @@ def test_kept_training_images_that_only_decoding_shows_to_be_damaged(tmp_path, p
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     file = data / "train" / "flower" / "03.jpg"
-    file.write_bytes(file.read_bytes()[:-100])
+    file.write_bytes(middle_lost(file.read_bytes()))
     config = override(FIXED, epochs=1, batch_size=8, workers=0)
     with pytest.raises(UserError, match=r"1 of 48 images .*flower/03\.jpg \(damaged\)"):
         transfer(config, network(), str(data))
@@ -413,7 +414,7 @@ def test_unreadable_images_are_refused_or_counted(tmp_path, pictures):
     (data / "val" / "temple" / "01.jpg").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"1 of 12 images .*temple/01\.jpg"):
         transfer(config, network(), str(data), tmp_path / "out")
-    (data / "val" / "temple" / "01.jpg").write_bytes(whole_file[:-100])
+    (data / "val" / "temple" / "01.jpg").write_bytes(middle_lost(whole_file))
     assert transfer(config, network(), str(data))["unreadable"] == 1  # found when decoded
     (data / "train" / "flower" / "03.jpg").write_bytes(b"nothing")
     out = transfer(override(config, unreadable="skip"), network(), str(data))
@@ -435,7 +436,7 @@ def test_one_readable_class_and_no_readable_held_out_image_are_refused(tmp_path,
         unreadable="skip", eval_every=0,
     )  # fmt: skip
     for file in (data / "val").rglob("*.*"):
-        file.write_bytes(file.read_bytes()[:-40])
+        file.write_bytes(middle_lost(file.read_bytes()))
     for gb in (0.0, 1.0):
         with pytest.raises(UserError, match=r"None of the .*images .*decoded"):
             transfer(override(config, cache_gb=gb), network(), str(data))

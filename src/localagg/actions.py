@@ -21,7 +21,7 @@ from .commands import (
     Transfer,
 )
 from .config import PretrainConfig, TransferConfig, UserError, known, option, override
-from .recipes import READOUT_RECIPES, RECIPES, REFERENCE
+from .recipes import READOUT_RECIPES, RECIPES, REFERENCE, recipe
 
 
 def _demo(options: Demo) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
         result = pretrain(config, options.data, options.out or f"runs/{named}", start=options.start)
     shares = result["shares"].items()
     print_table(["part of the time", "share"], [[part, f"{share:.1%}"] for part, share in shares])
+    if hint := result.get("hint"):
+        print(hint)
     measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
     print(f"{result['seconds']:.0f} s. {measured or 'Nothing was measured.'}")
     print(f"The run is in {result['run']}")
@@ -280,21 +282,61 @@ def _results(options: Results) -> dict[str, Any]:
 
 
 def _inspect(options: Inspect) -> dict[str, Any]:
-    from .data.inspect import inspect, summary_rows
-    from .logbook import print_table
+    from .logbook import print_table, say, showing
 
-    result = inspect(options.data, workers=options.workers)
+    base = None if options.recipe == "none" else recipe(options.recipe).config
+    say(f"Looking at {options.data}.")
+    with showing("starting"):  # torch takes seconds to load
+        from .data.inspect import inspect, summary_rows
+        from .data.sheet import check_sheet
+        from .data.workers import cores
+        from .epoch_time import tell_epoch_time
+    if options.augmented is not None:
+        check_sheet(Path(options.sheet), options.augmented)
+    workers = min(cores(), 16) if options.workers is None else options.workers
+    result = inspect(options.data, workers=workers, decode_all=options.decode)
     for split, facts in result["splits"].items():
-        print_table([split, ""], summary_rows(facts))
+        common = result["shared"] if split == "val" else None
+        print_table([split, ""], summary_rows(facts, common))
+    result["epoch"] = None
+    if base is not None:
+        batch = base.batch_size if options.batch_size is None else options.batch_size
+        base = override(base, workers=workers, batch_size=batch)
+        facts = result["splits"]["train"]
+        result["epoch"] = tell_epoch_time(options.recipe, base, options.data, facts)
+    if options.augmented is not None:
+        result["sheet"] = _sheet(options, base or PretrainConfig())
     return result
 
 
+def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:
+    from .data import open_images
+    from .data.sheet import contact_sheet
+
+    count = options.augmented or 0
+    found = contact_sheet(open_images(options.data), config, count, Path(options.sheet))
+    print(f"{found['file']}: {', '.join(found['columns'])} of {len(found['images']):,} images.")
+    return found
+
+
 def _pack(options: Pack) -> dict[str, Any]:
-    from .data.pack import pack
+    from .data.pack import pack, pack_rows
     from .logbook import print_table
 
-    result = pack(options.source, options.destination, format=options.format, verify=options.verify)
-    print_table(["", ""], [[name, _words(value)] for name, value in result.items()])
+    if options.keep and options.size is not None:
+        raise UserError(
+            "--keep keeps all bytes, --size makes images smaller; leave one of them out."
+        )
+    result = pack(
+        options.source,
+        options.destination,
+        format=options.format,
+        size=options.size,
+        quality=options.quality,
+        workers=options.workers,
+        verify=options.verify,
+    )
+    print_table(["", ""], pack_rows(result))
     return result
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .draws import BANK, uniform
 from .objectives import momentum_update
+from .prepared import Prepared
 
 _INIT_CHUNK = (
     65536  # rows drawn at a time: the float64 draws of a large bank would not fit beside it
@@ -13,7 +14,7 @@ _INIT_CHUNK = (
 
 
 class MemoryBank(nn.Module):
-    """N unit rows [N, D] in the buffer ``rows``.
+    """N unit rows [N, D] in the buffer ``rows``, or the ``part`` of them that this process holds.
 
     Row i starts uniform in the cube and is normalized; it depends on (seed, i) alone. Deviation:
     the reference leaves its first rows unnormalized (LA section 3.2 has unit rows).
@@ -23,10 +24,12 @@ class MemoryBank(nn.Module):
         dim: D, size of the embedding.
         seed: of the first rows.
         device: where the rows live.
-        dtype: of the rows.
+        dtype: of the rows. Updates are computed in float32 and rounded to it.
+        part: which of the N rows this process holds, where several share the bank; all by default.
     """
 
     rows: Tensor
+    """[n, D], those of ``part``."""
 
     def __init__(
         self,
@@ -36,32 +39,47 @@ class MemoryBank(nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        part: range | None = None,
     ) -> None:
         super().__init__()
-        rows = torch.empty(size, dim, dtype=dtype, device=device)
-        for start in range(0, size, _INIT_CHUNK):
-            index = torch.arange(start, min(start + _INIT_CHUNK, size))
+        self.size = size
+        self.part = range(size) if part is None else part
+        rows = torch.empty(len(self.part), dim, dtype=dtype, device=device)
+        for start in range(self.part.start, self.part.stop, _INIT_CHUNK):
+            index = torch.arange(start, min(start + _INIT_CHUNK, self.part.stop))
             cube = uniform(seed, BANK, index, count=dim) * 2 - 1
-            rows[start : start + len(index)] = F.normalize(cube, dim=1).to(dtype)
+            rows[index - self.part.start] = F.normalize(cube, dim=1).to(rows)
         self.register_buffer("rows", rows)
+        self._prepared: Prepared | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def prepared(self) -> Prepared:
+        """The rows made ready to be searched; what is made of them follows :meth:`update`."""
+        if self._prepared is None or self._prepared.rows is not self.rows:
+            self._prepared = Prepared(self.rows)
+        return self._prepared
 
     @torch.no_grad()
     def update(self, index: Tensor, embedding: Tensor, *, momentum: float = 0.5) -> None:
         """M_i <- normalize(m M_i + (1 - m) v_i) for the rows of a batch; LA section 3.2.
 
-        Where an index stands more than once, the last position wins on every device.
+        Where an index stands more than once, the last position wins on every device. Indices
+        outside of ``part`` are other processes' to update and are passed over.
 
         Args:
-            index: int64 [B].
+            index: int64 [B], of the N rows.
             embedding: unit rows [B, D].
             momentum: m in [0, 1].
         """
+        if len(self.part) < self.size:
+            mine = (index >= self.part.start) & (index < self.part.stop)
+            index, embedding = index[mine] - self.part.start, embedding[mine]
         new_BD = momentum_update(self.rows[index], embedding.detach(), momentum=momentum)
         # Scatters with repeated indices are unordered on GPUs, so all repeats write the last value.
         position = torch.arange(len(index), device=index.device)
         same_BB = index.unsqueeze(1) == index.unsqueeze(0)
-        last_B = (same_BB * position).amax(dim=1)
-        self.rows[index] = new_BD[last_B]
+        last_B = (same_BB * position).amax(dim=1) if len(index) else position
+        self.prepared.write(index, new_BD[last_B])

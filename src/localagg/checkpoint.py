@@ -7,28 +7,34 @@ A run folder::
     RUN/checkpoints/step-N/      model.safetensors, optimizer.pt, bank-0-of-1.safetensors,
                                  clusters.safetensors (once LA has begun), progress.json
 
-A checkpoint is written beside (``.step-N.tmp``), flushed to disk and renamed, then older ones are
-removed; so a folder named ``step-N`` is always whole. Nothing in it is ever unpickled:
-``optimizer.pt`` is loaded with ``weights_only=True``.
+A checkpoint is written beside (``.step-N.tmp``), flushed to disk and renamed, the new name is
+flushed too, and then older ones are removed; so the newest folder named ``step-N`` is always whole,
+after a kill or a loss of power at any moment. Nothing in it is ever unpickled: ``optimizer.pt`` is
+loaded with ``weights_only=True``.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from . import runlock
 from .bank import MemoryBank
 from .config import PretrainConfig, UserError, ViewConfig, from_dict, to_dict
-from .files import flush, whole
+from .files import flush, whole, write_flushed
 from .models import Encoder, encoder_from_json, spec_to_json
+from .tensor_files import save_tensors
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,14 +53,22 @@ def check_new(run: Path) -> None:
         raise UserError(
             f"'{run}' holds another run; go on with --resume {run}, or name another --out."
         )
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(map(_not_left, run.iterdir()))):
         raise UserError(f"'{run}' exists and is not empty; name another --out.")
+
+
+def _not_left(path: Path) -> bool:
+    """Whether a file is something else than a run leaves that was killed before its first word."""
+    if path.name == "checkpoints" and path.is_dir():
+        return any(path.iterdir())
+    return path.name not in (runlock.NAME, ".config.json.tmp")
 
 
 def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
     """Make a run folder with its configuration and the facts that a resume must find again."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {**facts, "config": to_dict(config)})
+    flush(run.absolute().parent)
 
 
 def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
@@ -86,41 +100,80 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step and remove older ones.
 
+    Weights and bank of a step never change, so where the step has been saved before only
+    ``progress`` is written anew: at no moment is there no whole checkpoint.
+
     Args:
         run: the run folder.
         step: optimizer steps done.
         encoder: its parameters and batch-norm statistics.
         optimizer: its state.
         bank: the memory bank, one shard of one.
-        clusters: "labels" [H, N] and perhaps "centroids-h"; empty before LA.
+        clusters: "labels" [H, N] and perhaps late ones; empty before LA.
         progress: JSON values.
         views: noted in the weights file.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        UserError: the disk is full, or otherwise refuses; what was half written is removed, and
+            the checkpoint before stays.
     """
     folder = run / "checkpoints" / f"step-{step:09d}"
     beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_weights(beside / "model.safetensors", encoder, views)
-    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    save_file({"rows": _plain(bank.rows)}, beside / "bank-0-of-1.safetensors")
-    if clusters:
-        tensors = {name: _plain(tensor) for name, tensor in clusters.items()}
-        save_file(tensors, beside / "clusters.safetensors")
-    write_json(beside / "progress.json", {"step": step, **progress})
-    for file in beside.iterdir():
-        flush(file)
-    flush(beside)
-    if folder.exists():  # the same step again, after a resume
-        shutil.rmtree(folder)
-    os.rename(beside, folder)
-    flush(folder.parent)
+    progress = {"step": step, **progress}
+    with writing(run, beside):
+        if folder.exists():
+            write_json(folder / "progress.json", progress)
+        else:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_weights(beside / "model.safetensors", encoder, views)
+            _save_optimizer(beside / "optimizer.pt", optimizer)
+            save_tensors(beside / "bank-0-of-1.safetensors", {"rows": bank.rows})
+            if clusters:
+                save_tensors(beside / "clusters.safetensors", clusters)
+            write_json(beside / "progress.json", progress)
+            flush(beside)  # its files were flushed as they were written
+            os.rename(beside, folder)
+            flush(folder.parent)
     for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Through memory: on a full disk torch's own writer hides what the system said."""
+    state = io.BytesIO()
+    torch.save(optimizer.state_dict(), state)
+    write_flushed(path, [state.getbuffer()])
+
+
+@contextlib.contextmanager
+def writing(run: Path, half: Path | None = None) -> Iterator[None]:
+    """A full disk, or one that otherwise refuses, becomes one sentence.
+
+    Args:
+        run: the run folder that is written to.
+        half: a folder to remove then.
+
+    Raises:
+        UserError: instead of what the system raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if half is not None:
+            shutil.rmtree(half, ignore_errors=True)
+        newest = "nothing was saved yet"
+        if has_checkpoint(run):
+            newest = f"the last checkpoint, '{latest(run)}', is whole"
+        raise UserError(
+            f"'{run}' cannot be written to ({error.strerror or error}); {newest}. Make room, then"
+            f" go on with localagg pretrain --resume {run}"
+        ) from None
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -135,7 +188,7 @@ def latest(run: Path) -> Path:
         UserError: there is none.
     """
     if not has_checkpoint(run):
-        raise UserError(f"'{run}' holds no checkpoint; start it again with another --out.")
+        raise UserError(f"'{run}' holds no checkpoint yet; go on with --resume {run}.")
     return max((run / "checkpoints").glob("step-*"))
 
 
@@ -187,11 +240,10 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
         encoder: its parameters and batch-norm statistics.
         views: how images were shown to it; measurements show them the same way.
     """
-    tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
     metadata = {"localagg": spec_to_json(encoder)}
     if views is not None:
         metadata["views"] = json.dumps(to_dict(views))
-    save_file(tensors, path, metadata=metadata)
+    save_tensors(path, encoder.state_dict(), metadata)
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -250,7 +302,3 @@ def weights_digest(encoder: Encoder) -> str:
 def load_bank(run: Path) -> Tensor:
     """The memory bank [N, D] of a run's latest checkpoint."""
     return load_file(latest(run) / "bank-0-of-1.safetensors")["rows"]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()

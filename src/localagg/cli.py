@@ -1,7 +1,8 @@
 """The command line: words in, an exit status out. Nothing heavy loads before a command runs.
 
 Results go to stdout and to ``--json FILE``, progress and messages to stderr. Exit status: 0 done,
-1 a fault of ours, 2 wrong use (one sentence says what and the way out), 130 stopped by Ctrl-C.
+1 a fault of ours, 2 wrong use or a machine that refuses (one sentence says what and the way out),
+75 saved and stopped by SIGTERM or SIGUSR1, 130 by Ctrl-C.
 """
 
 import sys
@@ -33,10 +34,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stopped:
         print(f"localagg: {stopped}", file=sys.stderr)
-        return 130
+        return stopped.status
     except KeyboardInterrupt:
         print("localagg: stopped.", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        from .data.workers import worker_death
+
+        if (sentence := worker_death(error)) is None:
+            raise
+        print(f"localagg: {sentence}", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk, a folder that may not be written
         if error.filename is None:
             raise

@@ -1,7 +1,7 @@
 """The H k-means clusterings of the bank that define close neighbors (LA section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,53 +9,150 @@ from torch import Tensor
 
 from .bank import MemoryBank
 from .config import UserError
+from .distributed import World
+from .lloyd import KMeans, Rows, first_rows, lloyd, means
 
 SEED = 1234  # the reference's: clustering h is seeded SEED + h
+OVERSHOOT = 0.7  # of warm starts; see lloyd()
 
-
-class KMeans(NamedTuple):
-    """One clustering of N rows into k clusters."""
-
-    labels: Tensor
-    """int32 [N], the nearest centroid of each row."""
-    centroids: Tensor
-    """float32 [k, D]."""
-    inertia: float
-    """Sum of squared distances of the rows to their centroids."""
+Engine = Literal["auto", "faiss", "lloyd"]
 
 
 def kmeans(
-    rows: Tensor,
+    rows: Tensor | Rows,
     clusters: int,
     *,
     seed: int = SEED,
     iterations: int = 20,
     start: Tensor | None = None,
+    tolerance: float = 0.0,
+    engine: Engine = "auto",
+    world: World | None = None,
 ) -> KMeans:
-    """Euclidean k-means by faiss with the reference's settings: 20 iterations, all points used.
+    """Euclidean k-means with the reference's settings: 20 iterations, all points used.
+
+    Cold, it starts from the rows that faiss draws for the seed, and faiss computes it where the
+    rows are on a CPU and in one process. Elsewhere, and from a warm start,
+    :func:`~localagg.lloyd.lloyd` does, which on a CPU without fast bf16 gives faiss' labels but for
+    rows between two equally near centroids.
 
     Args:
-        rows: [N, D], any float dtype and device (computed on the CPU in float32).
+        rows: [N, D], any float dtype and device; or :class:`~localagg.lloyd.Rows` that several
+            clusterings share. Computed in float32.
         clusters: k, at most N.
         seed: of the first centroids, which are rows drawn at random.
-        iterations: Lloyd iterations.
-        start: centroids [k, D] to begin from instead (a warm start).
+        iterations: Lloyd iterations, at most.
+        start: a warm start: centroids [k, D], or the last labels [N] (int; of this rank's rows),
+            whose means in these rows are the first centroids.
+        tolerance: stop when an iteration lowers the inertia by no more than this share of it; faiss
+            always does all iterations.
+        engine: what computes a cold start; ``auto`` as said above.
+        world: whose share the rows are, if they are split over ranks. None: they are all.
 
     Returns:
-        A :class:`KMeans` on the CPU.
+        A :class:`~localagg.lloyd.KMeans`; of this rank's rows where they are split.
 
     Raises:
-        UserError: more clusters than rows, or rows that are not finite.
+        UserError: more clusters than rows, rows that are not finite, or faiss asked for where it
+            cannot be.
     """
-    import faiss
-
-    x = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy())
-    size, dim = x.shape
+    if isinstance(rows, Tensor) and not _by_faiss(rows, engine, start, world):
+        rows = Rows(rows, world)
+    size = len(rows) if isinstance(rows, Tensor) else rows.count
     if not 1 <= clusters <= size:
         raise UserError(
             f"{clusters:,} clusters of {size:,} images cannot be;"
             f" set --clusters to at most {size:,}."
         )
+    if isinstance(rows, Tensor):
+        return _faiss(rows, clusters, seed, iterations)
+    if start is None:
+        return lloyd(
+            rows, first_rows(rows, clusters, seed), iterations=iterations, tolerance=tolerance
+        )
+    if not start.is_floating_point():
+        start = means(rows.totals(start.to(rows.device, torch.int64), clusters))
+    return lloyd(rows, start, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
+
+
+def cluster(
+    bank: Tensor | MemoryBank,
+    clusters: Sequence[int],
+    *,
+    seed: int = SEED,
+    iterations: int = 20,
+    start: Tensor | Sequence[Tensor] | None = None,
+    tolerance: float = 0.0,
+    engine: Engine = "auto",
+    on_progress: Callable[[int, KMeans], None] | None = None,
+    centroids: list[Tensor] | None = None,
+    world: World | None = None,
+) -> Tensor:
+    """H clusterings of the bank, one after the other: on CPUs one product with the centroids of all
+    takes as long as H products (benchmarks/results/clustering.md).
+
+    Args:
+        bank: rows [N, D], or a MemoryBank.
+        clusters: (k_1, ..., k_H).
+        seed: clustering h is seeded ``seed + h``.
+        iterations: Lloyd iterations of each, at most.
+        start: the last labels [H, N], or H centroid tensors [k_h, D], for a warm start.
+        tolerance: see :func:`kmeans`.
+        engine: see :func:`kmeans`.
+        on_progress: called as ``on_progress(h, result)`` after each clustering.
+        centroids: a list that is emptied and filled with those of the H results.
+        world: whose share the rows are, if the bank is split over ranks; see
+            :class:`~localagg.lloyd.Rows` for the collectives.
+
+    Returns:
+        Labels, int32 [H, N], on the bank's device; of this rank's rows where the bank is split.
+
+    Raises:
+        UserError: as :func:`kmeans`.
+    """
+    rows = bank if isinstance(bank, Tensor) else bank.rows
+    by_faiss = _by_faiss(rows, engine, start, world)
+    shared = rows if by_faiss else Rows(rows, world)
+    labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32, device=rows.device)
+    found = []
+    for h, k in enumerate(clusters):
+        result = kmeans(
+            shared,
+            k,
+            seed=seed + h,
+            iterations=iterations,
+            start=start[h] if start is not None else None,
+            tolerance=tolerance,
+            engine=engine,
+        )
+        labels_HN[h] = result.labels
+        found.append(result.centroids)
+        if on_progress:
+            on_progress(h, result)
+    if centroids is not None:
+        centroids[:] = found
+    return labels_HN
+
+
+def _by_faiss(rows: Tensor, engine: Engine, start: object | None, world: World | None) -> bool:
+    """Whether faiss is to cluster.
+
+    Raises:
+        UserError: it is, of rows that are split.
+    """
+    if start is not None or engine == "lloyd":
+        return False
+    ranks = world.size if world else 1
+    if engine == "faiss" and ranks > 1:
+        raise UserError(f"--kmeans faiss cannot cluster over {ranks} processes; use lloyd.")
+    return engine == "faiss" or (rows.device.type != "cuda" and ranks == 1)
+
+
+def _faiss(rows: Tensor, clusters: int, seed: int, iterations: int) -> KMeans:
+    import faiss
+
+    x = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy())
+    size, dim = x.shape
     if not np.isfinite(x).all():
         raise UserError("The bank holds values that are not finite and cannot be clustered.")
     engine = faiss.Kmeans(
@@ -66,53 +163,11 @@ def kmeans(
         max_points_per_centroid=size,  # faiss would otherwise sample 256 points a centroid
         min_points_per_centroid=1,
     )
-    engine.train(x, init_centroids=None if start is None else start.cpu().float().numpy())
+    engine.train(x)
     distances, labels = engine.index.search(x, 1)
     return KMeans(
         torch.from_numpy(labels[:, 0].astype(np.int32)),
         torch.from_numpy(np.asarray(engine.centroids, dtype=np.float32).copy()),
         float(distances.sum(dtype=np.float64)),
+        iterations,
     )
-
-
-def cluster(
-    bank: Tensor | MemoryBank,
-    clusters: Sequence[int],
-    *,
-    seed: int = SEED,
-    iterations: int = 20,
-    start: Sequence[Tensor] | None = None,
-    on_progress: Callable[[int, KMeans], None] | None = None,
-    centroids: list[Tensor] | None = None,
-) -> Tensor:
-    """H clusterings of the bank.
-
-    Args:
-        bank: rows [N, D], or a MemoryBank.
-        clusters: (k_1, ..., k_H).
-        seed: clustering h is seeded ``seed + h``.
-        iterations: Lloyd iterations of each.
-        start: H centroid tensors [k_h, D] of an earlier call, for a warm start.
-        on_progress: called as ``on_progress(h, result)`` after each clustering.
-        centroids: a list that is emptied and filled with the H results, for the next warm start.
-
-    Returns:
-        Labels, int32 [H, N], on the bank's device.
-
-    Raises:
-        UserError: more clusters than rows.
-    """
-    rows = bank if isinstance(bank, Tensor) else bank.rows
-    labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32)
-    found = []
-    for h, k in enumerate(clusters):
-        result = kmeans(
-            rows, k, seed=seed + h, iterations=iterations, start=start[h] if start else None
-        )
-        labels_HN[h] = result.labels
-        found.append(result.centroids)
-        if on_progress:
-            on_progress(h, result)
-    if centroids is not None:
-        centroids[:] = found
-    return labels_HN.to(rows.device)

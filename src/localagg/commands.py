@@ -147,28 +147,54 @@ class Knn:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Count images, classes, sizes and formats, and name the unreadable, before any training."""
+    """What is in a data set and what is wrong with it, before any training.
+
+    Counts, classes, sizes, formats; images that repeat one another, are nearly empty, odd or
+    unreadable; and how long an epoch of a recipe would take here.
+    """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
     """Data URI."""
-    workers: int = 2
-    """Processes that decode."""
+    decode: bool = False
+    """Decode all images. Else the header and end of each, and the pixels of 512 and the dubious."""
+    recipe: str = "folder"
+    """The recipe whose epoch is timed; "none" times nothing."""
+    batch_size: int | None = None
+    """Images a step of it. None: the recipe's."""
+    augmented: int | None = None
+    """Also draw the training views of this many images, as the recipe makes them."""
+    sheet: str = "views.png"
+    """augmented: the contact sheet to write."""
+    workers: int | None = None
+    """Processes that read. None: one a core, up to 16."""
     json: str | None = None
-    """Also write the result here, with every unreadable image."""
+    """Also write the result here, with every image in trouble."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Pack any images into a folder that reads fast, or into the reference's TFRecords."""
+    """Pack any images into a folder that reads fast; a stopped pack goes on.
+
+    All bytes are kept, unless --size asks for smaller images. pack-report.json in the folder names
+    duplicates and unreadable images.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Data URI."""
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to make."""
-    format: Literal["arrow", "tfrecord"] = "arrow"
-    """What datasets reads, or what the reference reads."""
+    format: Literal["arrow", "tfrecord", "webdataset"] = "arrow"
+    """What datasets reads, what the reference reads, or tars."""
+    size: int | None = None
+    """Make images whose shorter side is longer than this smaller, as JPEG."""
+    quality: int | None = None
+    """size: of these JPEGs, 1 to 100. None: 95."""
+    keep: bool = False
+    """Say that all bytes are to be kept, as they are anyway without size."""
+    workers: int = 2
+    """Processes that read, check and shrink."""
     verify: bool = False
-    """Read everything back and compare."""
+    """Read everything back and compare hashes."""
     json: str | None = None
     """Also write the report here."""
 

@@ -21,7 +21,14 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the work was saved; the message says how to go on."""
+    """Ctrl-C, or a scheduler's signal: the work was saved; the message says how to go on.
+
+    The command line exits with ``status``; see :mod:`localagg.signals`.
+    """
+
+    def __init__(self, message: str, *, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -81,6 +88,11 @@ class ViewConfig:
     eval_crop: float | None = None
     """Side of the central square that is measured, as a share of the image's shorter side.
     None: 1 for images up to 64 pixels, else 0.875."""
+    exif_orientation: bool = False
+    """Turn images upright as their EXIF says; the reference does not."""
+    nvjpeg: bool = False
+    """Decode the JPEG files of a training batch together on a CUDA device: other levels by a few.
+    Speed not measured."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "image_size")
@@ -103,6 +115,11 @@ class ViewConfig:
             )
         if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
             raise UserError(f"--eval-crop is {self.eval_crop}; it must be in 0-1, above 0.")
+        if self.nvjpeg and self.augmentation == "reference":
+            raise UserError(
+                "--nvjpeg decodes to other levels than --augmentation reference stands for; leave"
+                " one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,8 @@ class ObjectiveConfig:
     """t: divides every similarity."""
     bank_momentum: float = 0.5
     """m: share of its old value that a bank row keeps at an update."""
+    bank_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the bank's rows; bfloat16 halves its memory, and updates round to it."""
     bank_start: Literal["embedding", "random"] = "embedding"
     """First rows of the bank: the untrained network's embeddings, or random as in the reference."""
     instance_loss: Literal["softmax", "nce"] = "softmax"
@@ -123,17 +142,28 @@ class ObjectiveConfig:
     """K: background neighbors a sample. None: derived from the number of images."""
     clusters: tuple[int, ...] | None = None
     """Clusters of each of the H k-means clusterings. None: derived from the number of images."""
+    kmeans: Literal["auto", "faiss", "lloyd"] = "auto"
+    """What computes a clustering that starts cold: faiss as in the reference, or our own, which
+    runs on GPUs and over many processes too. auto: faiss in one process on a CPU."""
     kmeans_iterations: int = 20
     """k-means iterations of a clustering that starts cold."""
     warm_clusters: bool = False
-    """Start each clustering from the last epoch's centroids."""
-    warm_iterations: int = 5
-    """k-means iterations of a clustering that starts warm."""
+    """Start each clustering from the last epoch's labels."""
+    warm_iterations: int = 20
+    """k-means iterations of a clustering that starts warm, at most."""
+    warm_tolerance: float = 0.004
+    """It ends when an iteration lowers its inertia by no more than this share."""
+    recluster_delay: int = 0
+    """Steps between an epoch's start and the effect of its labels, at most an epoch; above 0 they
+    are computed in a thread meanwhile."""
 
     def __post_init__(self) -> None:
         _positive(self, "temperature")
         _probability(self, "bank_momentum")
         _at_least(self, 1, "noise", "neighbors", "kmeans_iterations", "warm_iterations")
+        _at_least(self, 0, "warm_tolerance", "recluster_delay")
+        if self.kmeans not in ("auto", "faiss", "lloyd"):
+            raise UserError(f"--kmeans is '{self.kmeans}'; it must be auto, faiss or lloyd.")
         if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
             raise UserError(f"--clusters is {_words(self.clusters)}; name at least 1 a clustering.")
 
@@ -169,6 +199,8 @@ class PretrainConfig:
     """Arithmetic of the network. auto: bf16 where the device has units for it, else float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+    compile: bool = False
+    """Compile the network (torch.compile): a minute first, then faster steps on most GPUs."""
     workers: int = 2
     """Processes that read and decode; unused where the images fit in memory."""
     memory: Literal["auto", "always", "never"] = "auto"

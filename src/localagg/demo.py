@@ -20,6 +20,7 @@ from .learner import Learner
 from .logbook import read_metrics, say
 from .pretrain import pretrain
 from .recipes import recipe
+from .report.health import health_curves
 from .report.page import Page, curves, neighbor_grid, space_map, table, write_page
 from .sizing import resolve
 
@@ -134,4 +135,5 @@ def _write_report(
         neighbor_grid(asked, held_out, known, learned),
     )
     page.add("While it learned", curves(metrics, switch=config.ir_epochs))
+    page.add("Its health, epoch by epoch", health_curves(metrics))
     write_page(out / "report.html", page)

@@ -337,7 +337,7 @@ def _own_bank(run: Path, data: str, source: Source, facts: dict[str, Any]) -> tu
         )
     valid = torch.ones(len(source), dtype=torch.bool)
     valid[read_progress(latest(run))["unreadable"]] = False
-    return load_bank(run), valid.nonzero().squeeze(1)
+    return load_bank(run).float(), valid.nonzero().squeeze(1)
 
 
 def _fresh_bank(

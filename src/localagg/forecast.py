@@ -9,7 +9,7 @@ from .config import PretrainConfig, known, to_dict
 from .data.loader import typical_side
 from .data.sources import open_images
 from .learner import make_encoder
-from .objectives import TOP_TILE_BYTES
+from .neighbors import Prepared, search_bytes
 from .schedule import Schedule, images_seen
 from .sizing import explain, resolve
 
@@ -65,14 +65,14 @@ def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
     )
     view = known(config.views.image_size)
     neighbors = known(objective.neighbors)
+    row = torch.empty(1, config.encoder.dim, dtype=getattr(torch, objective.bank_dtype))
     return {
-        "memory bank": size * config.encoder.dim * 4,
+        "memory bank": size * row.nbytes,
         "cluster labels": len(known(objective.clusters)) * size * 4,
         "weights, gradients and momentum": 3 * 4 * parameters,
         "activations (estimate)": batch * activations * number_bytes,
         "views (estimate)": 3 * batch * 3 * view * view * 4,
-        "loss engine (estimate)": 2 * min(TOP_TILE_BYTES, 4 * batch * size)
-        + 4 * batch * (neighbors + 1) * 12,
+        "loss engine (estimate)": search_bytes(Prepared(row), size, batch, neighbors),
         "images held decoded (estimate, if they share one size)": pixels if held else 0,
     }
 

@@ -2,7 +2,7 @@
 
 Legend of shape suffixes: Q queries, N known rows, D embedding size, C classes, k neighbors.
 Similarities are dot products in float32 (or in the type of the rows, if that is wider). Queries go
-in batches, so that some 150 MB are held, whatever Q is, beside a coarse copy of the known rows.
+in batches, so that some 60 MB are held, whatever Q is, beside a coarse copy of the known rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .config import UserError
-from .shortlist import Shortlist, nearest_in_order
+from .prepared import Prepared, not_finite
+from .streaming import in_order, nearest
 
 VOTES = (1, 10, 20, 100, 200)  # the numbers of neighbors that are reported for an embedding
-_BATCH = 256  # queries at a time, where there is no shortlist
+_BATCH = 1024  # queries at a time
 _RANKED_BYTES = 16 << 20  # similarities that are ranked whole at a time
 
 
@@ -45,26 +46,29 @@ def _nearest(
     queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(which queries, rows, similarity) of :func:`nearest_rows`, batch by batch."""
-    available = len(bank) - (exclude is not None)
-    if not 1 <= k <= available:
-        raise UserError(f"{k} neighbors of {available:,} images cannot be.")
+    check_count(k, len(bank) - (exclude is not None))
     if not (queries.isfinite().all() and bank.isfinite().all()):
-        raise UserError("The embeddings hold values that are not finite and have no neighbors.")
+        raise not_finite()
     most = k + (exclude is not None)
-    shortlist = Shortlist(bank) if Shortlist.pays(bank, most) else None
-    batch = _BATCH if shortlist is None else shortlist.batch
-    for start in range(0, len(queries), batch):
-        part = slice(start, start + batch)
-        asked = queries[part]
-        if shortlist is not None and asked.dtype == bank.dtype:
-            rows_Qk, sim_Qk = shortlist(asked, most)
-        else:
-            rows_Qk, sim_Qk = nearest_in_order(asked, bank, most)
+    prepared = Prepared(bank)
+    for start in range(0, len(queries), _BATCH):
+        part = slice(start, start + _BATCH)
+        rows_Qk, sim_Qk = in_order(*nearest(queries[part], prepared, most))
         if exclude is not None:
             others = rows_Qk != exclude[part].unsqueeze(1)
             others[:, -1] &= others[:, :-1].sum(dim=1) < k  # not found at all: one too many
             rows_Qk, sim_Qk = rows_Qk[others].view(-1, k), sim_Qk[others].view(-1, k)
         yield part, rows_Qk, sim_Qk
+
+
+def check_count(k: int, available: int) -> None:
+    """Make sure that there are k neighbors to be found.
+
+    Raises:
+        UserError: more neighbors than rows, or none asked for.
+    """
+    if not 1 <= k <= available:
+        raise UserError(f"{k} neighbors of {available:,} images cannot be.")
 
 
 def knn_vote(

@@ -1,6 +1,7 @@
 """All that changes while a run learns, on its device, and how it is saved."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .bank import MemoryBank
-from .clustering import KMeans, cluster
+from .clustering import cluster
 from .config import EncoderConfig, PretrainConfig
 from .data.sources import Source
 from .device import make_fabric
 from .embed import embed
+from .late import LateLabels
+from .lloyd import KMeans
 from .models import Encoder, create_encoder
+from .neighbors import by_row
 
 
 class Learner:
@@ -30,14 +34,18 @@ class Learner:
         self.fabric = make_fabric(config.device, config.precision)
         self.encoder = make_encoder(config.encoder, config.seed)
         self.encoder.to(memory_format=torch.channels_last)
-        self.network, self.optimizer = self.fabric.setup(
-            self.encoder, torch.optim.SGD(_decayed(self.encoder, config), momentum=config.momentum)
-        )
         self.device = self.fabric.device
+        fused = self.device.type in ("cpu", "cuda")  # one pass over weights, gradients, momenta
+        optimizer = torch.optim.SGD(
+            _decayed(self.encoder, config), momentum=config.momentum, fused=fused
+        )
+        network = torch.compile(self.encoder) if config.compile else self.encoder
+        self.network, self.optimizer = self.fabric.setup(network, optimizer)  # type: ignore[arg-type]
         dim = config.encoder.dim
-        self.bank = MemoryBank(size, dim, seed=config.seed, device=self.device)
+        dtype = getattr(torch, config.objective.bank_dtype)
+        self.bank = MemoryBank(size, dim, seed=config.seed, device=self.device, dtype=dtype)
         self.labels: Tensor | None = None
-        self.centroids: list[Tensor] = []
+        self.late: LateLabels | None = None
         self.step = 0
 
     def embed_bank(self, source: Source, pixels: Tensor | None) -> None:
@@ -59,23 +67,45 @@ class Learner:
         self.bank.rows[found.index.to(self.device)] = found.rows.to(self.bank.rows.dtype)
 
     def recluster(self, on_progress: Callable[[int, KMeans], None] | None = None) -> None:
-        """New cluster labels [H, N] from the bank, warm from the last centroids if asked."""
-        objective = self.config.objective
-        warm = objective.warm_clusters and bool(self.centroids)
-        self.labels = cluster(
-            self.bank.rows,
+        """New cluster labels [H, N] from the bank as it is now, warm from the last ones if asked.
+
+        They are there on return; but where labels may come late, they are computed in a thread from
+        a copy of the bank and wait for :meth:`take_labels`. The first ones are never late.
+        """
+        if self.late is not None:  # later than an epoch is at the end of it
+            self.take_labels()
+        objective, last = self.config.objective, self.labels
+        warm = last is not None and objective.warm_clusters
+        later = last is not None and objective.recluster_delay > 0
+        compute = partial(
+            cluster,
+            self.bank.rows.clone() if later else self.bank.rows,
             objective.clusters or (),
             iterations=objective.warm_iterations if warm else objective.kmeans_iterations,
-            start=self.centroids if warm else None,
-            centroids=self.centroids,
-            on_progress=on_progress,
+            start=last if warm else None,
+            tolerance=objective.warm_tolerance if warm else 0.0,
+            engine=objective.kmeans,
         )
+        if later:
+            self.late = LateLabels.begin(compute, self.step + objective.recluster_delay)
+        else:
+            self.labels = by_row(compute(on_progress=on_progress))
+
+    @property
+    def labels_due(self) -> bool:
+        """Whether late labels take effect before the coming step."""
+        return self.late is not None and self.step >= self.late.due
+
+    def take_labels(self) -> None:
+        """Let late labels take effect; waits for them."""
+        if self.late is not None:
+            self.labels, self.late = by_row(self.late.wait()), None
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
         """Write a checkpoint of this step."""
         clusters = {} if self.labels is None else {"labels": self.labels}
-        if self.config.objective.warm_clusters:
-            clusters |= {f"centroids-{h}": rows for h, rows in enumerate(self.centroids)}
+        if self.late is not None:
+            clusters |= self.late.tensors()
         checkpoint.save(
             run,
             self.step,
@@ -93,8 +123,8 @@ class Learner:
             folder, encoder=self.encoder, optimizer=self.optimizer, bank=self.bank
         )
         if "labels" in clusters:
-            self.labels = clusters.pop("labels").to(self.device)
-        self.centroids = [clusters[f"centroids-{h}"] for h in range(len(clusters))]
+            self.labels = by_row(clusters["labels"].to(self.device))
+        self.late = LateLabels.from_tensors(clusters, self.device)
         self.step = progress["step"]
         return progress
 

@@ -6,9 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +25,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:  # it takes seconds to load, and a bar can be seen meanwhile
+    import torch
+
+_LINE_SECONDS = 10.0
 console = Console(stderr=True)  # results go to stdout and files, everything else here
 
 
@@ -70,14 +73,26 @@ def progress_bar() -> Progress:
 
 @contextlib.contextmanager
 def showing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports ``(done, of)``."""
+    """A bar for work that reports ``(done, of)``; off a terminal, a line every ten seconds."""
     with progress_bar() as bar:
         task = bar.add_task(what, total=None, note="")
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+        last = time.monotonic()
+
+        def show(done: int, of: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=of)
+            if bar.disable and time.monotonic() - last >= _LINE_SECONDS:
+                last = time.monotonic()
+                say(f"{what}: {done:,} of {of:,}")
+
+        yield show
 
 
 class Metrics:
     """metrics.jsonl and TensorBoard of a run.
+
+    Lines hold what a run has learned and nothing of the machine it ran on, so that a run that was
+    killed and went on has the lines of one that never was.
 
     Args:
         run: the run folder.
@@ -87,29 +102,65 @@ class Metrics:
     """
 
     def __init__(self, run: Path, *, keep: int = 0, step: int = 0) -> None:
-        from tensorboardX import SummaryWriter
-
         self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by close()
         self._file.truncate(keep)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+        self._board = _Board(run / "tensorboard", step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line, and one point on each curve."""
+        """One line, and one point on each curve.
+
+        Raises:
+            OSError: the disk is full, or otherwise refuses.
+        """
         self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
+
+    def curve(self, step: int, values: dict[str, float]) -> None:
+        """A point on each curve alone, for what belongs to the machine."""
+        self._board.write(step, values)
 
     def flushed(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk now."""
+        self._board.flush()
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Close both."""
+        """Close both. What a full disk did not take is left out."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class _Board:
+    """TensorBoard's file, by tensorboardX's writer of records. Its SummaryWriter writes from a
+    thread, where a full disk ends the thread and leaves the run waiting for it without end."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        if step:  # what a killed run wrote after its last checkpoint is not to be shown
+            log = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(wall_time=time.time(), step=step, session_log=log))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._file.write_event(event)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
         self._file.close()
-        self._board.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -124,7 +175,9 @@ class Shares:
     other steps run free; the sums are scaled up.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
         self._wait = torch.cuda.synchronize if device.type == "cuda" else None
         self._every = 20 if self._wait else 1
         self._step = 0

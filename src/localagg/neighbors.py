@@ -1,8 +1,7 @@
-"""The engine under LA: who is around each embedding of a batch in the bank.
+"""Who is around each embedding of a batch in the bank: the neighbors and the loss of an LA step.
 
-Exact and tiled. Beyond bank and labels a search holds at most one tile of similarities
-(``objectives.TOP_TILE_BYTES``, 32 MiB, or 2 K columns if that is more) with its candidates, and a
-few [B, K + 1] arrays, whatever N is. At B = 128, K = 4096 this is some 100 MiB.
+The search itself is :func:`nearest` of ``streaming``, which chooses among engines by device and
+size; each is exact and holds no B x N array.
 """
 
 from typing import NamedTuple
@@ -10,6 +9,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .objectives import aggregation_loss, background_neighbors, close_neighbors
+from .prepared import Prepared
+from .streaming import by_row, engine_note, nearest, search_bytes
+
+__all__ = [
+    "Neighborhood",
+    "Prepared",
+    "by_row",
+    "engine_note",
+    "find_neighbors",
+    "nearest",
+    "neighborhood_loss",
+    "search_bytes",
+]
 
 
 class Neighborhood(NamedTuple):
@@ -29,31 +41,34 @@ class Neighborhood(NamedTuple):
 
 
 def find_neighbors(
-    embedding: Tensor, bank: Tensor, labels: Tensor, index: Tensor, *, neighbors: int
+    embedding: Tensor, bank: Tensor | Prepared, labels: Tensor, index: Tensor, *, neighbors: int
 ) -> Neighborhood:
     """Background and close neighbors of a batch; LA section 3.1.
 
     Args:
         embedding: unit rows [B, D].
-        bank: [N, D].
-        labels: cluster labels, int [H, N].
+        bank: [N, D], or one that is prepared for many searches.
+        labels: cluster labels, int [H, N]; quickest from :func:`by_row`.
         index: int64 [B], the bank row of each sample.
         neighbors: K; more than N means all N. Ties at the K-th go to the lowest index.
 
     Returns:
         A :class:`Neighborhood`, without gradients.
+
+    Raises:
+        UserError: on a processor, values that are not finite.
     """
-    rows, similarity = background_neighbors(embedding.detach(), bank, neighbors)
+    rows, similarity = background_neighbors(embedding, bank, neighbors)
     return Neighborhood(rows, similarity, close_neighbors(labels, index, rows))
 
 
 def neighborhood_loss(
-    embedding: Tensor, bank: Tensor, found: Neighborhood, *, temperature: float = 0.07
+    embedding: Tensor, bank: Tensor | Prepared, found: Neighborhood, *, temperature: float = 0.07
 ) -> Tensor:
     """The LA loss of a batch, given its neighborhood; see ``objectives.aggregation_loss``."""
     return aggregation_loss(
         embedding,
-        bank,
+        bank.rows if isinstance(bank, Prepared) else bank,
         found.rows,
         found.close,
         similarity=found.similarity,

@@ -4,7 +4,8 @@ Precedence of settings: an option set by hand, then the recipe's, then the rule 
 rest from the images (``sizing.resolve``). A resumed run takes all of them from its folder.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from .config import Interrupted, PretrainConfig, UserError, known, option, option_value, override
+from . import checkpoint, runlock
+from .config import PretrainConfig, UserError, known, option, option_value, override
 from .data.augment import Augment
-from .data.loader import Feed, Throttle, typical_side
+from .data.loader import Feed, Throttle, on_device, typical_side
 from .data.sources import Source, open_images
+from .data.workers import told_of_deaths
 from .draws import NOISE, integers
 from .evaluate import OnlineNeighbors
+from .health import staleness
 from .learner import Learner
 from .logbook import say, showing
-from .neighbors import find_neighbors, neighborhood_loss
+from .neighbors import engine_note, find_neighbors, neighborhood_loss
 from .objectives import instance_nce, instance_softmax
-from .record import START, Book, interruptible
+from .record import START, WAITING, Book
 from .schedule import Schedule
 from .sizing import explain, resolve
 
@@ -45,11 +48,11 @@ def pretrain(
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
-        "shares": {part of the time: 0-1}}.
+        "shares": {part of the time: 0-1}, "hint": what would shorten its waiting, or None}.
 
     Raises:
         UserError: options, data and folder do not go together.
-        Interrupted: Ctrl-C; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint has been written.
     """
     run = Path(out)
     checkpoint.check_new(run)
@@ -63,13 +66,14 @@ def pretrain(
     feed = _feed(source, resolved)
     learner = Learner(resolved, len(source))
     measurement = OnlineNeighbors(resolved, data, source, feed.valid)
-    if start is not None:
-        learner.restore(checkpoint.latest(Path(start)))
-    elif resolved.objective.bank_start == "embedding":
-        learner.embed_bank(source, feed.pixels)
     facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
-    checkpoint.begin_run(run, resolved, facts)
-    return _learn(resolved, run, feed, learner, measurement, START)
+    if start is not None:
+        facts["start"] = str(start)
+    with runlock.hold(run):
+        checkpoint.check_new(run)  # once more: another process may have begun it meanwhile
+        checkpoint.begin_run(run, resolved, facts)
+        _begin(learner, feed, facts)
+        return _learn(resolved, run, feed, learner, measurement, START)
 
 
 def resume(
@@ -92,11 +96,10 @@ def resume(
 
     Raises:
         UserError: not a run, other options, other images, or a damaged checkpoint.
-        Interrupted: Ctrl-C; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint has been written.
     """
     run = Path(out)
     stored, facts = checkpoint.read_run(run)
-    newest = checkpoint.latest(run)
     for name in typed:
         now, then = option_value(config, name), option_value(stored, name)
         if name in _FREE:
@@ -113,15 +116,36 @@ def resume(
             f"'{data}' ({len(source):,} images) is not what '{run}' has learned from"
             f" ({facts['size']:,} images); start a new run with another --out."
         )
-    if summary := checkpoint.read_progress(newest)["summary"]:
-        say(f"'{run}' has finished its {stored.epochs} epochs; there is nothing to go on with.")
+    with runlock.hold(run):
+        return _go_on(run, stored, data, source, facts)
+
+
+def _go_on(
+    run: Path, config: PretrainConfig, data: str, source: Source, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """From the newest checkpoint; from the beginning where the run was killed before its first."""
+    newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
+    progress = START if newest is None else checkpoint.read_progress(newest)
+    if summary := progress.get("summary"):
+        say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
         return summary
-    feed = _feed(source, stored)
-    learner = Learner(stored, len(source))
-    measurement = OnlineNeighbors(stored, data, source, feed.valid)
-    progress = learner.restore(newest)
+    feed = _feed(source, config, progress)
+    learner = Learner(config, len(source))
+    measurement = OnlineNeighbors(config, data, source, feed.valid)
+    if newest is None:
+        _begin(learner, feed, facts)
+    else:
+        learner.restore(newest)
     say(f"Going on with '{run}' after step {learner.step:,}.")
-    return _learn(stored, run, feed, learner, measurement, progress)
+    return _learn(config, run, feed, learner, measurement, progress)
+
+
+def _begin(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
+    """The state that a run begins with: its ``start``'s, or a bank of first embeddings."""
+    if "start" in facts:
+        learner.restore(checkpoint.latest(Path(facts["start"])))
+    elif learner.config.objective.bank_start == "embedding":
+        learner.embed_bank(feed.source, feed.pixels)
 
 
 def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> PretrainConfig:
@@ -153,12 +177,14 @@ def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> Pretra
     )
 
 
-_FREE = ("workers", "device")  # what a resumed run may change
+_FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
 
 
-def _feed(source: Source, config: PretrainConfig) -> Feed:
+def _feed(source: Source, config: PretrainConfig, progress: dict[str, Any] | None = None) -> Feed:
+    """The batches; with the progress of a run that goes on, those that it would have drawn."""
+    before = progress if progress and "left_out" in progress else None
     with showing("reading images") as show:
-        feed = Feed(source, config, Throttle(show))
+        feed = Feed(source, config, Throttle(show), before=before)
     if feed.unreadable:
         say(f"{len(feed.unreadable):,} unreadable images are left out.")
     return feed
@@ -177,21 +203,26 @@ def _learn(
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     book = Book(config, run, feed, learner, schedule, progress)
+    if schedule.last > schedule.switch and (note := engine_note(bank.rows)):
+        say(note)
 
-    with book, interruptible() as interrupt:
+    with told_of_deaths(), book:
         while learner.step < schedule.last:
             epoch, first, aggregating = schedule.at(learner.step)
             if schedule.reclusters(learner.step, has_labels=learner.labels is not None):
-                with book.shares("clustering", once=True):
+                with _new_labels(book):
                     learner.recluster(book.after_clustering)
 
-            batches = feed.batches(epoch, first, None if aggregating else config.ir_batch_size)
+            size = None if aggregating else config.ir_batch_size
+            batches = on_device(feed.batches(epoch, first, size), device)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
                 book.shares.next_step()
-                with book.shares("data"):
+                if learner.labels_due:
+                    with _new_labels(book):
+                        learner.take_labels()
+                with book.shares(WAITING):
                     index, images = next(batches)
-                    index, images = index.to(device), images.to(device)
                 with book.shares("augmentation"):
                     views = augment(images, epoch, index)
                 with book.shares("network"):
@@ -206,22 +237,33 @@ def _learn(
                     learner.optimizer.step()
                     learner.optimizer.zero_grad()
                 with book.shares("bank"):
+                    notes["staleness"] = staleness(bank.rows[index], v.detach())
                     bank.update(index, v, momentum=objective.bank_momentum)
                 learner.step += 1
-                book.after_step(epoch, aggregating, loss, notes, ends=learner.step == end)
-                if interrupt.asked:
+                ends = learner.step == end
+                book.after_step(epoch, aggregating, index, loss, gradient, notes, ends=ends)
+                if book.interrupt.asked:
                     break
-            due = config.eval_every and (epoch + 1) % config.eval_every == 0
-            if learner.step == end and (due or (config.eval_every and end == schedule.last)):
-                with book.shares("measuring", once=True):
-                    book.after_epoch(epoch, measurement(learner.encoder, bank.rows, learner.fabric))
+            if learner.step == end:
+                measured = {}
+                if schedule.measures(epoch):
+                    with book.shares("measuring", once=True):
+                        measured = measurement(learner.encoder, bank.rows, learner.fabric)
+                book.after_epoch(epoch, measured)
             book.checkpoint()
-            if interrupt.asked and learner.step < schedule.last:
-                raise Interrupted(
-                    f"Stopped after step {learner.step:,}; go on with"
-                    f" localagg pretrain --resume {run}"
-                )
+            if learner.step < schedule.last:
+                book.stop_if_asked()
         return book.finish()
+
+
+@contextlib.contextmanager
+def _new_labels(book: Book) -> Iterator[None]:
+    """Labels may change inside: their time, and their health if they have."""
+    before = book.learner.labels
+    with book.shares("clustering", once=True):
+        yield
+        if book.learner.labels is not before:
+            book.health.clustered(known(book.learner.labels), before)
 
 
 def _loss(
@@ -231,9 +273,9 @@ def _loss(
     objective, rows = learner.config.objective, learner.bank.rows
     if aggregating:
         assert learner.labels is not None
-        found = find_neighbors(
-            embedding, rows, learner.labels, index, neighbors=objective.neighbors or len(rows)
-        )
+        K = objective.neighbors or len(rows)
+        bank = learner.bank.prepared
+        found = find_neighbors(embedding, bank, learner.labels, index, neighbors=K)
         loss = neighborhood_loss(embedding, rows, found, temperature=objective.temperature)
         return loss, {"without_close": found.without_close}
     if objective.instance_loss == "softmax":

@@ -13,7 +13,14 @@ from torch import Tensor
 from .checkpoint import load_encoder, load_views
 from .config import PretrainConfig, TransferConfig, UserError, ViewConfig, known
 from .data.augment import Augment
-from .data.loader import Feed, Throttle, hold_or_scan, report_unreadable, typical_side
+from .data.loader import (
+    Feed,
+    Throttle,
+    hold_or_scan,
+    on_device,
+    report_unreadable,
+    typical_side,
+)
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
 from .evaluate import translation
@@ -241,8 +248,7 @@ class Probe:
         """
         feed, device = self.feed, self.device
         if self.kept is None:
-            for index, images in feed.batches(epoch, first):
-                index, images = index.to(device), images.to(device)
+            for index, images in on_device(feed.batches(epoch, first), device):
                 views = self.augment(images, epoch, index)
                 yield index, views.contiguous(memory_format=torch.channels_last)
             return

@@ -72,6 +72,12 @@ class Schedule:
         now = self.at(step)
         return now.aggregating and (now.batch == 0 or not has_labels)
 
+    def measures(self, epoch: int) -> bool:
+        """Whether the embedding is measured when an epoch has ended: the last one is."""
+        every = self.config.eval_every
+        last = self.at(self.last - 1).epoch
+        return every > 0 and ((epoch + 1) % every == 0 or epoch == last)
+
     def learning_rate(self, step: int) -> float:
         """The rate of a step: a tenth for each boundary that lies before it.
 

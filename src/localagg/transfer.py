@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import check_new, save_weights, weights_digest, write_json
-from .config import Interrupted, TransferConfig, UserError, from_dict, to_dict
+from .config import TransferConfig, UserError, from_dict, to_dict
+from .data.workers import told_of_deaths
 from .logbook import Metrics, progress_bar, say
 from .models import Encoder
 from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder
 from .readout import cross_entropies
-from .record import Interrupt, interruptible
+from .signals import Interrupt, interruptible
 
 
 def transfer(
@@ -161,7 +162,7 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
     schedule, network = probe.schedule, probe.network
     record = _Record(probe, run)
 
-    with record, interruptible() as interrupt:
+    with told_of_deaths(), record, interruptible() as interrupt:
         network.train()
         while probe.step < schedule.last:
             epoch, first, _ = schedule.at(probe.step)
@@ -285,7 +286,7 @@ class _Record:
             way = "nothing was to be saved"
             if self.run is not None:
                 way = f"go on with localagg transfer --resume {self.run}"
-            raise Interrupted(f"Stopped after step {self.probe.step:,}; {way}.")
+            raise interrupt.stopped(f"Stopped after step {self.probe.step:,}; {way}.")
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started

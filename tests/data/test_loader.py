@@ -1,4 +1,7 @@
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -6,8 +9,9 @@ import torch
 from localagg.config import PretrainConfig, UserError, override
 from localagg.data.augment import Augment, evaluation_view, ten_crop_views
 from localagg.data.decode import decode
-from localagg.data.loader import Feed, Throttle, evaluation_batches, typical_side
+from localagg.data.loader import Feed, Throttle, evaluation_batches, on_device, typical_side
 from localagg.data.sources import open_images
+from localagg.data.workers import told_of_deaths
 
 CONFIG = override(PretrainConfig(), batch_size=10, image_size=24, eval_crop=1.0, workers=0)
 
@@ -173,3 +177,162 @@ def test_throttle_always_lets_the_last_through():
     for done in range(1, 6):
         throttle(done, 5)
     assert calls == [1, 5]
+
+
+# --- Bad images in training -----------------------------------------------------------------------
+
+
+class Failing:
+    """A source some of whose images turn out to be damaged when they are decoded."""
+
+    def __init__(self, source, bad, *, kill=False):
+        self.source, self.bad, self.kill = source, set(bad), kill
+        self.asked = []
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["source"], name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        if index in self.bad and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in self.bad:
+            return self.source[index]._replace(image=b"damaged since")
+        return self.source[index]
+
+
+SKIP = override(CONFIG, memory="never", unreadable="skip")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_replaced_within_its_batch_and_read_no_more(pictures, workers):
+    """Batches keep their size and all others their images, before and after it is known."""
+    source = open_images(pictures)
+    feed = Feed(source, override(SKIP, workers=workers), quiet)
+    expected = {epoch: list(feed.batches(epoch)) for epoch in (0, 1)}
+    bad = {int(expected[0][1].index[i]) for i in (0, 3, 9)} | {int(expected[0][2].index[5])}
+    feed.source = failing = Failing(source, bad)
+    for epoch in (0, 1):
+        failing.asked.clear()
+        for whole, found in zip(expected[epoch], feed.batches(epoch), strict=True):
+            good = [i for i in range(10) if int(whole.index[i]) not in bad]
+            filled = (good * 10)[:10]
+            assert torch.equal(found.index, whole.index[filled])
+            assert torch.equal(found.images, whole.images[filled])
+        assert feed.unreadable.keys() == bad
+        assert set(feed.unreadable.values()) == {"not an image"}
+        if epoch and not workers:
+            assert not bad & set(failing.asked)
+    assert (feed.steps, len(feed.valid)) == (4, 48)
+    assert feed.state() == {"left_out": [], "unreadable": sorted(bad)}
+
+
+def test_a_run_that_goes_on_draws_the_same_batches(pictures, tmp_path):
+    """Left out are those that were when it began, whatever has become of the files."""
+    shutil.copytree(pictures / "train", tmp_path / "data")
+    (tmp_path / "data" / "flower" / "02.jpg").write_bytes(b"broken")
+    source = open_images(tmp_path / "data")
+    feed = Feed(source, SKIP, quiet)
+    assert feed.state() == {"left_out": [2], "unreadable": [2]}
+    feed.source = Failing(source, [5, 7])
+    expected = [list(feed.batches(epoch)) for epoch in (0, 1)]
+    assert feed.state() == {"left_out": [2], "unreadable": [2, 5, 7]}
+    shutil.copy(pictures / "train" / "flower" / "02.jpg", tmp_path / "data" / "flower" / "02.jpg")
+    again = Feed(open_images(tmp_path / "data"), SKIP, quiet, before=feed.state())
+    assert len(again.valid) == 47
+    for one, two in zip(expected[1], again.batches(1), strict=True):
+        assert torch.equal(one.index, two.index)
+        assert torch.equal(one.images, two.images)
+
+
+def test_held_images_that_cannot_be_read_are_never_shown(one_size, tmp_path):
+    """In memory their rows are black."""
+    shutil.copytree(one_size.root, tmp_path / "data")
+    (tmp_path / "data" / sorted(one_size.paths)[1]).write_bytes(b"")
+    source = open_images(tmp_path / "data")
+    before = {"left_out": [], "unreadable": []}  # it was whole when the run began
+    for given in (None, before):
+        config = override(CONFIG, memory="always", unreadable="skip", batch_size=3)
+        feed = Feed(source, config, quiet, before=given)
+        assert len(feed.valid) == (3 if given is None else 4)
+        for epoch in range(5):
+            for batch in feed.batches(epoch):
+                assert 1 not in batch.index.tolist()
+                assert (batch.images.flatten(1).max(dim=1).values > 0).all()
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be read: .*\(empty file\)"):
+        Feed(source, override(CONFIG, memory="always", batch_size=3), quiet, before=before)
+
+
+def test_a_batch_without_any_readable_image_is_refused(pictures):
+    source = open_images(pictures)
+    feed = Feed(source, SKIP, quiet)
+    feed.source = Failing(source, feed.order(0)[10:20].tolist())
+    batches = feed.batches(0)
+    next(batches)
+    with pytest.raises(UserError, match="None of the 10 images of a batch can be read"):
+        next(batches)
+
+
+def test_many_headers_are_read_by_workers_and_the_same_are_found(pictures, tmp_path, monkeypatch):
+    shutil.copytree(pictures / "train", tmp_path / "data")
+    for name in ("flower/02.jpg", "temple/11.jpg"):
+        path = tmp_path / "data" / name
+        path.write_bytes(path.read_bytes()[:-40])
+    source = open_images(tmp_path / "data")
+    monkeypatch.setattr("localagg.data.headers._CHUNK", 10)
+    found, told = [], []
+    for few in (10_000, 0):
+        monkeypatch.setattr("localagg.data.loader._FEW", few)
+        feed = Feed(source, override(SKIP, workers=2), lambda done, of: told.append((done, of)))
+        found.append((feed.unreadable, feed.sizes))
+        assert told[-1] == (48, 48)
+    assert found[0] == found[1]
+    assert list(found[0][0]) == [2, 35]
+    assert found[0][1] == {
+        tuple(decode(source[i].image).shape[1:]) for i in range(48) if i not in (2, 35)
+    }
+
+
+# --- Workers that die -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 25])
+def test_a_killed_worker_is_one_sentence_and_no_hang(pictures, position):
+    source = open_images(pictures)
+    feed = Feed(source, override(SKIP, workers=2), quiet)
+    feed.source = Failing(source, [int(feed.order(0)[position])], kill=True)
+
+    def learn():
+        for _ in feed.batches(0):
+            time.sleep(0.05)  # it may die while nobody waits for it
+
+    said = r"A worker process .* was killed, .* fewer --workers"
+    with pytest.raises(UserError, match=said), told_of_deaths():
+        learn()
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(RuntimeError, match="of the network"), told_of_deaths():
+        raise RuntimeError("of the network")
+
+
+def test_batches_move_to_the_device_as_they_are(feed):
+    moved = list(on_device(feed.batches(0), torch.device("cpu")))
+    for one, two in zip(feed.batches(0), moved, strict=True):
+        assert torch.equal(one.index, two.index)
+        assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_right_on_cuda_while_it_computes(pictures, workers):
+    feed = Feed(open_images(pictures), override(SKIP, workers=workers), quiet)
+    for one, two in zip(
+        feed.batches(0), on_device(feed.batches(0), torch.device("cuda")), strict=True
+    ):
+        torch.randn(2000, 2000, device="cuda") @ torch.randn(2000, 2000, device="cuda")
+        assert torch.equal(two.images.cpu(), one.images)
+        assert torch.equal(two.index.cpu(), one.index)

@@ -1,23 +1,29 @@
-"""pack: every kind of source to both formats and back, byte for byte."""
+"""pack: every kind of source to every format and back, byte for byte."""
 
+import errno
+import hashlib
+import io
 import json
+import os
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from localagg.config import UserError
-from localagg.data import open_images
-from localagg.data import pack as pack_module
+from localagg.config import Interrupted, UserError
+from localagg.data import open_images, pack_images
 from localagg.data.decode import decode
-from localagg.data.pack import pack
-from localagg.data.protocol import encoded
+from localagg.data.pack import pack, pack_rows
 from localagg.data.sources import stored_splits
+from packed_folder import contents
+from tables import embedded
 
-FORMATS = ("arrow", "tfrecord")
-KINDS = ("folder", "parquet", "named", "saved", "listing", "tfrecord", "digits")
+FORMATS = ("arrow", "tfrecord", "webdataset")
+KINDS = ("folder", "parquet", "named", "saved", "hub", "tars", "listing", "tfrecord", "digits")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +38,19 @@ def uris(pictures, tmp_path_factory):
     for split, name in (("train", "train"), ("validation", "val")):
         (root / "parquet").mkdir(exist_ok=True)
         (root / "named").mkdir(exist_ok=True)
-        loaded[split].to_parquet(root / "parquet" / f"{name}.parquet")
+        embedded(loaded[split]).to_parquet(root / "parquet" / f"{name}.parquet")
         bare = loaded[split].cast_column("image", datasets.Image(decode=False))
         bare.to_parquet(root / "named" / f"{name}.parquet")  # paths only, no bytes
         lines = []
-        for path in sorted((pictures / name).rglob("*.*")):
-            inside = path.relative_to(pictures)
-            lines.append(f"{inside} {int(inside.parts[1] == 'temple')}\n")
+        (root / "tars").mkdir(exist_ok=True)
+        with tarfile.open(root / "tars" / f"set-{name}-00.tar", "w") as tar:
+            for path in sorted((pictures / name).rglob("*.*")):
+                inside = path.relative_to(pictures)
+                lines.append(f"{inside} {int(inside.parts[1] == 'temple')}\n")
+                tar.add(path, str(inside))
+                word = tarfile.TarInfo(str(inside.with_suffix(".cls")))
+                word.size = len(inside.parts[1])
+                tar.addfile(word, io.BytesIO(inside.parts[1].encode()))
         (root / f"{name}_list.csv").write_text("".join(lines))
         write_tfrecords(open_images(pictures, name), root / "tfrecords", split=name, files=3)
     loaded.save_to_disk(root / "saved")
@@ -47,6 +59,8 @@ def uris(pictures, tmp_path_factory):
         "parquet": str(root / "parquet"),
         "named": str(root / "named"),
         "saved": str(root / "saved"),
+        "hub": "hf:me/pictures",
+        "tars": str(root / "tars"),
         "listing": f"{root}:{pictures}",
         "tfrecord": str(root / "tfrecords"),
         "digits": "digits",
@@ -55,8 +69,17 @@ def uris(pictures, tmp_path_factory):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_round_trip_keeps_bytes_labels_classes_order_and_splits(uris, kind, format, tmp_path):
-    report = pack(uris[kind], tmp_path / "packed", format=format, shard_bytes=9_000)
+def test_a_round_trip_keeps_bytes_labels_classes_order_and_splits(
+    uris, kind, format, tmp_path, monkeypatch, pictures
+):
+    import datasets
+
+    load, cache = datasets.load_dataset, str(tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config: load(str(pictures), config, cache_dir=cache)
+    )
+    shard = 100_000 if kind == "digits" else 20_000
+    report = pack(uris[kind], tmp_path / "packed", format=format, shard_bytes=shard)
     assert stored_splits(tmp_path / "packed") == ["train", "val"]
     for split in ("train", "val"):
         source, packed = open_images(uris[kind], split), open_images(tmp_path / "packed", split)
@@ -71,7 +94,9 @@ def test_a_round_trip_keeps_bytes_labels_classes_order_and_splits(uris, kind, fo
             else:
                 assert image_packed == image
         assert len(report["splits"][split]["files"]) > 1
-    assert json.loads((tmp_path / "packed" / "pack-report.json").read_text()) == report
+    written = json.loads((tmp_path / "packed" / "pack-report.json").read_text())
+    assert {**written, "destination": report["destination"], "seconds": report["seconds"]} == report
+    shutil.rmtree(cache, ignore_errors=True)
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
 
 
@@ -114,6 +139,8 @@ def test_a_test_split_keeps_its_name_where_the_format_has_one(pictures, tmp_path
     assert len(open_images(tmp_path / "t", "val")) == 12
     shutil.copytree(pictures / "val", tmp_path / "data" / "val")
     assert list(pack(str(tmp_path / "data"), tmp_path / "b")["splits"]) == ["train", "val", "test"]
+    assert pack(str(tmp_path / "data"), tmp_path / "w", format="webdataset")["images"] == 72
+    assert stored_splits(tmp_path / "w") == ["train", "val", "test"]
     with pytest.raises(UserError, match="TFRecords hold train and val only; pack it as arrow"):
         pack(str(tmp_path / "data"), tmp_path / "u", format="tfrecord")
 
@@ -184,8 +211,11 @@ def test_free_space_is_checked_first(uris, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_pack_that_fails_leaves_nothing(uris, tmp_path, monkeypatch, format, error):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
+def test_a_pack_that_fails_goes_on_behind_its_finished_files(
+    pictures, tmp_path, monkeypatch, format, error, capsys
+):
+    """The first packs 15 of 48 images: one file of three is whole. The second decodes the rest."""
     calls = []
 
     def fail(image):
@@ -194,50 +224,282 @@ def test_a_pack_that_fails_leaves_nothing(uris, tmp_path, monkeypatch, format, e
             raise error
         return decode(image)
 
-    monkeypatch.setattr(pack_module, "decode", fail)
-    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match=r"cannot be packed .*disk full|^$"):
-        pack(uris["folder"], tmp_path / "packed", format=format)
+    uri = str(pictures / "train")
+    how = {"format": format, "shard_bytes": 60_000 if format == "webdataset" else 25_000}
+    whole = pack(uri, tmp_path / "whole", **how)
+    each = [48 * n // len(whole["splits"]["train"]["files"]) for n in (1, 2)]
+    assert each[0] < 30
+    monkeypatch.setattr(pack_images, "decode", fail)
+    expected = UserError if isinstance(error, OSError) else Interrupted
+    with pytest.raises(expected, match=r"packed.partial': run the same command to go on"):
+        pack(uri, tmp_path / "packed", **how)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed.partial", "whole"]
+    monkeypatch.setattr(pack_images, "decode", decode)
+    with pytest.raises(UserError, match="an unfinished pack of other data or with other options"):
+        pack(uri, tmp_path / "packed", format=format, shard_bytes=10_000)
+    calls.clear()
+    monkeypatch.setattr(
+        pack_images, "decode", lambda image: (calls.append(image), decode(image))[1]
+    )
+    pack(uri, tmp_path / "packed", **how, verify=False)
+    assert 18 <= len(calls) < 48
+    assert "Going on behind" in " ".join(capsys.readouterr().err.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "whole"]
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+def test_a_pack_that_finished_nothing_leaves_nothing(pictures, tmp_path, monkeypatch):
+    def stop(image):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack_images, "decode", stop)
+    with pytest.raises(Interrupted, match="nothing was finished"):
+        pack(str(pictures), tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_verify_finds_what_came_back_differently(uris, tmp_path, monkeypatch, format):
-    class Flawed:
-        """A source whose image 7 is another one each time."""
+def test_the_bytes_do_not_depend_on_the_workers(pictures, tmp_path, format):
+    for workers in (0, 1, 3):
+        pack(
+            str(pictures),
+            tmp_path / str(workers),
+            format=format,
+            shard_bytes=20_000,
+            workers=workers,
+            size=40,
+            verify=True,
+        )
+    alone = contents(tmp_path / "0")
+    assert len(alone) > 4
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") == alone
 
-        def __init__(self, inner):
-            self.inner, self.reads = inner, 0
 
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
+def test_another_process_is_not_disturbed(pictures, tmp_path):
+    from multiprocessing import get_context
 
-        def __len__(self):
-            return len(self.inner)
+    from localagg.data.pack_state import Partial
 
-        def __getitem__(self, index):
-            sample = self.inner[index]
-            self.reads += index == 7
-            if index != 7:
-                return sample
-            return sample._replace(image=encoded(sample.image) + bytes(self.reads))
+    def holds(ready, go):
+        with Partial(tmp_path / "packed", {}) as partial:
+            partial.finished.add("something")
+            ready.set()
+            go.wait(60)
 
-    real = open_images
-    monkeypatch.setattr(
-        pack_module,
-        "open_images",
-        lambda uri, split, **how: Flawed(real(uri, split, **how)) if how else real(uri, split),
-    )
-    with pytest.raises(UserError, match=r"flower/07.jpg was read back differently"):
-        pack(str(Path(uris["folder"]) / "train"), tmp_path / "packed", format=format, verify=True)
-    assert list(tmp_path.iterdir()) == []
-    pack(str(Path(uris["folder"]) / "train"), tmp_path / "packed", format=format)
+    fork = get_context("fork")
+    ready, go = fork.Event(), fork.Event()
+    other = fork.Process(target=holds, args=(ready, go))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match="Another process is packing into"):
+        pack(str(pictures), tmp_path / "packed")
+    go.set()
+    other.join()
+    assert (tmp_path / "packed.partial" / "data").is_dir()
+
+
+# --- Verification ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
+    pictures, tmp_path, monkeypatch, format
+):
+    """A bit of an image is flipped on the disk behind the back of the writer."""
+    from localagg.data.pack_state import Partial
+
+    source, real = open_images(pictures), Partial.add
+
+    def damage(self, name, facts, digests):
+        path = self.folder / name
+        data = bytearray(path.read_bytes())
+        if (at := data.find(source[7].image)) >= 0:
+            data[at + 100] ^= 1
+            path.write_bytes(data)
+        real(self, name, facts, digests)
+
+    how = {"format": format, "shard_bytes": 20_000}
+    uri = str(pictures / "train")
+    monkeypatch.setattr(Partial, "add", damage)
+    if format == "tfrecord":  # its checksums are verified in any case
+        with pytest.raises(UserError, match=r"damaged at byte .* the checksum .* just written"):
+            pack(uri, tmp_path / "packed", **how)
+    else:
+        pack(uri, tmp_path / "unverified", **how)
+        with pytest.raises(UserError, match=r"flower/07.jpg was read back differently"):
+            pack(uri, tmp_path / "packed", **how, verify=True)
+        assert not (tmp_path / "packed").exists()
+    monkeypatch.setattr(Partial, "add", real)
+    assert pack(uri, tmp_path / "packed", **how, verify=True)["verified"]
+    assert open_images(tmp_path / "packed")[7].image == source[7].image
+
+
+# --- What is reported -----------------------------------------------------------------------------
+
+
+def test_duplicates_are_named_over_all_splits(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    train, val = tmp_path / "data" / "train", tmp_path / "data" / "val"
+    shutil.copy(train / "flower" / "03.jpg", train / "temple" / "again.jpg")
+    shutil.copy(train / "flower" / "03.jpg", val / "temple" / "leaked.jpg")
+    shutil.copy(val / "flower" / "00.png", val / "flower" / "copy.png")
+    for name in ("empty.jpg", "void.jpg"):  # not duplicates, but unreadable
+        (train / "flower" / name).write_bytes(b"")
+    report = pack(str(tmp_path / "data"), tmp_path / "packed", shard_bytes=9_000)
+    names = [[(x["split"], x["name"]) for x in group] for group in report["duplicates"]]
+    assert names == [
+        [("train", "flower/03.jpg"), ("train", "temple/again.jpg"), ("val", "temple/leaked.jpg")],
+        [("val", "flower/00.png"), ("val", "flower/copy.png")],
+    ]
+    for group in report["duplicates"]:
+        found = {open_images(tmp_path / "packed", x["split"])[x["index"]].image for x in group}
+        assert len(found) == 1
+    rows = dict(pack_rows(report))
+    assert rows["identical to another image"] == "3"
+    assert rows["  unreadable"] == "0"  # of val, the last split
+    assert rows["all of them are named in"] == "pack-report.json"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_that_cannot_be_read_keep_their_index_and_are_tried_again(
+    pictures, tmp_path, format, monkeypatch
+):
+    shutil.copytree(pictures / "val", tmp_path / "data")
+    gone = tmp_path / "data" / "flower" / "02.jpg"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr("localagg.data.pack_state.Partial.finish", lambda self: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            pack(str(tmp_path / "data"), tmp_path / "packed", format=format)
+    report = pack(str(tmp_path / "data"), tmp_path / "packed", format=format, verify=True)
+    (bad,) = report["splits"]["train"]["unreadable"]
+    assert bad == {"index": 2, "name": "flower/02.jpg", "reason": "No such file or directory"}
+    packed = open_images(tmp_path / "packed")
+    assert (len(packed), packed[2].image, packed[2].label) == (12, b"", 0)
+    assert packed[3].image == (tmp_path / "data" / "flower" / "03.jpg").read_bytes()
+
+
+def test_a_vanished_disk_is_no_folder_of_unreadable_images(pictures, tmp_path, monkeypatch):
+    from localagg.data.folder import Folder
+
+    def vanished(self, index):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr("localagg.data.protocol._FINGERPRINT_SAMPLES", 0)
+    monkeypatch.setattr(Folder, "__getitem__", vanished)
+    with pytest.raises(
+        UserError, match=r"flower/00.png and the 15 images behind it cannot be read"
+    ):
+        pack(str(pictures), tmp_path / "packed")
+
+
+# --- Smaller images -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_larger_images_become_jpegs_of_the_size_asked_for(pictures, tmp_path, format):
+    shutil.copytree(pictures / "val", tmp_path / "data")
+    wide = Image.open(pictures / "val" / "temple" / "01.jpg").resize((300, 100))
+    wide.save(tmp_path / "data" / "temple" / "wide.png")
+    (tmp_path / "data" / "temple" / "x.jpg").write_bytes(b"<html>")
+    uri = str(tmp_path / "data")
+    report = pack(uri, tmp_path / "p", format=format, size=50, quality=80, verify=True)
+    source, packed = open_images(uri), open_images(tmp_path / "p")
+    facts = report["splits"]["train"]
+    assert [bad["name"] for bad in facts["unreadable"]] == ["temple/x.jpg"]
+    shrunk = 0
+    for i in range(len(source)):
+        if source.name(i) == "temple/x.jpg":
+            assert packed[i].image == b"<html>"
+            continue
+        before = Image.open(io.BytesIO(source[i].image))
+        if min(before.size) <= 50:
+            assert packed[i].image == source[i].image
+            continue
+        shrunk += 1
+        after = Image.open(io.BytesIO(packed[i].image))
+        assert (after.format, min(after.size)) == ("JPEG", 50)
+        scale = 50 / min(before.size)
+        assert after.size == tuple(round(side * scale) for side in before.size)
+        due = io.BytesIO()
+        before.convert("RGB").resize(after.size, Image.Resampling.LANCZOS).save(
+            due, "JPEG", quality=80
+        )
+        assert packed[i].image == due.getvalue()
+    assert 1 < shrunk == facts["shrunk"] < 12
+    names = {source.name(i): i for i in range(len(source))}
+    assert decode(packed[names["temple/wide.png"]].image).shape == (3, 50, 150)
+
+
+def test_the_space_that_smaller_images_take_is_estimated(pictures, tmp_path, monkeypatch):
+    from localagg.data.pack_images import Shrink, estimate
+
+    source = open_images(pictures)
+    whole, small = estimate(source, None), estimate(source, Shrink(24, 50))
+    report = pack(str(pictures / "train"), tmp_path / "p", size=24, quality=50)
+    assert whole == source.stored_bytes()
+    assert report["bytes"] < small < 1.3 * report["bytes"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"format": "zip"}, "no format 'zip'"), ({"shard_bytes": 0}, "0 bytes are too small")],
+    [
+        ({"format": "zip"}, "no format 'zip'; there are arrow, tfrecord, webdataset"),
+        ({"shard_bytes": 0}, "0 bytes are too small"),
+        ({"quality": 90}, "--quality goes with --size"),
+        ({"size": 0}, "--size 0 --quality 95 cannot be"),
+        ({"size": 9, "quality": 101}, "a quality 1 to 100"),
+    ],
 )
 def test_wrong_options_are_refused(uris, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         pack(uris["folder"], tmp_path / "packed", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Other programs read it -----------------------------------------------------------------------
+
+
+def test_pythons_tarfile_and_datasets_read_the_tars(pictures, tmp_path):
+    import datasets
+
+    report = pack(str(pictures), tmp_path / "w", format="webdataset", shard_bytes=60_000)
+    files = report["splits"]["train"]["files"]
+    assert files == [f"train-{n:06d}.tar" for n in range(len(files))]
+    found = {}
+    for name in files:
+        with tarfile.open(tmp_path / "w" / name) as tar:
+            for member in tar:
+                found[member.name] = tar.extractfile(member).read()
+    folder = open_images(pictures)
+    due = {}
+    for i in range(48):
+        due[f"{i:09d}{Path(folder.name(i)).suffix}"] = folder[i].image
+        due[f"{i:09d}.cls"] = str(folder[i].label).encode()
+    assert found == due
+    # It takes its columns from the first few samples, so that all must be of one format.
+    shutil.copytree(pictures / "val", tmp_path / "jpegs", ignore=shutil.ignore_patterns("*.png"))
+    pack(str(tmp_path / "jpegs"), tmp_path / "j", format="webdataset")
+    files = {"train": str(tmp_path / "j" / "train-000000.tar")}
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset("webdataset", data_files=files, cache_dir=cache, split="train")
+    assert loaded["cls"][:] == open_images(tmp_path / "jpegs").labels.tolist()
+    images = loaded.cast_column("jpg", datasets.Image(decode=False))["jpg"][:]
+    due = [path.read_bytes() for path in sorted((tmp_path / "jpegs").rglob("*.jpg"))]
+    assert [image["bytes"] for image in images] == due
+
+
+def test_the_hashes_are_of_the_images(pictures, tmp_path, monkeypatch):
+    from localagg.data.pack_state import Partial
+
+    seen, real = [], Partial.add
+    monkeypatch.setattr(
+        Partial,
+        "add",
+        lambda s, name, facts, digests: (seen.extend(digests), real(s, name, facts, digests)),
+    )
+    pack(str(pictures / "val"), tmp_path / "p", workers=1)
+    source = open_images(pictures, "val")
+    assert seen == [hashlib.sha256(source[i].image).digest() for i in range(12)]
+    assert os.listdir(tmp_path) == ["p"]

@@ -1,6 +1,7 @@
 """The reference's formulas against plain loops, colorsys, and themselves on other batches."""
 
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torchvision.transforms.v2.functional as V
 
 from localagg.config import ViewConfig, override
-from localagg.data.augment import Augment, evaluation_view, ten_crop_views
-from localagg.data.crops import Boxes
+from localagg.data import augment
+from localagg.data.augment import Augment, draw, evaluation_view, ten_crop_views
+from localagg.data.crops import Boxes, crop_boxes
 from localagg.data.decode import decode
 from localagg.data.reference_views import (
     area_means,
@@ -162,6 +164,27 @@ def test_zero_switches_everything_off(images):
     gray = Augment(override(off, gray=1.0), 0)(images, 0, torch.arange(12))
     assert torch.equal(gray[:, 0], gray[:, 2])
     assert torch.equal((gray[:, :1] * 255).round(), grayscale((views * 255).round()))
+
+
+def test_forced_views_are_the_formulas_one_after_the_other(images, monkeypatch):
+    """Every order of the jitter, each image alone: none of 24 views differs by a level."""
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    drawn = draw(CONFIG, 0, 0, torch.arange(24))
+    chosen = drawn._replace(
+        gray=torch.arange(24) % 5 == 0, flip=torch.arange(24) % 2 == 0, order=orders
+    )
+    monkeypatch.setattr(augment, "draw", lambda *keys: chosen)
+    many = images.repeat(2, 1, 1, 1)
+    found = Augment(CONFIG, 0)(many, 0, torch.arange(24)) * 255
+    box = crop_boxes(CONFIG, chosen.crop, torch.tensor(48), torch.tensor(48))
+    for i in range(24):
+        view = resample(many[i : i + 1], Boxes(*(side[i : i + 1] for side in box)), 32)
+        view = grayscale(view).expand(-1, 3, -1, -1) if chosen.gray[i] else view
+        for number in orders[i].tolist():
+            operation = (brightness, contrast, saturation, hue)[number]
+            view = operation(view, chosen.factors[i : i + 1, number])
+        view = view.flip(3) if chosen.flip[i] else view
+        assert torch.equal(found[i].round(), view[0])
 
 
 @pytest.mark.parametrize("augmentation", ["torchvision", "reference"])

@@ -127,3 +127,17 @@ def test_a_missing_split_names_those_there_are(table):
         open_images(next((table / "parquet").glob("train*")), "val")
     with pytest.raises(UserError, match="There is no split 'dev'"):
         open_images(table / "parquet", "dev")
+
+
+def test_links_that_lead_nowhere_or_back_are_no_trap(pictures, tmp_path):
+    shutil.copytree(pictures / "val", tmp_path / "a")
+    (tmp_path / "a" / "flower" / "back").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "flower" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "a" / "wall").symlink_to(pictures / "train" / "temple")  # another folder is meant
+    source = open_images(tmp_path / "a")
+    assert len(source) == 12 + 1 + 24
+    assert source.classes == ["flower", "temple", "wall"]
+    gone = source.paths.index("flower/gone.jpg")
+    with pytest.raises(OSError, match="No such file"):
+        source[gone]
+    assert len(source.fingerprint()) == 64

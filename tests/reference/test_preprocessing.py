@@ -19,7 +19,7 @@ from localagg.data.augment import (
 )
 from localagg.data.crops import Boxes, evaluation_boxes
 from localagg.data.decode import decode
-from localagg.data.loader import _Crops, evaluation_batches
+from localagg.data.loader import Crops, evaluation_batches
 from localagg.data.reference_views import (
     JITTER,
     area_means,
@@ -263,7 +263,7 @@ def test_training_views_through_both_feeds_are_the_same_pixels(folder):
     source = open_images(folder / "jpeg")
     index = torch.arange(3)
     for config in (REFERENCE, ALEXNET):
-        _, crops, failed = _Crops(source, config, 5, 2, index.view(1, 3))[0]
+        _, crops, failed = Crops(source, config, 5, 2, [index])[0]
         assert not failed
         from_workers = Augment(config, 5, cropped=True)(crops, 2, index)
         for i in range(3):

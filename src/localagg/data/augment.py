@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, torchvision's rgb_to_grayscale
+# A CPU works through a batch in runs that stay in its cache from one operation to the next: images
+# of more values than _LARGE one at a time, which also spares picking those of an operation.
+_LARGE = 2**15
+_RUN = 2**19
 
 
 class Parameters(NamedTuple):
@@ -73,78 +77,94 @@ def resample(images: Tensor, boxes: Boxes, size: int, flip: Tensor | None = None
     scale, cut at the box and normalized.
 
     Args:
-        images: float [B, 3, H, W].
+        images: uint8 or float [B, 3, H, W].
         boxes: one for each image.
         size: side of the result.
         flip: bool [B], which results to mirror.
 
     Returns:
-        float [B, 3, size, size].
+        float32 [B, 3, size, size], on the images' scale.
     """
-    rows_BSH = _weights(boxes.top, boxes.height, images.shape[2], size)
-    columns_BSW = _weights(boxes.left, boxes.width, images.shape[3], size)
+    B, C, H, W = images.shape
+    rows_BSH = _weights(boxes.top, boxes.height, H, size).to(images.device)
+    columns_BSW = _weights(boxes.left, boxes.width, W, size).to(images.device)
     if flip is not None:
-        columns_BSW = torch.where(flip.view(-1, 1, 1), columns_BSW.flip(1), columns_BSW)
-    rows_B1SH = rows_BSH.to(images).unsqueeze(1)
-    columns_B1WS = columns_BSW.to(images).transpose(1, 2).unsqueeze(1)
-    return rows_B1SH @ images @ columns_B1WS
+        flip = flip.to(images.device).view(-1, 1, 1)
+        columns_BSW = torch.where(flip, columns_BSW.flip(1), columns_BSW)
+    # Channels between rows and columns: then each product is a single one for each image.
+    pixels = torch.empty(B, H, C, W, device=images.device).copy_(images.transpose(1, 2))
+    pixels = torch.bmm(rows_BSH, pixels.view(B, H, C * W)).view(B, size * C, W)
+    pixels = torch.bmm(pixels, columns_BSW.transpose(1, 2))
+    return pixels.view(B, size, C, size).transpose(1, 2)
 
 
 def _weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Weights [B, size, source] by which each output pixel reads the source's pixels."""
+    """float32 weights [B, size, source] by which each output pixel reads the source's pixels."""
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     scale = length / size
     reach = scale.clamp(min=1)
     out = torch.arange(size, dtype=torch.float64).view(1, -1, 1) + 0.5
     pixel = torch.arange(source, dtype=torch.float64).view(1, 1, -1) + 0.5
-    triangle = (1 - (pixel - start - out * scale).abs() / reach).clamp(min=0)
-    triangle = triangle * ((pixel > start) & (pixel < start + length))
-    return triangle / triangle.sum(dim=2, keepdim=True)
+    inside = (pixel > start) & (pixel < start + length)
+    # Distances of far pixels in double precision; what is left of them fits single.
+    weights = torch.empty(len(start), size, source)
+    torch.sub(pixel / reach, (start + out * scale) / reach, out=weights)
+    weights = torch.rsub(weights.abs_(), 1).clamp_(min=0).mul_(inside)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 # --- Color, each on float [B, 3, H, W] in 0-1 with one factor a sample [B] ------------------------
 
+# All overwrite the images and return them. They are written without ``where`` and ``%``, which on
+# CPUs cost as much as twenty sums.
+
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma [B, 1, H, W]."""
-    red, green, blue = images.unbind(dim=1)
-    return (_GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue).unsqueeze(1)
+    """Luma [B, 1, H, W]; the images stay as they are."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Scaled values, clipped."""
-    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return images.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Distance from the mean luma scaled, clipped."""
-    factor = factor.view(-1, 1, 1, 1)
-    mean = grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, factor).clamp_(0, 1)
+    mean = grayscale(images.mean(dim=(2, 3), keepdim=True))
+    return _blend(images, mean, factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Distance from each pixel's luma scaled, clipped."""
-    return torch.lerp(grayscale(images), images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return _blend(images, grayscale(images), factor)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.view(-1, 1, 1, 1)
+    return images.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """HSV hue shifted by ``turns`` (1 is a full circle)."""
-    red, green, blue = images.unbind(dim=1)
-    value, low = images.amax(dim=1), images.amin(dim=1)
+    """HSV hue shifted by ``turns`` in -1..1 (1 is a full circle).
+
+    The hue, as an angle from red, is 1 + (green + blue - red - low) / chroma sixths of a turn, to
+    the side of green or of blue, whichever is more; this is HSV's formula in all six sextants.
+    """
+    red, green, blue = images.split(1, dim=1)
+    value = torch.maximum(red, green).maximum(blue)
+    low = torch.minimum(red, green).minimum(blue)
     chroma = value - low
-    divisor = torch.where(chroma > 0, chroma, 1)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    sixths = sixths + 6 * turns.view(-1, 1, 1)
-    channels = []
-    for offset in (5, 3, 1):  # red, green, blue of the standard closed form for HSV -> RGB
-        k = (sixths + offset) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixfold = chroma * 6
+    angle = (green + blue).sub_(red).sub_(low).div_(sixfold.clamp(min=1e-12)).add_(1 / 6)
+    angle.copysign_(green - blue)  # in turns
+    # A channel lacks all chroma within a sixth of a turn of its opposite color, none from two on.
+    opposite = torch.tensor([3 / 6, 5 / 6, 1 / 6], device=images.device).view(1, 3, 1, 1)
+    away = angle + (turns.view(-1, 1, 1, 1) - opposite + 2.5)  # positive, and a half too much
+    away = away.frac_().sub_(0.5).abs_().clamp_(1 / 6, 2 / 6)
+    torch.addcmul(torch.sub(value, chroma, alpha=2), away, sixfold, out=images)
+    return images.clamp_(0, 1)
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
@@ -167,16 +187,29 @@ def color_jitter(
         strength: of the configuration, to know what is switched off.
         operations: the four, in the order of ``strength``.
     """
+    if not any(strength):
+        return images
+    factors = factors.to(images.device)
+    if len(images) == 1:
+        for number in order[0].tolist():
+            if strength[number]:
+                images.copy_(operations[number](images, factors[:, number]))
+        return images
+    # In each turn samples of the same operation are moved beside each other; no sample is picked.
+    place = torch.arange(len(images))
+    sorted_images = images
     for turn in range(4):
-        for number, operation in enumerate(operations):
-            if strength[number] == 0:
-                continue
-            chosen = (order[:, turn] == number).nonzero().squeeze(1)
-            if len(chosen):
-                factor = factors[chosen, number].to(images.device)
-                chosen = chosen.to(images.device)
-                images[chosen] = operation(images[chosen], factor)
-    return images
+        sample = order[:, turn].argsort(stable=True)
+        sorted_images = sorted_images.index_select(0, place[sample].to(images.device))
+        place[sample] = torch.arange(len(images))
+        counts = order[:, turn].bincount(minlength=4).tolist()
+        parts = zip(
+            sorted_images.split(counts), sample.to(images.device).split(counts), strict=True
+        )
+        for number, (part, rows) in enumerate(parts):
+            if strength[number] and len(part):
+                part.copy_(operations[number](part, factors[rows, number]))
+    return torch.index_select(sorted_images, 0, place.to(images.device), out=images)
 
 
 class Augment:
@@ -190,44 +223,70 @@ class Augment:
 
     def __init__(self, config: ViewConfig, seed: int, *, cropped: bool = False) -> None:
         self.config, self.seed, self.cropped = config, seed, cropped
+        # Where glibc has seen a block of this size freed, it keeps the memory of smaller ones: else
+        # every temporary is given back and fetched anew, which on a CPU doubles the time.
+        torch.empty(31 * 2**20, dtype=torch.uint8)
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Views of uint8 images [B, 3, H, W] as float32 [B, 3, S, S] in 0-1, on their device."""
         chosen = draw(self.config, self.seed, epoch, index)
-        if self.config.augmentation == "reference":
-            return self._reference(images, chosen)
-        views = images.float() / 255
+        size = known(self.config.image_size)
+        views = torch.empty(len(images), 3, size, size, device=images.device)
+        make = self._reference if self.config.augmentation == "reference" else self._torchvision
+        for part in _parts(views):
+            make(images[part], Parameters(*(drawn[part] for drawn in chosen)), views[part])
+        return views
+
+    def _torchvision(self, images: Tensor, chosen: Parameters, views: Tensor) -> None:
         if self.cropped:
-            views = _mirrored(views, chosen.flip)
+            views.copy_(_mirrored(images, chosen.flip)).div_(255)
         else:
             boxes = self._boxes(images, chosen)
-            views = resample(views, boxes, known(self.config.image_size), chosen.flip)
+            views.copy_(resample(images, boxes, views.shape[2], chosen.flip)).div_(255)
         if self.config.gray:
-            gray = chosen.gray.nonzero().squeeze(1).to(views.device)
-            views[gray] = grayscale(views[gray]).expand(-1, 3, -1, -1)
-        return color_jitter(views, chosen.factors, chosen.order, self.config.jitter)
+            _apply_gray(views, chosen.gray, grayscale)
+        color_jitter(views, chosen.factors, chosen.order, self.config.jitter)
 
-    def _reference(self, images: Tensor, chosen: Parameters) -> Tensor:
+    def _reference(self, images: Tensor, chosen: Parameters, views: Tensor) -> None:
         """The same by the reference's formulas: levels throughout, 0-1 only at the end."""
         if self.cropped:
-            views = images.float()
+            views.copy_(_mirrored(images, chosen.flip))
         else:
             boxes = self._boxes(images, chosen)
-            views = reference_views.resample(images, boxes, known(self.config.image_size))
+            resized = reference_views.resample(images, boxes, views.shape[2])
+            views.copy_(_mirrored(resized, chosen.flip))
         if self.config.gray:
-            gray = chosen.gray.nonzero().squeeze(1).to(views.device)
-            views[gray] = reference_views.grayscale(views[gray]).expand(-1, 3, -1, -1)
+            _apply_gray(views, chosen.gray, reference_views.grayscale)
         strength, operations = self.config.jitter, reference_views.JITTER
-        views = color_jitter(views, chosen.factors, chosen.order, strength, operations)
-        return _mirrored(views, chosen.flip) / 255
+        color_jitter(views, chosen.factors, chosen.order, strength, operations).div_(255)
 
     def _boxes(self, images: Tensor, chosen: Parameters) -> Boxes:
         height, width = torch.tensor(images.shape[2]), torch.tensor(images.shape[3])
         return crop_boxes(self.config, chosen.crop, height, width)
 
 
-def _mirrored(views: Tensor, flip: Tensor) -> Tensor:
-    return torch.where(flip.to(views.device).view(-1, 1, 1, 1), views.flip(3), views)
+def _parts(views: Tensor) -> list[slice]:
+    """The runs of samples that are worked on together; the views are the same for any."""
+    if views.device.type != "cpu":
+        return [slice(0, len(views))]
+    values = views.shape[1:].numel()
+    step = 1 if values > _LARGE else max(1, _RUN // values)
+    return [slice(first, first + step) for first in range(0, len(views), step)]
+
+
+def _mirrored(images: Tensor, flip: Tensor) -> Tensor:
+    """The images, those to flip mirrored; of their type."""
+    if not flip.any():
+        return images
+    if flip.all():
+        return images.flip(3)
+    return torch.where(flip.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def _apply_gray(views: Tensor, gray: Tensor, luma: Callable[[Tensor], Tensor]) -> None:
+    if len(rows := gray.nonzero().squeeze(1)):
+        rows = rows.to(views.device)
+        views.index_copy_(0, rows, luma(views.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
 def evaluation_view(images: Tensor, config: ViewConfig) -> Tensor:

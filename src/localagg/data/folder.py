@@ -91,13 +91,30 @@ def _open(uri: str, root: Path) -> Folder:
 
 
 def _walk(root: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """(relative path with '/', size) of every image file; hidden files and folders are left out."""
+    """(relative path with '/', size) of every image file.
+
+    Hidden files and folders are left out, and links from a folder to one that holds it. Links that
+    lead nowhere count as images of no size: to read one tells so.
+    """
     with os.scandir(root / prefix) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             path = prefix + entry.name
             if entry.is_dir():
-                yield from _walk(root, path + "/")
+                if not (entry.is_symlink() and _holds(entry.path, root / prefix)):
+                    yield from _walk(root, path + "/")
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield path, entry.stat().st_size
+                yield path, _size(entry)
+
+
+def _holds(folder: str, inner: Path) -> bool:
+    """Whether ``inner`` lies in ``folder``, or is it, whatever links say."""
+    return inner.resolve().is_relative_to(os.path.realpath(folder))
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0

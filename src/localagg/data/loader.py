@@ -4,26 +4,33 @@ The order of an epoch is a function of (seed, epoch), so any batch can be had ag
 whole: the last N mod B images of an order are left out, other ones each epoch.
 """
 
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..config import PretrainConfig, UserError, ViewConfig, known, option
+from ..config import PretrainConfig, UserError, ViewConfig, option
 from ..draws import ORDER, permutation
-from .augment import draw
-from .crops import Boxes, crop_boxes, evaluation_boxes
-from .decode import UnreadableImage, decode, decode_crops, image_size
+from .cropping import Crops, Measured
+from .decode import decode, image_size
+from .headers import FAULTS, Headers, reason
 from .sources import Source
+from .workers import Progress, Throttle, through_workers
+
+__all__ = [
+    "FAULTS",
+    "Batch",
+    "Crops",
+    "Feed",
+    "Progress",
+    "Throttle",
+    "evaluation_batches",
+    "on_device",
+]
 
 _NAMED = 3  # unreadable files named in a message
-Progress = Callable[[int, int], None]  # (done, of)
-# What a source or a decoder raises about one image (a damaged record is a UserError).
-FAULTS = (UnreadableImage, OSError, UserError)
+_FEW = 4096  # headers that are read sooner than worker processes start
 
 
 class Batch(NamedTuple):
@@ -39,23 +46,41 @@ class Batch(NamedTuple):
 class Feed:
     """Batches of a source. ``cropped`` says whether workers have already cropped them.
 
+    An unreadable image keeps its index and its bank row. Those known when the run begins are left
+    out of ``valid``, from which the epochs are drawn. One that fails later (its damage shows only
+    when it is decoded) is not read again: readable images of its batch stand in for it, so that
+    batches and epochs stay as long as they were, and a resumed run draws the same ones.
+
     Args:
         source: the images.
         config: batch_size, seed, workers, memory, unreadable and the views.
         on_progress: called as images are read.
+        before: {"left_out", "unreadable"} of the run that goes on, as :meth:`state` gave them.
 
     Raises:
         UserError: images that cannot be read, unless they are to be skipped; fewer images than
             one batch.
     """
 
-    def __init__(self, source: Source, config: PretrainConfig, on_progress: Progress) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: PretrainConfig,
+        on_progress: Progress,
+        *,
+        before: dict[str, list[int]] | None = None,
+    ) -> None:
         self.source, self.config = source, config
-        self.pixels, self.unreadable = hold_or_scan(source, config, on_progress)
+        self.pixels, self.unreadable, self.sizes = _hold_or_scan(source, config, on_progress)
         self.cropped = self.pixels is None
         report_unreadable(source, self.unreadable, config.unreadable)
+        left_out = list(self.unreadable)
+        if before is not None:
+            left_out = before["left_out"]
+            earlier = dict.fromkeys(before["unreadable"], "unreadable earlier in this run")
+            self.unreadable = earlier | self.unreadable
         valid = torch.ones(len(source), dtype=torch.bool)
-        valid[list(self.unreadable)] = False
+        valid[left_out] = False
         self.valid = valid.nonzero().squeeze(1)
         self.batch = config.batch_size or 1
         for name in ("batch_size", "ir_batch_size"):
@@ -66,6 +91,13 @@ class Feed:
                 )
         self.steps = len(self.valid) // self.batch
 
+    def state(self) -> dict[str, list[int]]:
+        """What a resumed run has to know: images never drawn, and all that cannot be read."""
+        left_out = torch.ones(len(self.source), dtype=torch.bool)
+        left_out[self.valid] = False
+        never = left_out.nonzero().squeeze(1).tolist()
+        return {"left_out": never, "unreadable": sorted(self.unreadable)}
+
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in their order: int64 [images]."""
         return self.valid[permutation(len(self.valid), self.config.seed, ORDER, epoch)]
@@ -73,22 +105,59 @@ class Feed:
     def batches(self, epoch: int, first: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
         """Batches ``first``.. of an epoch, of the configured size or another."""
         size = batch_size or self.batch
-        chunks = self.order(epoch)[: len(self.valid) // size * size].view(-1, size)[first:]
+        order = self.order(epoch)[: len(self.valid) // size * size]
+        chunks = [self._readable(chunk) for chunk in order.split(size)[first:]]
         if self.pixels is not None:
             for index in chunks:
-                yield Batch(index, self.pixels[index])
+                index = _filled(index, size)
+                yield Batch(index, self.pixels.index_select(0, index))  # rows as a whole
             return
-        crops = _Crops(self.source, self.config.views, self.config.seed, epoch, chunks)
-        skip = self.config.unreadable == "skip"
-        for index, images, failed in through_workers(crops, self.config.workers):
-            if failed and not skip:
-                report_unreadable(self.source, failed, "error")
+        crops = Crops(self.source, self.config.views, self.config.seed, epoch, chunks)
+        pin = self.config.device in ("auto", "cuda") and torch.cuda.is_available()
+        for index, images, failed in through_workers(crops, self.config.workers, pin=pin):
             self.unreadable.update(failed)
-            if not len(index):
-                report_unreadable(self.source, failed, "error")
-            # The batch keeps its size (batch-norm counts on it): readable images stand in again.
-            again = torch.arange(size) % len(index)
+            if failed:
+                report_unreadable(self.source, failed, self.config.unreadable)
+            again = _filled(torch.arange(len(index)), size)
             yield Batch(index[again], images[again])
+
+    def _readable(self, chunk: Tensor) -> Tensor:
+        """Those of a batch that are not known to be unreadable."""
+        if not self.unreadable:
+            return chunk
+        kept = [index for index in chunk.tolist() if index not in self.unreadable]
+        return torch.tensor(kept, dtype=torch.int64)
+
+
+def _filled(index: Tensor, size: int) -> Tensor:
+    """``index`` [b] again from its beginning until it is [size]: batch-norm counts on the size.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if not len(index):
+        raise UserError(
+            f"None of the {size} images of a batch can be read; see localagg inspect --decode, and"
+            " begin a new run without them."
+        )
+    return index[torch.arange(size) % len(index)]
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches moved to a device, on CUDA by a stream of its own, while the last one is computed."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield Batch(*(part.to(device) for part in batch))
+        return
+    copying = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved = Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for part in moved:
+            part.record_stream(computing)  # its memory is not given away before it has been used
+        yield moved
 
 
 def report_unreadable(source: Source, failed: dict[int, str], policy: str) -> None:
@@ -111,36 +180,51 @@ def hold_or_scan(
     """All pixels as one uint8 tensor [N, 3, H, W] if they fit, and the unreadable images.
 
     Where they do not fit (sizes differ, or more than ``memory_gb``) the pixels are None and every
-    header has been read instead.
+    header has been looked at instead (``headers``), by ``workers`` processes.
 
     Raises:
         UserError: ``memory="always"`` with images of different sizes.
     """
-    size, failed, sizes = len(source), {}, set()
+    pixels, failed, _ = _hold_or_scan(source, config, on_progress)
+    return pixels, failed
+
+
+def _hold_or_scan(
+    source: Source, config: PretrainConfig, on_progress: Progress
+) -> tuple[Tensor | None, dict[int, str], set[tuple[int, int]]]:
+    """As :func:`hold_or_scan`, and the (height, width) that occur."""
+    size, failed, sizes, done = len(source), {}, set(), 0
     hold = config.memory != "never"
     pixels: Tensor | None = None
-    for i in range(size):
+    while hold and done < size:
         try:
-            image = source[i].image
-            if hold:
-                image = decode(image) if isinstance(image, bytes) else image
-                sizes.add(tuple(image.shape[1:]))
-                hold = len(sizes) == 1 and _fits(size, image, config)
-                if hold and pixels is None:
-                    pixels = torch.zeros(size, *image.shape, dtype=torch.uint8)
-                if hold and pixels is not None:
-                    pixels[i] = image
-            elif isinstance(image, bytes):
-                image_size(image)
+            image = source[done].image
+            if isinstance(image, bytes):
+                image = decode(image, upright=config.views.exif_orientation)
+            sizes.add(tuple(image.shape[1:]))
+            hold = len(sizes) == 1 and _fits(size, image, config)
+            if hold and pixels is None:
+                pixels = torch.zeros(size, *image.shape, dtype=torch.uint8)
+            if hold and pixels is not None:
+                pixels[done] = image
         except FAULTS as error:
-            failed[i] = _reason(error)
+            failed[done] = reason(error)
         if not hold and config.memory == "always":
             raise UserError(
-                f"{source.name(i)} has another size than the images before it, so they cannot be"
-                " held as one array; use --memory auto."
+                f"{source.name(done)} has another size than the images before it, so they cannot"
+                " be held as one array; use --memory auto."
             )
-        on_progress(i + 1, size)
-    return (pixels if hold else None), failed
+        done += 1
+        on_progress(done, size)
+    if hold:
+        return pixels, failed, sizes
+    few = size - done < _FEW
+    for checked in through_workers(Headers(source, done), 0 if few else config.workers):
+        failed |= checked.failed
+        sizes |= checked.sizes
+        done += checked.images
+        on_progress(done, size)
+    return None, failed, sizes
 
 
 def decoded(source: Source, config: PretrainConfig) -> Tensor | None:
@@ -165,7 +249,7 @@ def typical_side(source: Source) -> int:
             size = image_size(image)[:2] if isinstance(image, bytes) else image.shape[1:]
             sides.append(min(size))
         except FAULTS as error:
-            failed[i] = _reason(error)
+            failed[i] = reason(error)
     if not sides:
         report_unreadable(source, failed, "error")
     return sorted(sides)[len(sides) // 2]
@@ -173,111 +257,6 @@ def typical_side(source: Source) -> int:
 
 def _fits(size: int, image: Tensor, config: PretrainConfig) -> bool:
     return config.memory == "always" or size * image.numel() <= config.memory_gb * 2**30
-
-
-# --- Workers: decode and crop, by the same draws as on the device ---------------------------------
-
-
-class _Crops(Dataset):
-    """Item s is batch s of an epoch, decoded and randomly cropped."""
-
-    def __init__(
-        self, source: Source, views: ViewConfig, seed: int, epoch: int, chunks: Tensor
-    ) -> None:
-        self.source, self.views, self.seed, self.epoch = source, views, seed, epoch
-        self.chunks = chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        index = self.chunks[step]
-        crop = draw(self.views, self.seed, self.epoch, index).crop
-
-        def boxes(i: int, height: Tensor, width: Tensor) -> list[Boxes]:
-            return [crop_boxes(self.views, crop[i : i + 1], height, width)]
-
-        index, images, failed = _read(self.source, index, self.views, boxes)
-        return index, images.squeeze(1), failed
-
-
-class _Measured(Dataset):
-    """Item s is batch s of all images in order, decoded and cropped: one view each, or ten."""
-
-    def __init__(
-        self, source: Source, views: ViewConfig, chunks: list[Tensor], ten_crop: bool
-    ) -> None:
-        self.source, self.views, self.chunks, self.ten_crop = source, views, chunks, ten_crop
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-        def boxes(i: int, height: Tensor, width: Tensor) -> list[Boxes]:
-            return evaluation_boxes(self.views, height, width, ten_crop=self.ten_crop)
-
-        index, images, failed = _read(self.source, self.chunks[step], self.views, boxes)
-        if self.ten_crop:
-            return index, torch.cat([images, images.flip(4)], dim=1), failed
-        return index, images.squeeze(1), failed
-
-
-def _read(
-    source: Source,
-    index: Tensor,
-    views: ViewConfig,
-    boxes: Callable[[int, Tensor, Tensor], list[Boxes]],
-) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """(index, crops [B, V, 3, S, S], failed) of the readable ones among ``index``."""
-    size = known(views.image_size)
-    resize = "area" if views.augmentation == "reference" else "bilinear"
-    images, kept, failed = [], [], {}
-    for i, row in enumerate(index.tolist()):
-        try:
-            data = source[row].image
-            if not isinstance(data, bytes):
-                data = _encode(data)
-            height, width, _ = image_size(data)
-            found = []
-            for box in boxes(i, torch.tensor([height]), torch.tensor([width])):
-                top, left, h, w = (int(value) for value in box)
-                found.append((left, top, left + w, top + h))
-            images.append(decode_crops(data, found, size, resize=resize))
-            kept.append(row)
-        except FAULTS as error:
-            failed[row] = _reason(error)
-    none = torch.empty(0, 1, 3, size, size, dtype=torch.uint8)
-    stacked = torch.stack(images) if images else none
-    return torch.tensor(kept, dtype=torch.int64), stacked, failed
-
-
-def _reason(error: Exception) -> str:
-    """Why an image cannot be read, without the path that the message names anyway."""
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-
-
-def _encode(pixels: Tensor) -> bytes:
-    """Decoded pixels as PNG, so that the few decoded sources take the same path."""
-    from torchvision.io import encode_png
-
-    return encode_png(pixels.contiguous()).numpy().tobytes()
-
-
-def _ignore_interrupt(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
-def through_workers(items: Dataset, workers: int) -> Iterator:
-    """The items of a dataset in order, made by ``workers`` processes (0: by this one)."""
-    return iter(
-        DataLoader(
-            items,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_ignore_interrupt,
-            prefetch_factor=4 if workers else None,
-        )
-    )
 
 
 # --- Evaluation: every image once, in order, fixed views ------------------------------------------
@@ -303,19 +282,6 @@ def evaluation_batches(
         ten_crop: the ten views of :func:`augment.ten_crop_views` instead: uint8 [B, 10, 3, S, S].
     """
     chunks = list(torch.arange(len(source)).split(batch))
-    for index, images, _ in through_workers(_Measured(source, views, chunks, ten_crop), workers):
+    for index, images, _ in through_workers(Measured(source, views, chunks, ten_crop), workers):
         if len(index):
             yield Batch(index, images)
-
-
-class Throttle:
-    """Calls through at most every ``seconds``; progress bars need no more."""
-
-    def __init__(self, call: Progress, seconds: float = 0.1) -> None:
-        self.call, self.seconds, self.last = call, seconds, 0.0
-
-    def __call__(self, done: int, of: int) -> None:
-        now = time.monotonic()
-        if done == of or now - self.last >= self.seconds:
-            self.last = now
-            self.call(done, of)

@@ -1,260 +1,272 @@
-"""Any source to one folder: Arrow as ``datasets`` keeps it, or the reference's TFRecords.
+"""Any source to one folder of large files: Arrow, the reference's TFRecords, or WebDataset tars.
 
-Encoded images are kept byte for byte, decoded ones become PNG. The folder is written beside its
-name and renamed when it is whole.
+Encoded images are kept byte for byte (decoded ones become PNG) unless they are to be made smaller.
+Worker processes read, check, hash and shrink; this process writes, so that the files do not depend
+on the number of workers. Everything is written into ``DST.partial``, each file beside its name and
+renamed when it is whole, and the folder takes its name at the end. A pack that was stopped or
+killed goes on behind the files that it had finished, and makes the same bytes.
 """
 
-import contextlib
 import json
 import os
-import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from ..config import UserError
-from ..files import flush
-from ..logbook import showing
-from .decode import UnreadableImage, decode, image_size
-from .protocol import Source, encoded
+import torch
+
+from ..config import Interrupted, UserError
+from ..logbook import say, showing
+from .loader import Throttle
+from .pack_images import Shrink, digests, estimate, pack_images
+from .pack_state import Partial, check_destination, room
+from .protocol import Source
+from .shards import FORMATS
 from .sources import open_images, stored_splits
-from .tfrecord import write_tfrecords
 
 REPORT = "pack-report.json"
-_BATCH_BYTES = 1 << 25  # of images in a record batch of Arrow
-_BATCH_ROWS = 1000
-_ROOM = 1.02  # what is written, over what the images take; and a little
-_ROOM_BYTES = 1 << 24
+_NAMED = 5  # unreadable images in the printed table
 
-OnImage = Callable[[int, bytes], None]
+
+class _Split(NamedTuple):
+    """A split to be packed."""
+
+    source: Source
+    target: str
+    """What it is called in the folder."""
+    size: int
+    """About how many bytes it will take."""
+    files: list[str]
+    """Names of its files inside the folder."""
 
 
 def pack(
     uri: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    format: Literal["arrow", "tfrecord"] = "arrow",
+    format: Literal["arrow", "tfrecord", "webdataset"] = "arrow",
+    size: int | None = None,
+    quality: int | None = None,
+    workers: int = 0,
     shard_bytes: int = 1 << 28,
     malformed: Literal["skip", "error"] = "skip",
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Copy all splits of a source into one folder.
+    """Copy all splits of a source into one folder; called again after a kill, go on with it.
 
-    Images that cannot be decoded are copied like all others, and named in the report.
+    Images that cannot be decoded are copied like all others, and named in the report. Files that
+    cannot even be read keep their index, as empty images, and are named too; they are tried again
+    when a stopped pack goes on.
 
     Args:
         uri: data URI.
         destination: a folder that does not exist or is empty.
         format: ``arrow`` is what ``datasets.DatasetDict.save_to_disk`` writes, with the columns
             ``image`` (bytes and path) and ``label`` where there are labels; ``tfrecord`` is what
-            the reference's program reads.
+            the reference's program reads; ``webdataset`` is tars of ``000000012.jpg`` and
+            ``000000012.cls``.
+        size: make images smaller whose shorter side is longer than this (Pillow's Lanczos filter
+            over the area), as JPEG; None keeps all bytes.
+        quality: of these JPEGs (1-100; 95 where not given), with color at half the resolution and
+            without metadata.
+        workers: processes that read, check and shrink; 0 does it in this one.
         shard_bytes: about how large one file may become.
         malformed: lines of a listing that are not ``path label``: left out and named in the report,
             or an error.
-        verify: read everything back and compare.
+        verify: read everything back and compare hashes.
 
     Returns:
-        What ``pack-report.json`` in the folder holds: {"data", "destination", "format", "images",
-        "bytes", "seconds", "verified", "splits": {split: {"images", "bytes", "classes" (how many,
-        or None), "formats": {name: images}, "unreadable": [{"name", "reason"}],
-        "malformed_lines": [numbers], "files": [names]}}}.
+        What ``pack-report.json`` in the folder holds, and "destination" and "seconds": {"data",
+        "format", "size", "quality" (or None), "images", "bytes", "verified", "duplicates":
+        [[{"split", "index", "name"}, ...]] (groups of identical images, over all splits), "splits":
+        {split: {"images", "bytes", "classes" (how many, or None), "formats": {name: images},
+        "shrunk": images, "unreadable": [{"index", "name", "reason"}], "malformed_lines": [numbers],
+        "files": [names]}}}.
 
     Raises:
-        UserError: the source cannot be opened or read, the destination is not empty, too little
-            space, or (``verify``) what was read back differs.
+        UserError: the source cannot be opened or read, the destination is not empty, another pack
+            was begun there, too little space, or (``verify``) what was read back differs.
+        Interrupted: Ctrl-C; what is finished is kept.
     """
     start, uri = time.monotonic(), os.fspath(uri)
     destination = Path(os.path.abspath(Path(destination).expanduser()))
-    _check(destination, format, shard_bytes)
-    sources = {name: open_images(uri, name, malformed=malformed) for name in stored_splits(uri)}
-    targets = _targets(uri, list(sources), format)
-    with _written_beside(uri, destination) as folder:
-        sizes = {name: source.stored_bytes() for name, source in sources.items()}
-        _check_room(destination, sum(sizes.values()))
-        folder.mkdir(parents=True)
-        splits = {}
-        for name, source in sources.items():
-            target, shards = targets[name], max(1, min(len(source), -(-sizes[name] // shard_bytes)))
-            splits[target] = _pack_split(source, folder, format, target, shards)
-        if format == "arrow":
-            (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
-        for name, source in sources.items() if verify else ():
-            _verify(source, open_images(folder, targets[name]), targets[name])
-        report: dict[str, Any] = {"data": uri, "destination": str(destination), "format": format}
-        report |= {key: sum(facts[key] for facts in splits.values()) for key in ("images", "bytes")}
-        report["seconds"] = round(time.monotonic() - start, 3)
-        report |= {"verified": verify, "splits": splits}
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    shrink = _checked(format, size, quality, shard_bytes)
+    check_destination(destination)
+    splits = _splits(uri, format, malformed, shrink, shard_bytes)
+    key = {
+        "data": uri,
+        "format": format,
+        "shrink": shrink,
+        "splits": {s.target: [s.source.fingerprint(), len(s.files)] for s in splits},
+    }
+    partial = Partial(destination, key)
+    if not partial.root.exists():
+        room(destination, sum(split.size for split in splits))
+    with partial:
+        try:
+            report = _pack(uri, splits, format, shrink, workers, verify, partial)
+            partial.finish()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {partial.way_on}") from None
+        except OSError as error:
+            raise UserError(
+                f"'{uri}' cannot be packed into '{destination}': {error}; {partial.way_on}"
+            ) from None
+    seconds = round(time.monotonic() - start, 3)
+    return {**report, "destination": str(destination), "seconds": seconds}
+
+
+def _checked(format: str, size: int | None, quality: int | None, shard_bytes: int) -> Shrink | None:
+    if shard_bytes < 1:
+        raise UserError(f"Files of {shard_bytes} bytes are too small; allow at least 1.")
+    if format not in FORMATS:
+        raise UserError(f"There is no format '{format}'; there are {', '.join(FORMATS)}.")
+    if size is None:
+        if quality is not None:
+            raise UserError("--quality goes with --size: without it all bytes are kept.")
+        return None
+    quality = 95 if quality is None else quality
+    if size < 1 or not 1 <= quality <= 100:
+        raise UserError(
+            f"--size {size} --quality {quality} cannot be: a size is at least 1 pixel, a quality 1"
+            " to 100."
+        )
+    return Shrink(size, quality)
+
+
+def _splits(
+    uri: str,
+    format: str,
+    malformed: Literal["skip", "error"],
+    shrink: Shrink | None,
+    shard_bytes: int,
+) -> list[_Split]:
+    """What is to be packed, and into which files."""
+    names = stored_splits(uri)
+    if format == "tfrecord" and {"val", "test"} <= set(names):
+        raise UserError(
+            f"'{uri}' has the splits {', '.join(names)}, but TFRecords hold train and val only;"
+            " pack it as arrow or webdataset."
+        )
+    splits = []
+    for name in names:
+        source = open_images(uri, name, malformed=malformed)
+        target = "val" if format == "tfrecord" and name == "test" else name
+        size = estimate(source, shrink) + len(source) * FORMATS[format].overhead
+        files = max(1, min(len(source), -(-size // shard_bytes)))
+        listed = [FORMATS[format].name(target, number, files) for number in range(files)]
+        splits.append(_Split(source, target, size, listed))
+    return splits
+
+
+def _pack(
+    uri: str,
+    splits: list[_Split],
+    format: str,
+    shrink: Shrink | None,
+    workers: int,
+    verify: bool,
+    partial: Partial,
+) -> dict[str, Any]:
+    """Fill the folder; returns the report, which is in it too."""
+    if partial.finished:
+        room(partial.folder, sum(split.size for split in splits) - partial.written())
+        say(f"Going on behind {len(partial.finished):,} files that were packed before.")
+    facts = {}
+    for split in splits:
+        with showing(f"packing {split.target}") as show:
+            pack_images(split.source, split.files, FORMATS[format], shrink, workers, partial, show)
+        FORMATS[format].complete(partial.folder, split.target, split.files, split.source)
+        facts[split.target] = _facts(split, partial)
+    for split in splits:
+        _check_back(split, workers, verify, partial)
+    report: dict[str, Any] = {"data": uri, "format": format}
+    report |= {"size": shrink and shrink.size, "quality": shrink and shrink.quality}
+    report |= {key: sum(part[key] for part in facts.values()) for key in ("images", "bytes")}
+    report["verified"] = verify
+    report["duplicates"] = [
+        [{"split": splits[s].target, "index": i, "name": splits[s].source.name(i)} for s, i in same]
+        for same in partial.duplicates([split.files for split in splits])
+    ]
+    report["splits"] = facts
+    (partial.folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-@contextlib.contextmanager
-def _written_beside(uri: str, destination: Path) -> Iterator[Path]:
-    """A folder to be made and filled, that becomes ``destination`` if all went well, else goes."""
-    folder = destination.with_name(f".{destination.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-        _flush(folder)
-        os.rename(folder, destination)  # over an empty folder too
-    except OSError as error:
-        raise UserError(f"'{uri}' cannot be packed into '{destination}': {error}.") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check(destination: Path, format: str, shard_bytes: int) -> None:
-    if shard_bytes < 1:
-        raise UserError(f"Files of {shard_bytes} bytes are too small; allow at least 1.")
-    if format not in ("arrow", "tfrecord"):
-        raise UserError(f"There is no format '{format}'; there are arrow and tfrecord.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"'{destination}' exists and is not empty; name another folder.")
-
-
-def _targets(uri: str, splits: list[str], format: str) -> dict[str, str]:
-    """Under which name each split is written: TFRecords know only train and val."""
-    if format == "arrow" or "test" not in splits:
-        return {name: name for name in splits}
-    if "val" in splits:
-        raise UserError(
-            f"'{uri}' has the splits {', '.join(splits)}, but TFRecords hold train and val only;"
-            " pack it as arrow."
-        )
-    return {name: "val" if name == "test" else name for name in splits}
-
-
-def _check_room(destination: Path, size: int) -> None:
-    parent = next(folder for folder in destination.parents if folder.exists())
-    need, free = int(size * _ROOM) + _ROOM_BYTES, shutil.disk_usage(parent).free
-    if free < need:
-        raise UserError(
-            f"Packing needs {need / 2**30:,.2f} GiB, but '{parent}' has {free / 2**30:,.2f} GiB"
-            " free; make room, or name another folder."
-        )
-
-
-def _flush(folder: Path) -> None:
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        flush(path)
-
-
-def _pack_split(
-    source: Source, folder: Path, format: str, split: str, shards: int
-) -> dict[str, Any]:
-    """Write one split; returns its part of the report."""
-    formats: Counter[str] = Counter()
-    unreadable: list[dict[str, str]] = []
-    total = 0
-    with showing(f"packing {split}") as show:
-
-        def on_image(index: int, image: bytes) -> None:
-            nonlocal total
-            total += len(image)
-            try:
-                formats[image_size(image)[2]] += 1
-                decode(image)
-            except UnreadableImage as error:
-                unreadable.append({"name": source.name(index), "reason": str(error)})
-            show(index + 1, len(source))
-
-        if format == "tfrecord":
-            files = write_tfrecords(source, folder, split=split, files=shards, on_image=on_image)
-        else:
-            files = write_arrow(source, folder / split, shards=shards, on_image=on_image)
+def _facts(split: _Split, partial: Partial) -> dict[str, Any]:
+    """A split's part of the report."""
+    source, parts = split.source, [partial.facts(name) for name in split.files]
+    formats: dict[str, int] = {}
+    for part in parts:
+        for name, count in part["formats"].items():
+            formats[name] = formats.get(name, 0) + count
     return {
         "images": len(source),
-        "bytes": total,
+        "bytes": sum(part["bytes"] for part in parts),
         "classes": None if source.classes is None else len(source.classes),
-        "formats": dict(formats.most_common()),
-        "unreadable": unreadable,
+        "formats": dict(sorted(formats.items(), key=lambda item: (-item[1], item[0]))),
+        "shrunk": sum(part["shrunk"] for part in parts),
+        "unreadable": [bad for part in parts for bad in part["unreadable"]],
         "malformed_lines": list(getattr(source, "malformed", [])),
-        "files": files,
+        "files": [Path(name).name for name in split.files],
     }
 
 
-def _verify(source: Source, packed: Source, split: str) -> None:
-    """Compare count, classes, and every image and label."""
-    same = len(source) == len(packed) and source.classes == packed.classes
-    with showing(f"verifying {split}") as show:
-        for i in range(len(source) if same else 0):
-            (_, image, label), (_, image_packed, label_packed) = source[i], packed[i]
-            if encoded(image) != image_packed or label != label_packed:
-                raise UserError(
-                    f"{source.name(i)} was read back differently from the packed {split}; the disk"
-                    " or the source changed, pack again."
-                )
-            show(i + 1, len(source))
-    if not same:
-        raise UserError(f"The packed {split} has other images or classes; pack again.")
+def _check_back(split: _Split, workers: int, verify: bool, partial: Partial) -> None:
+    """Open what was packed (which builds its index); with ``verify`` compare every image.
 
-
-# --- Arrow ----------------------------------------------------------------------------------------
-
-
-def write_arrow(
-    source: Source, folder: Path, *, shards: int, on_image: OnImage | None = None
-) -> list[str]:
-    """Write a source as ``datasets.Dataset.save_to_disk`` would: files of Arrow record batches.
-
-    They are written as they are filled, where ``datasets`` would first make a copy in its cache.
-
-    Args:
-        source: any; decoded pixels are written as PNG.
-        folder: where to; made if need be.
-        shards: files with equally many images.
-        on_image: called with the index and bytes of each image once it is written.
-
-    Returns:
-        Names of the Arrow files.
+    Raises:
+        UserError: other images, labels or classes. The file in question is forgotten, so that it is
+            written again.
     """
-    import datasets
+    source = split.source
+    try:
+        packed = open_images(partial.folder, split.target)
+    except UserError as error:
+        partial.forget(split.files)
+        raise UserError(f"{error} This was just written: look after the disk.") from None
+    same = (source.labels is None) == (packed.labels is None)
+    if same and source.labels is not None and packed.labels is not None:
+        same = torch.equal(source.labels, packed.labels) and source.classes == packed.classes
+    if not same or len(source) != len(packed):
+        partial.forget(split.files)
+        raise UserError(f"The packed {split.target} has other images or labels; {partial.way_on}")
+    if not verify:
+        return
+    written = ((name, digest) for name in split.files for digest in partial.digests(name))
+    with showing(f"verifying {split.target}") as show:
+        progress = Throttle(show)
+        for i, found in enumerate(digests(packed, workers)):
+            name, due = next(written)
+            if due != found:
+                partial.forget([name])
+                raise UserError(
+                    f"{source.name(i)} was read back differently from the packed {split.target};"
+                    f" look after the disk; {partial.way_on}"
+                )
+            progress(i + 1, len(source))
 
-    columns: dict[str, Any] = {"image": datasets.Image()}
-    if source.labels is not None and source.classes is not None:
-        columns["label"] = datasets.ClassLabel(names=source.classes)
-    features = datasets.Features(columns)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
-    for shard, name in enumerate(names):
-        first, last = (len(source) * s // shards for s in (shard, shard + 1))
-        _write_shard(source, range(first, last), folder / name, features.arrow_schema, on_image)
-    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": source.fingerprint()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    return names
 
-
-def _write_shard(
-    source: Source, indices: range, path: Path, schema: Any, on_image: OnImage | None
-) -> None:
-    import pyarrow
-
-    paths: list[str] | None = getattr(source, "paths", None)
-    images: list[dict[str, Any]] = []
-    labels: list[int | None] = []
-    held = 0
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for i in indices:
-            _, image, label = source[i]
-            image = encoded(image)
-            images.append({"bytes": image, "path": paths[i] if paths else None})
-            labels.append(label)
-            held += len(image)
-            if held >= _BATCH_BYTES or len(images) == _BATCH_ROWS or i == indices[-1]:
-                batch = {"image": images, "label": labels}
-                arrays = [pyarrow.array(batch[field.name], type=field.type) for field in schema]
-                writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-                images, labels, held = [], [], 0
-            if on_image is not None:
-                on_image(i, image)
+def pack_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The report as rows of a printed table; lists of images are counted only."""
+    seconds = max(report["seconds"], 1e-3)
+    rows = [
+        ["folder", report["destination"]],
+        ["images", f"{report['images']:,}"],
+        ["MB", f"{report['bytes'] / 1e6:,.1f}"],
+        ["seconds", f"{seconds:,.1f} ({report['images'] / seconds:,.0f} images/s)"],
+        ["read back and compared", "yes" if report["verified"] else "no"],
+    ]
+    copies = sum(len(group) - 1 for group in report["duplicates"])
+    rows.append(["identical to another image", f"{copies:,}"])
+    for split, facts in report["splits"].items():
+        rows.append([split, f"{facts['images']:,} images in {len(facts['files']):,} files"])
+        formats = ", ".join(f"{n:,} {kind}" for kind, n in facts["formats"].items())
+        rows.append(["  formats", formats or "none"])
+        if report["size"] is not None:
+            rows.append(["  made smaller", f"{facts['shrunk']:,}"])
+        rows.append(["  unreadable", f"{len(facts['unreadable']):,}"])
+        rows += [[f"    {bad['name']}", bad["reason"]] for bad in facts["unreadable"][:_NAMED]]
+    if copies or any(facts["unreadable"] for facts in report["splits"].values()):
+        rows.append(["all of them are named in", REPORT])
+    return rows

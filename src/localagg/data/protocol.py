@@ -30,6 +30,20 @@ class Sample(NamedTuple):
     label: int | None
 
 
+class Record(NamedTuple):
+    """One image on its way into a packed file."""
+
+    index: int
+    name: str
+    """What to call it in a message."""
+    image: bytes
+    label: int | None
+    path: str | None = None
+    """Where it lay, relative to its folder; None where it lay in no file of its own."""
+    format: str = ""
+    """As Pillow calls it (``JPEG``); empty where it is not known."""
+
+
 class Source(Protocol):
     """What every source offers. It can be pickled, so that worker processes read from it."""
 
@@ -81,15 +95,23 @@ def choose(uri: str, available: Sequence[str], split: str) -> str:
     raise MissingSplit(f"'{uri}' has no split '{split}'; it has {', '.join(available)}.")
 
 
-def fingerprint(source: Source, records: Iterable[str]) -> str:
-    """Hash of the count, of a line for each image, and of the bytes of 64 images."""
+def fingerprint(source: Source, facts: Iterable[str | np.ndarray]) -> str:
+    """Hash of the count, of what is known of each image, and of the bytes of 64 images.
+
+    Args:
+        source: the images.
+        facts: a line for each image, or arrays over all images; or both.
+    """
     digest = hashlib.sha256(f"{len(source)}\n".encode())
-    for record in records:
-        digest.update(record.encode("utf-8", "surrogateescape") + b"\n")
+    for fact in facts:
+        if isinstance(fact, str):
+            digest.update(fact.encode("utf-8", "surrogateescape") + b"\n")
+        else:
+            digest.update(np.ascontiguousarray(fact).data)
     for i in np.linspace(0, len(source) - 1, min(_FINGERPRINT_SAMPLES, len(source))).astype(int):
         try:
             image = source[int(i)].image
-        except OSError:  # a file that is gone is another content
+        except (OSError, UserError):  # a file that is gone, or damaged, is another content
             image = b"\0missing"
         digest.update(image if isinstance(image, bytes) else image.numpy().tobytes())
     return digest.hexdigest()

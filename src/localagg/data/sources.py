@@ -1,8 +1,9 @@
-"""Where images come from: one small protocol over folders, tables, TFRecords, listings and digits.
+"""Where images come from: one small protocol over folders, tables, tars, listings and digits.
 
 A source is random access over encoded (or, for the built-in digits, decoded) images with a dense,
-stable index: the sorted relative path of a folder's files, the order of records or lines, or the
-index that a TFRecord stores. It does not decode. ``open_images`` chooses the kind from the URI.
+stable index: the sorted relative path of a folder's files, the order of records, members or lines,
+or the index that a TFRecord stores. It does not decode. ``open_images`` chooses the kind from the
+URI.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ..config import UserError, nearest
 from .folder import EXTENSIONS, find_folder
+from .hub import find_hub
 from .listing import find_listing
 from .protocol import ALIASES, MissingSplit, Sample, Source, Stored, choose
 from .records import find_parquet, find_saved_dataset
 from .tfrecord import find_tfrecords
+from .webdataset import find_tar_pattern, find_tars
 
 __all__ = [
     "EXTENSIONS",
@@ -44,9 +47,11 @@ def open_images(
     Args:
         uri: ``digits``; a folder of images with or without class folders, with or without
             ``train/`` and ``val/``; a Parquet file or a folder of them; a folder written by
-            ``datasets.save_to_disk``; a folder of the reference's TFRecords; a listing
-            ``FILE.csv`` or ``FILE.csv:ROOT``, or a folder with ``train_*.csv`` and ``val_*.csv``
-            likewise (lines ``path label``, paths relative to ROOT).
+            ``datasets.save_to_disk`` or by ``pack``; WebDataset tars: one, a folder, or a pattern
+            such as ``train-*.tar`` or ``train-{000..012}.tar``; ``hf:NAME`` or ``hf:NAME:CONFIG``,
+            a data set of the Hub; a folder of the reference's TFRecords; a listing ``FILE.csv`` or
+            ``FILE.csv:ROOT``, or a folder with ``train_*.csv`` and ``val_*.csv`` likewise (lines
+            ``path label``, paths relative to ROOT).
         split: "train", "val" or "test". Without splits everything is "train".
         malformed: lines of a listing that are not ``path label``: left out and reported by number
             (as in the reference), or an error.
@@ -84,20 +89,25 @@ def _find(uri: str, malformed: Literal["skip", "error"]) -> Stored:
     """What is stored at a URI, by looking at names only."""
     if uri == "digits":
         return Stored(["train", "val"], Digits)
+    if (hub := find_hub(uri)) is not None:
+        return hub
     if (listing := find_listing(uri, malformed)) is not None:
         return listing
+    if (tars := find_tar_pattern(uri)) is not None:
+        return tars
     root = Path(uri).expanduser()
     if not root.exists():
         raise UserError(
-            f"There is no file or folder '{uri}'; --data takes a path, FILE.csv:ROOT, or 'digits'."
-            f"{nearest(uri, ['digits'])}"
+            f"There is no file or folder '{uri}'; --data takes a path, FILE.csv:ROOT, hf:NAME, or"
+            f" 'digits'.{nearest(uri, ['digits'])}"
         )
-    if root.is_file() and root.suffix != ".parquet":
-        raise UserError(f"'{uri}' is a file; --data takes a folder, a .parquet or a .csv file.")
+    if root.is_file() and root.suffix not in (".parquet", ".tar"):
+        raise UserError(f"'{uri}' is a file; --data takes a folder, a .parquet, .tar or .csv file.")
     return (
         find_saved_dataset(uri, root)
         or find_tfrecords(uri, root)
         or find_parquet(uri, root)
+        or find_tars(uri, root)
         or find_folder(uri, root)
     )
 

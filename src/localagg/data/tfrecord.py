@@ -8,18 +8,17 @@ remainder; files may be empty.
 """
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..config import UserError
 from ..files import whole
+from .class_names import class_names, write_class_names
 from .example import write_example
-from .protocol import Sample, Source, Stored, encoded
+from .protocol import Record, Sample, Source, Stored, encoded
 from .tfrecord_index import (
     RECORD_LIMIT,
     Index,
@@ -31,10 +30,6 @@ from .tfrecord_index import (
 )
 
 PREFIXES = {"train": "train", "val": "validation"}
-# Ours, beside the files: the class names that TFRecords cannot store. The reference's program looks
-# for train-* and validation-*, so the split comes last.
-_CLASSES = "classes-{}.json"
-_CLASSES_LIMIT = 1 << 26  # bytes
 
 
 class TFRecords:
@@ -43,21 +38,13 @@ class TFRecords:
     Holds no open file, so worker processes can share it. Each read verifies the checksums again.
     """
 
-    def __init__(
-        self, uri: str, folder: Path, index: Index, classes: list[str] | None = None
-    ) -> None:
+    def __init__(self, uri: str, folder: Path, prefix: str, index: Index) -> None:
         self.uri, self.folder, self._index = uri, folder, index
         self.labels: Tensor | None = None
         self.classes: list[str] | None = None
         if index.label is not None:
             self.labels = torch.from_numpy(index.label.copy())
-            count = int(self.labels.max()) + 1
-            if classes is not None and len(classes) < count:
-                raise UserError(
-                    f"'{folder}' names {len(classes):,} classes in its {_CLASSES.format('*')}, but"
-                    f" has labels up to {count - 1:,}; remove that file, or name all."
-                )
-            self.classes = classes or [str(label) for label in range(count)]
+            self.classes = class_names(folder, prefix, self.labels)
 
     def __len__(self) -> int:
         return len(self._index.file)
@@ -111,20 +98,7 @@ def _open(uri: str, folder: Path, prefix: str, files: list[str]) -> TFRecords:
     index = cached_index(folder, prefix, files)
     if not len(index.file):
         raise UserError(f"The {len(files):,} {prefix} files in '{folder}' hold no records.")
-    return TFRecords(uri, folder, index, _class_names(folder / _CLASSES.format(prefix)))
-
-
-def _class_names(path: Path) -> list[str] | None:
-    try:
-        with open(path, "rb") as file:
-            names = json.loads(file.read(_CLASSES_LIMIT))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}; remove or mend it.") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"'{path}' is not a JSON list of class names; remove or mend it.")
-    return names
+    return TFRecords(uri, folder, prefix, index)
 
 
 def write_tfrecords(
@@ -161,27 +135,50 @@ def write_tfrecords(
     folder.mkdir(parents=True, exist_ok=True)
     if prefix in files_by_split(folder):
         raise UserError(f"'{folder}' holds {prefix} files already; name another folder.")
-    each = -(-len(source) // files)
-    names = [f"{prefix}-{number:05d}-of-{files:05d}" for number in range(files)]
+    names = [tfrecord_name(split, number, files) for number in range(files)]
     for number, name in enumerate(names):
-        with whole(folder / name) as beside, open(beside, "wb") as file:
-            for i in range(number * each, min((number + 1) * each, len(source))):
-                _write_image(file, source, i, on_image)
+        rows = tfrecord_rows(len(source), number, files)
+        with whole(folder / name) as beside:
+            write_tfrecord(beside, _records(source, rows, on_image))
     if source.classes is not None:
-        (folder / _CLASSES.format(prefix)).write_text(json.dumps(source.classes))
+        write_class_names(folder, prefix, source.classes)
     return names
 
 
-def _write_image(
-    file: BinaryIO, source: Source, index: int, on_image: Callable[[int, bytes], None] | None
-) -> None:
-    _, image, label = source[index]
-    image = encoded(image)
-    record = write_example(image, label, index)
-    if len(record) > RECORD_LIMIT:
-        raise UserError(
-            f"{source.name(index)} has {len(image):,} bytes, too many for a record; leave it out."
-        )
-    file.write(frame(record))
-    if on_image is not None:
-        on_image(index, image)
+def tfrecord_name(split: str, number: int, files: int) -> str:
+    """What a file is called; the split is train or val."""
+    return f"{PREFIXES[split]}-{number:05d}-of-{files:05d}"
+
+
+def tfrecord_rows(count: int, number: int, files: int) -> range:
+    """Which images go into a file: as many as into every other, so the last may be empty."""
+    each = -(-count // files)
+    return range(min(number * each, count), min((number + 1) * each, count))
+
+
+def write_tfrecord(path: Path, records: Iterable[Record]) -> None:
+    """Write one file.
+
+    Raises:
+        UserError: an image is over 256 MiB.
+    """
+    with open(path, "wb") as file:
+        for record in records:
+            data = write_example(record.image, record.label, record.index)
+            if len(data) > RECORD_LIMIT:
+                raise UserError(
+                    f"{record.name} has {len(record.image):,} bytes, too many for a record; leave"
+                    " it out."
+                )
+            file.write(frame(data))
+
+
+def _records(
+    source: Source, rows: range, on_image: Callable[[int, bytes], None] | None
+) -> Iterator[Record]:
+    for i in rows:
+        _, image, label = source[i]
+        record = Record(i, source.name(i), encoded(image), label)
+        yield record
+        if on_image is not None:  # asked for the next one: this one is written
+            on_image(i, record.image)

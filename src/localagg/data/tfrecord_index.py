@@ -1,13 +1,8 @@
 """TFRecord framing, and the index that makes a folder of such files randomly accessible.
 
-The index is built by reading everything once, checksums verified, and kept in a hidden file beside
-the data, or in the user's cache folder where the data are read-only. Names, sizes and modification
-times of the data files are stored with it; if any of them changed it is built again.
+The index is built by reading everything once, checksums verified, and kept (see ``index_cache``).
 """
 
-import contextlib
-import hashlib
-import json
 import os
 import re
 import struct
@@ -17,13 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ..config import UserError
 from ..crc32c import crc32c, masked
-from ..logbook import say, showing
+from ..logbook import showing
 from .example import BadExample, ImageExample, parse_example
+from .index_cache import Columns, cached_columns
 from .protocol import MOST_CLASSES
 
 RECORD_LIMIT = 1 << 28  # bytes; an image's record that claims more is damage, not data
@@ -250,70 +244,24 @@ def cached_index(folder: Path, prefix: str, files: list[str]) -> Index:
     Raises:
         UserError: as :func:`build_index`.
     """
-    folder = folder.resolve()
+
+    def build() -> Columns:
+        columns = build_index(folder, files)._asdict()
+        return {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+
+    def valid(found: Columns) -> bool:
+        kinds = {**_COLUMNS, "label": "int64"} if "label" in found else _COLUMNS
+        shapes = {column.shape for column in found.values()}
+        if {n: str(c.dtype) for n, c in found.items()} != kinds or len(shapes) != 1:
+            return False
+        file, offset = found["file"], found["offset"]
+        return not len(file) or bool(
+            0 <= file.min() <= file.max() < len(files) and offset.min() >= 0
+        )
+
     try:
-        stats = [(folder / name).stat() for name in files]
-        state = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(files, stats, strict=True)]
-        key = json.dumps({"version": _VERSION, "files": state})
-        places = _cache_places(folder, prefix)
-        for place in places:
-            if (index := _load(place, key, files)) is not None:
-                return index
-        index = build_index(folder, files)
+        columns = cached_columns(folder, prefix, files, _VERSION, build, valid)
     except OSError as error:
         raise UserError(f"The TFRecords in '{folder}' cannot be read: {error}.") from None
-    _save(places, key, index)
-    return index
-
-
-def _cache_places(folder: Path, prefix: str) -> list[Path]:
-    """Where the index may lie, best first: beside the data unless the folder is read-only."""
-    name = f"localagg-index-{prefix}.safetensors"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
-    places = [folder / f".{name}", home / "localagg" / "tfrecords" / digest / name]
-    # An administrator may write anywhere; a folder without a write bit is still meant to stay.
-    writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
-    return places if writable else places[::-1]
-
-
-def _load(place: Path, key: str, files: list[str]) -> Index | None:
-    """The index in a cache file; None if there is none, or it is of other files, or damaged."""
-    try:
-        with safe_open(place, framework="np") as cache:
-            if (cache.metadata() or {}).get("localagg") != key:
-                return None
-            found = {name: cache.get_tensor(name) for name in cache.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    label = found.get("label")
-    kinds = _COLUMNS if label is None else {**_COLUMNS, "label": "int64"}
-    shapes = {column.shape for column in found.values()}
-    if {n: str(c.dtype) for n, c in found.items()} != kinds or len(shapes) != 1:
-        return None
-    if len(found["file"]) and not (
-        0 <= found["file"].min() <= found["file"].max() < len(files) and found["offset"].min() >= 0
-    ):
-        return None
-    return Index(files, **{"label": None, **found})
-
-
-def _save(places: list[Path], key: str, index: Index) -> None:
-    """Write the cache beside its name and rename it, so that other processes see all or nothing."""
-    columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
-    if index.label is not None:
-        columns["label"] = np.ascontiguousarray(index.label)
-    content = save(columns, metadata={"localagg": key})
-    for place in places:
-        beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        try:
-            if not place.parent.is_dir():
-                place.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            os.replace(beside, place)
-            return
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-    where = " or ".join(f"'{place.parent}'" for place in places)
-    say(f"The index of the TFRecords cannot be written to {where}; it is built each time.")
+    arrays: Any = {"label": None, **columns}
+    return Index(files, **arrays)

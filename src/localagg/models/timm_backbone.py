@@ -21,7 +21,8 @@ class TimmBackbone(Backbone):
         options: of ``timm.create_model``.
 
     Raises:
-        UserError: timm is not installed, or has no such network, or none with named layers.
+        UserError: timm is not installed, or has no such network, or none with named layers; or the
+            options name weights.
     """
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -35,8 +36,11 @@ class TimmBackbone(Backbone):
         if not timm.is_model(name):
             known = nearest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
             raise UserError(f"timm {timm.__version__} has no model '{name}'.{known}")
-        if options.get("pretrained"):
-            raise UserError(f"timm:{name} starts from random weights; leave out 'pretrained'.")
+        # A weights file says its network's options, and may come from anywhere: timm would unpickle
+        # what "checkpoint_path" names, and fetch what the others name.
+        for option in sorted(options):
+            if option in ("checkpoint_path", "cache_dir") or option.startswith("pretrained"):
+                raise UserError(f"timm:{name} starts from random weights; leave out '{option}'.")
         # Any: timm's networks share these names, but no type that says so.
         self.model: Any = timm.create_model(name, num_classes=0, **options)
         if not hasattr(self.model, "forward_intermediates"):

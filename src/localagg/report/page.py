@@ -110,7 +110,7 @@ def curves(metrics: Mapping[str, list[dict[str, Any]]], *, switch: int | None = 
             figure.add_scatter(
                 x=[line["step"] * epochs / last for line in points],
                 y=[line[name] for line in points],
-                name=run,
+                name=html.escape(run),
                 mode="lines",
                 line_color=_COLORS[number],
                 showlegend=column == 1,

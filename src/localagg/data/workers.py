@@ -1,0 +1,126 @@
+"""Worker processes: the items of a dataset in order, and one sentence where a worker dies."""
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import UserError
+
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Iterator:
+    """The items of a dataset in order, made by ``workers`` processes (0: by this one).
+
+    Each worker is up to four items ahead.
+
+    Args:
+        items: whatever can be indexed.
+        workers: processes.
+        pin: hand tensors over in page-locked memory, from which CUDA copies while it computes.
+
+    Raises:
+        UserError: a worker has died.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are fewer cores: workers wait for disks too
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_ignore_interrupt,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin,
+        )
+        others = set(multiprocessing.active_children())
+        made = iter(loader)
+    at_exit = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    atexit.register(at_exit)
+    with told_of_deaths():
+        yield from made
+    atexit.unregister(at_exit)
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End what a loop that was left by an error has not ended. Workers do not hear SIGTERM, by
+    which Python would end them, so that it would wait for them forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would tell of their deaths
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _ignore_interrupt(_: int) -> None:
+    # Ctrl-C, and a scheduler that takes the machine away, are the parent's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _unheard
+
+
+def _unheard(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A batch that was not fetched when the loop ended is no error; a worker's real ones are raised
+    in the main process."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def told_of_deaths() -> Iterator[None]:
+    """A worker that dies becomes one sentence.
+
+    torch tells of it by a RuntimeError, wherever the main thread is at that moment; so loops over
+    batches stand in such a block as a whole.
+
+    Raises:
+        UserError: a worker was killed, or has ended by itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (sentence := worker_death(error)) is None:
+            raise
+        # One death is told once: torch's handler would raise again, wherever this thread is then.
+        # A later loop still learns of deaths, as it looks after its workers while it waits.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise UserError(sentence) from None
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """What to say where torch tells of a worker's death; None where it tells of something else."""
+    if not str(error).startswith(("DataLoader worker", "Pin memory thread exited")):
+        return None
+    return (
+        "A worker process that reads images was killed, most often because memory (or /dev/shm)"
+        " ran out; use fewer --workers, or 0 to read in the main process."
+    )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Throttle:
+    """Calls through at most every ``seconds``; progress bars need no more."""
+
+    def __init__(self, call: Progress, seconds: float = 0.1) -> None:
+        self.call, self.seconds, self.last = call, seconds, 0.0
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if done == of or now - self.last >= self.seconds:
+            self.last = now
+            self.call(done, of)

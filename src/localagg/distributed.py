@@ -1,0 +1,133 @@
+"""The few collectives in use, over ``torch.distributed``. On one rank none is called.
+
+A job has R ranks. Whatever is split over them (rows of the bank, samples of a batch) is split by
+:func:`share`: contiguous ranges in the order of the ranks, whose sizes differ by one at most. So
+every rank knows every other's part, and nothing about sizes goes over the wire.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.14 renames the two that take one tensor for all ranks, and warns of their old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def share(size: int, rank: int, ranks: int) -> range:
+    """The part of 0..size-1 that a rank has: the first ``size % ranks`` ranks have one more.
+
+    Args:
+        size: what is split; fewer than ranks leaves the last ranks with nothing.
+        rank: 0..ranks-1.
+        ranks: R.
+    """
+    each, more = divmod(size, ranks)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
+
+
+class World:
+    """The ranks of a job, and what they tell one another. Each method is one collective that all
+    ranks call in the same order with tensors of the same shape and dtype; all get the same bits.
+
+    Args:
+        rank: of this process.
+        size: R. With 1 every method returns its argument.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def current(cls) -> "World":
+        """The default process group of ``torch.distributed``; one rank where there is none."""
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def part(self, size: int) -> range:
+        """This rank's :func:`share` of 0..size-1."""
+        return share(size, self.rank, self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place. One all-reduce of the tensor."""
+        if self.size > 1:
+            self._all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The maximum over ranks, in place. One all-reduce of the tensor."""
+        if self.size > 1:
+            self._all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, [R, ...]. One all-gather of the tensor."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        out = tensor.new_empty(self.size * tensor.numel())
+        self._all_gather(out, tensor.contiguous().flatten())
+        return out.view(self.size, *tensor.shape)
+
+    def gather(self, rows: Tensor, total: int) -> Tensor:
+        """The shares of all ranks as one, [total, ...].
+
+        One all-gather of ceil(total / R) rows a rank.
+
+        Args:
+            rows: this rank's :func:`share` of them.
+            total: rows of all ranks together.
+
+        Raises:
+            ValueError: another number of rows than the share.
+        """
+        if len(rows) != len(self.part(total)):
+            raise ValueError(
+                f"rank {self.rank} of {self.size} has {len(rows)} of {total} rows, not its share"
+                f" of {len(self.part(total))}"
+            )
+        if self.size == 1:
+            return rows
+        longest = len(share(total, 0, self.size))
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        return self.stack(padded).flatten(0, 1)[self._places(total, rows.device)]
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """This rank's :func:`share` of the rows of the sum over ranks.
+
+        One reduce-scatter of ceil(total / R) rows a rank.
+
+        Args:
+            rows: [total, ...].
+        """
+        if self.size == 1:
+            return rows
+        part = self.part(len(rows))
+        longest = len(share(len(rows), 0, self.size))
+        padded = rows.new_zeros(self.size * longest, *rows.shape[1:])
+        padded[self._places(len(rows), rows.device)] = rows
+        out = rows.new_empty(longest, *rows.shape[1:])
+        self._reduce_scatter(out, padded)
+        return out[: len(part)]
+
+    def _places(self, total: int, device: torch.device) -> Tensor | slice:
+        """Where the rows stand when each rank's share is padded to the longest: [total]."""
+        each, more = divmod(total, self.size)
+        if not more:
+            return slice(None)
+        row = torch.arange(total, device=device)
+        beyond = (row - more * (each + 1)).clamp(min=0)  # how far into the shorter shares
+        return row + (beyond.div(each, rounding_mode="floor") if each else 0)
+
+    # --- What torch.distributed does; a test puts threads in its place ---
+
+    def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        dist.all_reduce(tensor, operation)
+
+    def _all_gather(self, out: Tensor, tensor: Tensor) -> None:
+        _all_gather(out, tensor)
+
+    def _reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
+        _reduce_scatter(out, tensor)

@@ -1,0 +1,351 @@
+"""The loops of ``neighbors_numba``, compiled for the processor that they run on.
+
+Legend of shape suffixes: B queries, N rows of the bank, D embedding size, T rows of a tile, C
+places in a list of candidates, K neighbors, H clusterings. Kernels release the interpreter's lock
+and work on the queries ``first <= i < last`` or on a list of their own, so that threads can share a
+batch.
+
+A *key* is a number's place in the order of all bfloat16 numbers: its upper 16 bits as an integer,
+those of negative numbers turned around. Keys of rounded and of cut-off float32 numbers keep the
+order, and a product that rounds or cuts to key k is at least the number of key k - 1.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+_SUMS = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity stay what they are
+_TURN = np.int32(0x7FFFFFFF)
+
+
+# --- Numbers and keys ---
+
+
+@njit(cache=True, inline="always")
+def _ordered(x):
+    """A float32 as int32 in the same order."""
+    bits = np.float32(x).view(np.int32)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & _TURN))
+
+
+@njit(cache=True)
+def key_of(x):
+    """The largest key whose number is at most the float32 x."""
+    return np.int16(_ordered(x) >> np.int32(16))
+
+
+@njit(cache=True)
+def number_of(key):
+    """The bfloat16 number of a key, as float32."""
+    ordered = np.int32(np.int32(key) << np.int32(16))
+    return np.int32(ordered ^ ((ordered >> np.int32(31)) & _TURN)).view(np.float32)
+
+
+def _wide(x):
+    """A float32, or a bfloat16 given by its bits, as float32."""
+    return x
+
+
+@overload(_wide, inline="always")
+def _wide_of_type(x):
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@njit(cache=True)
+def _kth(values, k, bits):
+    """The k-th largest of integers of so many bits, bit by bit: counting runs in vectors."""
+    found = -(1 << (bits - 1))
+    for bit in range(bits - 1, -1, -1):
+        tried, reaching = values.dtype.type(found + (1 << bit)), 0
+        for i in range(len(values)):
+            reaching += values[i] >= tried
+        if reaching >= k:
+            found += 1 << bit
+    return found
+
+
+# --- The coarse pass ---
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def round_rows(rows_TD, coarse_TD):
+    """Rows to the nearest bfloat16, given by bits; (what rounding took from a row, a row's length),
+    the largest of each, squared. Either is NaN or infinite where a row is not finite."""
+    most_lost = longest = np.float32(0)
+    kept = np.empty(rows_TD.shape[1], np.uint32)
+    numbers = kept.view(np.float32)
+    for t in range(len(rows_TD)):
+        bits = rows_TD[t].view(np.uint32)
+        lost = length = np.float32(0)
+        for d in range(len(bits)):
+            b = bits[d]
+            kept[d] = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) & np.uint32(
+                0xFFFF0000
+            )
+        for d in range(len(bits)):
+            coarse_TD[t, d] = np.uint16(kept[d] >> np.uint32(16))
+            error = rows_TD[t, d] - numbers[d]
+            lost += error * error
+            length += rows_TD[t, d] * rows_TD[t, d]
+        most_lost = lost if lost > most_lost or lost != lost else most_lost
+        longest = length if length > longest or length != length else longest
+    return most_lost, longest
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def longest_row(rows_TD):
+    """The largest squared length of a row; NaN or infinite where a row is not finite."""
+    longest = np.float32(0)
+    for t in range(len(rows_TD)):
+        length = np.float32(0)
+        for d in range(rows_TD.shape[1]):
+            x = _wide(rows_TD[t, d])
+            length += x * x
+        longest = length if length > longest or length != length else longest
+    return longest
+
+
+@njit(cache=True, nogil=True)
+def guess(sim_BT, shift, rank, first, guess_B):
+    """The number below the ``rank``-th largest of each line of products, given by bits."""
+    keys = np.empty(sim_BT.shape[1], np.int16)
+    for i in range(len(sim_BT)):
+        for t in range(len(keys)):
+            bits = np.int16(sim_BT[i, t] >> shift)
+            keys[t] = bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF))
+        guess_B[first + i] = number_of(np.int16(_kth(keys, rank, 16)))
+
+
+@njit(cache=True, nogil=True)
+def collect(
+    sim_BT, shift, start, k, margin_B, worst_B, least_B, rows_BC, keys_BC, at, end, count_B
+):
+    """Append to each query's list the rows of a tile whose product may stand for ``least_B``.
+
+    Args:
+        sim_BT: bits of the products, int16 (bfloat16) or int32 (float32), with ``shift`` 0 or 16.
+        start: the first row of the tile.
+        margin_B: how far a product of this tile can lie below the true similarity.
+        worst_B: the largest such margin of the tiles so far.
+        least_B: a true similarity that suffices; raised where a list is full.
+        at, end: the list's places in the lines of ``rows_BC`` and ``keys_BC``.
+        count_B: length of each list; -1 where even the sufficing ones are too many.
+    """
+    T = sim_BT.shape[1]
+    reaches_T = np.zeros((T + 7) // 8 * 8, np.uint8)
+    for i in range(len(sim_BT)):
+        if count_B[i] >= 0 and at + count_B[i] + T > end:
+            count_B[i] = _tighten(k, worst_B[i], i, at, least_B, rows_BC[i], keys_BC[i], count_B[i])
+            if at + count_B[i] + T > end:
+                count_B[i] = -1
+        if count_B[i] < 0:
+            continue
+        cut = key_of(least_B[i] - margin_B[i])
+        rows, keys = rows_BC[i, at:end], keys_BC[i, at:end]
+        if cut > 0:
+            count_B[i] = _append(sim_BT[i], shift, start, cut, reaches_T, rows, keys, count_B[i])
+            continue
+        n = count_B[i]
+        for t in range(T):
+            bits = np.int16(sim_BT[i, t] >> shift)
+            key = np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
+            rows[n], keys[n] = start + t, key
+            n += np.int64(key >= cut)
+        count_B[i] = n
+
+
+@njit(cache=True)
+def _append(sim_T, shift, start, cut, reaches_T, rows, keys, n):
+    """As in :func:`collect` for a cut above zero: there bits stand in the order of numbers."""
+    T, least = len(sim_T), sim_T.dtype.type(np.int64(cut) << shift)
+    for t in range(T):
+        reaches_T[t] = sim_T[t] >= least
+    eights = reaches_T.view(np.uint64)
+    for e in range(T // 8):
+        if eights[e]:  # else none of eight
+            for b in range(8):
+                t = 8 * e + b
+                rows[n], keys[n] = start + t, sim_T[t] >> shift
+                n += np.int64(reaches_T[t])
+    for t in range(T // 8 * 8, T):
+        rows[n], keys[n] = start + t, sim_T[t] >> shift
+        n += np.int64(reaches_T[t])
+    return n
+
+
+@njit(cache=True)
+def _tighten(k, margin, i, at, least_B, rows_C, keys_C, count):
+    """Raise what suffices to what the k best of a list reach for sure, and drop the rest."""
+    if count < k:
+        return count
+    kth = _kth(keys_C[at : at + count], k, 16)
+    reached = number_of(np.int16(max(kth - 1, -32768))) - margin
+    if not reached > least_B[i]:
+        return count
+    least_B[i] = reached
+    cut, kept = key_of(reached - margin), at
+    for c in range(at, at + count):
+        rows_C[kept], keys_C[kept] = rows_C[c], keys_C[c]
+        kept += np.int64(keys_C[c] >= cut)
+    return kept - at
+
+
+# --- The exact pass ---
+
+
+@njit(cache=True, nogil=True)
+def join(first, last, k, margin_B, places, least_SB, rows_BC, keys_BC, count_SB, least_B, count_B):
+    """Join the lists of each query into one in the order of rows, tightened; list s begins at
+    s * places. ``count_B`` is -1 where one has overflown."""
+    for i in range(first, last):
+        least_B[i], count_B[i] = least_SB[:, i].max(), 0
+        for s in range(len(count_SB)):
+            if count_SB[s, i] < 0 or count_B[i] < 0:
+                count_B[i] = -1
+                continue
+            for c in range(count_SB[s, i] if s else 0):
+                rows_BC[i, count_B[i] + c] = rows_BC[i, s * places + c]
+                keys_BC[i, count_B[i] + c] = keys_BC[i, s * places + c]
+            count_B[i] += count_SB[s, i]
+        if count_B[i] > 0:
+            count_B[i] = _tighten(k, margin_B[i], i, 0, least_B, rows_BC[i], keys_BC[i], count_B[i])
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def rescore(first, last, chunk, queries_BD, bank_ND, rows_BC, count_B, sim_BC):
+    """True similarities of listed rows, in float32. Stretches of the bank go by in turn, so that a
+    row is read once for all queries that list it."""
+    place = np.zeros(last - first, np.int64)
+    for end in range(chunk, len(bank_ND) + chunk, chunk):
+        for i in range(first, last):
+            query, c = queries_BD[i], place[i - first]
+            while c < count_B[i] and rows_BC[i, c] < end:
+                row, total = bank_ND[rows_BC[i, c]], np.float32(0)
+                for d in range(len(query)):
+                    total += query[d] * _wide(row[d])
+                sim_BC[i, c] = total
+                c += 1
+            place[i - first] = c
+
+
+@njit(cache=True, nogil=True)
+def judge(first, last, k, floor_B, least_B, count_B, sim_BC, misled_B):
+    """Whether fewer than k of a list reach what suffices, so that others might be nearer; not where
+    that is as low as ``floor_B``, below which nothing is wanted."""
+    for i in range(first, last):
+        reaching = 0
+        for c in range(count_B[i]):
+            reaching += sim_BC[i, c] >= least_B[i]
+        misled_B[i] = count_B[i] < 0 or (reaching < k and not least_B[i] <= floor_B[i])
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def search_whole(first, last, k, chunk, misled_B, queries_BD, bank_ND, rows_BC, count_B, sim_BC):
+    """New lists for misled queries, from the similarities of all rows, computed as in rescore."""
+    C = rows_BC.shape[1]
+    kth_B = np.full(last - first, np.nan, np.float32)  # nothing is at most that
+    for i in range(first, last):
+        count_B[i] = 0 if misled_B[i] else count_B[i]
+    for start in range(0, len(bank_ND), chunk):
+        for i in range(first, last):
+            if not misled_B[i]:
+                continue
+            query, n = queries_BD[i], count_B[i]
+            for j in range(start, min(start + chunk, len(bank_ND))):
+                row, total = bank_ND[j], np.float32(0)
+                for d in range(len(query)):
+                    total += query[d] * _wide(row[d])
+                rows_BC[i, n], sim_BC[i, n] = j, total
+                n += not total <= kth_B[i - first]  # an equal one has to be lower than all so far
+                if n == C:
+                    n = k
+                    kth_B[i - first] = _keep_best(k, C, rows_BC[i], sim_BC[i])
+            count_B[i] = n
+
+
+@njit(cache=True)
+def _keep_best(k, count, rows_C, sim_C):
+    """Keep the k most similar of a list in their order, the first of equal ones; the least kept."""
+    ordered = np.empty(count, np.int32)
+    for c in range(count):
+        ordered[c] = _ordered(sim_C[c])
+    kth = _kth(ordered, k, 32)
+    equal, m, c, least = k, 0, 0, np.float32(np.inf)
+    for o in ordered:
+        equal -= o > kth
+    while m < k:  # without branches, which nobody could predict
+        alike = (ordered[c] == kth) & (equal > 0)
+        rows_C[m], sim_C[m] = rows_C[c], sim_C[c]
+        m += (ordered[c] > kth) | alike
+        equal -= alike
+        c += 1
+    for c in range(k):
+        least = min(least, sim_C[c])
+    return least
+
+
+@njit(cache=True, nogil=True)
+def choose(first, last, k, rows_BC, count_B, sim_BC, rows_Bk, sim_Bk):
+    """The k most similar of each list, in the order of rows; among equals the lowest rows."""
+    for i in range(first, last):
+        if count_B[i] > k:
+            _keep_best(k, count_B[i], rows_BC[i], sim_BC[i])
+        n = min(k, count_B[i])
+        rows_Bk[i, :n], sim_Bk[i, :n] = rows_BC[i, :n], sim_BC[i, :n]
+        rows_Bk[i, n:], sim_Bk[i, n:] = -1, -np.inf
+
+
+# --- The objective ---
+
+
+@njit(cache=True, nogil=True)
+def mark_close(first, last, labels_NH, index_B, rows_BK, close_BK):
+    """Which listed rows share a cluster with the sample's own row in any clustering."""
+    for i in range(first, last):
+        for c in range(rows_BK.shape[1]):
+            close = False
+            for h in range(labels_NH.shape[1]):
+                close |= labels_NH[rows_BK[i, c], h] == labels_NH[index_B[i], h]
+            close_BK[i, c] = close
+
+
+@njit(cache=True, nogil=True)
+def aggregate(first, last, sim_BK, close_BK, temperature, eps, loss_B, slope_BK):
+    """-log of the close ones' share of exp(similarity / t), and its slope in each similarity."""
+    inverse = 1 / temperature
+    for i in range(first, last):
+        best, near, far = sim_BK[i].max(), 0.0, 0.0
+        for c in range(sim_BK.shape[1]):
+            weight = math.exp(np.float32((sim_BK[i, c] - best) * inverse))
+            slope_BK[i, c] = weight
+            if close_BK[i, c]:
+                near += weight
+            else:
+                far += weight
+        share, rest = near / (near + far), far / (near + far)
+        # Of a share near 1 the rest is exact, and 1 - share is not.
+        loss_B[i] = -math.log(share + eps) if share < 0.5 else -math.log1p(eps - rest)
+        scale = 1 / (temperature * (share + eps) * (near + far))
+        near_scale, far_scale = np.float32(-rest * scale), np.float32(share * scale)
+        for c in range(sim_BK.shape[1]):
+            slope_BK[i, c] *= near_scale if close_BK[i, c] else far_scale
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def weigh_rows(first, last, chunk, bank_ND, rows_BK, weight_BK, sum_BD):
+    """sum_k weight_ik M_[rows_ik], in one gather; stretches of the bank go by as in rescore."""
+    place = np.zeros(last - first, np.int64)
+    sum_BD[first:last] = 0
+    for end in range(chunk, len(bank_ND) + chunk, chunk):
+        for i in range(first, last):
+            total, c = sum_BD[i], place[i - first]
+            while c < rows_BK.shape[1] and rows_BK[i, c] < end:
+                row, weight = bank_ND[rows_BK[i, c]], weight_BK[i, c]
+                for d in range(len(total)):
+                    total[d] += weight * _wide(row[d])
+                c += 1
+            place[i - first] = c

@@ -1,0 +1,386 @@
+"""The losses of a batch whose memory bank is split over the ranks by ranges of rows.
+
+A step of R ranks, each with b = B/R samples and n = N/R rows of the bank::
+
+    batch = gather(world, v, index, total=B)               # everyone's samples, [B, D]
+    scored = local_aggregation(world, batch, bank, labels)  # each rank scores them on its rows
+    embedding.backward(scored.gradient * R)                # DDP divides by R
+    bank.update(batch.index, batch.embedding)              # each rank its own rows
+
+What goes over the wire, payload bytes a rank hands to a collective (e = 4 in float32, 8 in
+float64; H clusterings; nothing grows with N or K; with one rank nothing is called)::
+
+    gather             2 all-gathers      b (e D + 8)
+    local_aggregation  1 all-reduce       4 H B           labels of the batch's own rows
+                       2 all-reduces      (e + 8) B       a floor, and how many rows reach it
+                       1 all-reduce       3 e B           bounds of each query's threshold
+                       1-6 all-reduces    256 B each      histograms (float64: 1-11), as a rule 4
+                       (1 all-gather      8 T             of T queries tied at their last place)
+                       1 all-reduce       24 B            sums
+                       1 reduce-scatter   e B D           gradient
+    instance_softmax   1 all-reduce       e B             maximum of each query
+                       1 all-reduce       2 e B           sums
+                       1 reduce-scatter   e B D           gradient
+    instance_nce       1 all-reduce       2 e             the two terms
+                       1 reduce-scatter   e B D           gradient
+    nearest_rows       2 all-gathers      (e + 8) Q k     candidates, once a batch of queries
+
+Where K >= N nothing is to be selected: one all-reduce of e B takes the place of floor, bounds and
+histograms. There is no floor where ranks have fewer than ``SAMPLED_FROM`` rows. Queries go in
+groups of ``QUERIES``, and the lines between labels and gradient are once a group, so that the
+candidates of a group bound the memory: some 24 K bytes a query.
+
+Legend of shape suffixes: B the batch of all ranks, D embedding size, C candidates of this rank,
+F those that are chosen (of all queries, one after the other), H clusterings.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import knn, ragged, streaming
+from .bank import MemoryBank
+from .distributed import World
+from .objectives import NCE_PARTITION_PER_IMAGE
+from .prepared import product_type
+from .selection import bounds, kth_of_line, largest, positions
+
+QUERIES = 8192  # scored at a time
+SAMPLED_FROM = 4096  # rows of a rank
+DEVIATIONS = 4  # of a sample's luck that a guess allows for
+
+
+class Batch(NamedTuple):
+    """The samples of all ranks, in the order of the ranks; the same on each."""
+
+    embedding: Tensor
+    """Unit rows [B, D], without gradient."""
+    index: Tensor
+    """int64 [B]: rows of the whole bank, 0..N-1."""
+
+
+class Scored(NamedTuple):
+    """A loss. The scalars are the same on every rank."""
+
+    loss: Tensor
+    """Scalar: the mean over the batch of all ranks."""
+    gradient: Tensor
+    """[b, D]: of that mean, in this rank's embedding."""
+    notes: dict[str, Tensor]
+    """Scalars: "without_close" of LA; "data_term" and "noise_term" of NCE."""
+
+
+def gather(world: World, embedding: Tensor, index: Tensor, total: int) -> Batch:
+    """The batch of all ranks.
+
+    Args:
+        world: the ranks.
+        embedding: unit rows [b, D], this rank's share.
+        index: int64 [b], its rows of the whole bank.
+        total: B, samples of all ranks; rank r has ``share(total, r, R)`` of them.
+    """
+    return Batch(world.gather(embedding.detach(), total), world.gather(index, total))
+
+
+# --- Local Aggregation ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def local_aggregation(
+    world: World,
+    batch: Batch,
+    bank: MemoryBank,
+    labels: Tensor,
+    *,
+    neighbors: int = 4096,
+    temperature: float = 0.07,
+    eps: float = 1e-7,
+) -> Scored:
+    """LA eq. 5 of the whole batch in the whole bank; see ``objectives.local_aggregation``.
+
+    Args:
+        world: the ranks.
+        batch: of :func:`gather`.
+        bank: this rank's rows, read before this step's update.
+        labels: cluster labels of this rank's rows, int32 [H, n].
+        neighbors: K background neighbors in the whole bank; more than N means all N. Ties at the
+            K-th go to the lowest row.
+        temperature: t > 0.
+        eps: added to the ratio; a sample without a close neighbor contributes -log eps.
+
+    Returns:
+        Loss and gradient, with the note "without_close": share of samples without close neighbor.
+    """
+    query_BD = _in_full_precision(batch.embedding, bank.rows)
+    own_HB = _labels_of(world, labels, bank.part, batch.index)
+    parts = [
+        _aggregate(world, query, bank, labels, own, neighbors, temperature, eps)
+        for query, own in zip(query_BD.split(QUERIES), own_HB.split(QUERIES, dim=1), strict=True)
+    ]
+    gradient_BD = torch.cat([part[0] for part in parts]).div_(len(query_BD))
+    share_B = torch.cat([part[1] for part in parts])
+    alone_B = torch.cat([part[2] for part in parts])
+    return Scored(
+        -torch.log(share_B + eps).mean().to(query_BD.dtype),
+        _returned(world, gradient_BD, batch),
+        {"without_close": alone_B.float().mean()},
+    )
+
+
+def _aggregate(
+    world: World,
+    query: Tensor,
+    bank: MemoryBank,
+    labels: Tensor,
+    own: Tensor,
+    neighbors: int,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a group of queries: the gradient [B, D] of the sum of their losses through this rank's
+    rows; P(C_i and B_i | v_i) / P(B_i | v_i) [B]; and whether there is no close neighbor [B]."""
+    rows_F, sim_F, counts_B, top_B = _background(world, query, bank, neighbors)
+    close_F = torch.zeros_like(rows_F, dtype=torch.bool)
+    for labels_n, own_B in zip(labels, own, strict=True):
+        close_F |= labels_n.index_select(0, rows_F) == own_B.repeat_interleave(counts_B)
+    # P up to a factor: the largest similarity of all ranks is taken out before the exponential.
+    weight_F = torch.exp((sim_F - top_B.repeat_interleave(counts_B)) / temperature)
+    # Sums in float64: in float32 a share near 1 would cost its rounding.
+    sums = [
+        ragged.sums(terms.double(), counts_B) for terms in (weight_F, weight_F * close_F, close_F)
+    ]
+    sums_3B = world.sum(torch.stack(sums))
+    share_B = sums_3B[1] / sums_3B[0]
+    # d loss / d sim_j = -P(j | B_i) (1 if j is close, less the share) / (share + eps) / t
+    scale_B = (-1 / (sums_3B[0] * (share_B + eps) * temperature)).to(query.dtype)
+    slope_F = close_F.to(query.dtype) - share_B.to(query.dtype).repeat_interleave(counts_B)
+    slope_F *= weight_F * scale_B.repeat_interleave(counts_B)
+    return ragged.weighted_rows(bank.rows, rows_F, slope_F, counts_B), share_B, sums_3B[2] == 0
+
+
+def _background(
+    world: World, query: Tensor, bank: MemoryBank, neighbors: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The background neighbors that are rows of this rank: their rows and similarities [F], how
+    many of them each query has [B], and its largest similarity on any rank [B]."""
+    shared = world.size > 1 and neighbors < bank.size  # else all candidates are neighbors
+    floor_B = _floor(world, query, bank, neighbors) if shared else None
+    rows_BC, sim_BC = _candidates(query, bank, neighbors, floor_B)
+    B, C = rows_BC.shape
+    if not shared:
+        top_B = sim_BC.amax(dim=1) if C else sim_BC.new_full((B,), -torch.inf)
+        counts_B = torch.full((B,), C, dtype=torch.int64, device=query.device)
+        return rows_BC.flatten(), sim_BC.flatten(), counts_B, world.maximum(top_B)
+    if floor_B is not None:
+        found_B = world.sum((sim_BC > -torch.inf).sum(dim=1))
+        short = (found_B < neighbors).nonzero().squeeze(1)  # the samples misled
+        if len(short):
+            rows_BC[short], sim_BC[short] = _candidates(query[short], bank, neighbors, None)
+            floor_B[short] = -torch.inf
+    low_B, top_B = bounds(world, sim_BC, neighbors)
+    low_B = low_B if floor_B is None else torch.maximum(low_B, floor_B)
+    there = positions((sim_BC >= low_B.unsqueeze(1)).flatten())
+    starts = torch.arange(B + 1, device=query.device) * C
+    counts_B = torch.searchsorted(there, starts).diff()
+    rows_F, sim_F = (x.flatten().index_select(0, there) for x in (rows_BC, sim_BC))
+    chosen = positions(largest(world, sim_F, rows_F, counts_B, neighbors, (low_B, top_B)))
+    starts[1:] = counts_B.cumsum(0)
+    counts_B = torch.searchsorted(chosen, starts).diff()
+    return rows_F.index_select(0, chosen), sim_F.index_select(0, chosen), counts_B, top_B
+
+
+def _candidates(
+    query: Tensor, bank: MemoryBank, neighbors: int, at_least: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(rows, similarity) [B, min(K, n)] of this rank's nearest rows, the lowest among equals; where
+    fewer reach ``at_least`` [B], places hold row -1 and similarity -inf."""
+    if not len(bank.rows):
+        none = query.new_empty(len(query), 0)
+        return none.long(), none
+    return streaming.nearest(query, bank.prepared, neighbors, at_least=at_least)
+
+
+def _floor(world: World, query: Tensor, bank: MemoryBank, neighbors: int) -> Tensor | None:
+    """A similarity [B] that K rows of all ranks most likely reach, so that each need not find K of
+    its own; None where the bank is too small to sample.
+
+    If K/R rows on every rank reach some similarity, K of all do; each rank guesses its own from a
+    sample of its rows, and the lowest guess counts.
+    """
+    if bank.size // world.size < SAMPLED_FROM:
+        return None
+    n, wanted = len(bank.rows), -(-neighbors // world.size)
+    count = min(n, max(SAMPLED_FROM // 2, min(n // 16, 4 * SAMPLED_FROM)))
+    share = wanted * count / n
+    rank = math.ceil(share + DEVIATIONS * (math.sqrt(share) + 1))
+    if rank > count:
+        guess_B = torch.full_like(query[:, 0], -torch.inf)
+    else:
+        quick = product_type(bank.rows)
+        sample = bank.rows[: n // count * count : n // count].to(quick)
+        guess_B = kth_of_line((query.to(quick) @ sample.T).to(query.dtype), rank)
+    return -world.maximum(-guess_B)
+
+
+def _labels_of(world: World, labels: Tensor, part: range, index: Tensor) -> Tensor:
+    """The labels [H, B] of rows of the whole bank; each rank gives those of its own rows."""
+    mine, row = _own(part, index)
+    own_HB = labels.new_zeros(len(labels), len(index))
+    own_HB[:, mine] = labels[:, row]
+    return world.sum(own_HB)
+
+
+# --- Instance Recognition ------------------------------------------------------------------------
+
+
+def instance_softmax(
+    world: World, batch: Batch, bank: MemoryBank, *, temperature: float = 0.07
+) -> Scored:
+    """IR with its exact partition over the whole bank; see ``objectives.instance_softmax``.
+
+    Args:
+        world: the ranks.
+        batch: of :func:`gather`.
+        bank: this rank's rows.
+        temperature: t > 0.
+    """
+    query_BD, rows_nD = _in_full_precision(batch.embedding, bank.rows), bank.rows
+    B = len(query_BD)
+    query_BD = query_BD.detach().requires_grad_()
+    with torch.enable_grad():
+        if len(rows_nD):
+            log_Z_B = streaming.log_partition(query_BD, rows_nD, temperature)
+            (gradient_BD,) = torch.autograd.grad(log_Z_B.sum(), query_BD)
+        else:
+            log_Z_B, gradient_BD = (
+                torch.full_like(query_BD[:, 0], -torch.inf),
+                torch.zeros_like(query_BD),
+            )
+    with torch.no_grad():
+        top_B = world.maximum(log_Z_B.detach().clone())
+        mine, row = _own(bank.part, batch.index)
+        sums_2B = query_BD.new_zeros(2, B)
+        sums_2B[0] = torch.exp(log_Z_B - top_B)
+        sums_2B[1, mine] = (query_BD[mine] * rows_nD[row].to(query_BD.dtype)).sum(
+            dim=1
+        ) / temperature
+        share_B = sums_2B[0].clone()  # of Z that lies on this rank, before it is divided by Z
+        world.sum(sums_2B)
+        gradient_BD *= (share_B / sums_2B[0]).unsqueeze(1)
+        gradient_BD[mine] -= rows_nD[row].to(query_BD.dtype) / temperature
+        loss = (top_B + sums_2B[0].log() - sums_2B[1]).mean()
+        return Scored(loss, _returned(world, gradient_BD.div_(B), batch), {})
+
+
+@torch.no_grad()
+def instance_nce(
+    world: World,
+    batch: Batch,
+    bank: MemoryBank,
+    noise_index: Tensor,
+    *,
+    temperature: float = 0.07,
+) -> Scored:
+    """IR by noise-contrastive estimation; see ``objectives.instance_nce``.
+
+    Every rank has all noise draws, as they are a function of seed and step, and scores those that
+    fall on its rows.
+
+    Args:
+        world: the ranks.
+        batch: of :func:`gather`.
+        bank: this rank's rows.
+        noise_index: int64 [B, K], rows of the whole bank, of all samples; the same on every rank.
+        temperature: t > 0.
+
+    Returns:
+        Loss and gradient, with the notes "data_term" and "noise_term".
+    """
+    eps = 1e-7  # the reference's, inside both denominators
+    query_BD, rows_nD = _in_full_precision(batch.embedding, bank.rows), bank.rows
+    B, N, K = len(query_BD), bank.size, noise_index.shape[1]
+    Z, base = NCE_PARTITION_PER_IMAGE * N, K / N
+
+    mine, row = _own(bank.part, batch.index)
+    p_b = torch.exp((query_BD[mine] * rows_nD[row].to(query_BD.dtype)).sum(dim=1) / temperature) / Z
+    gradient_BD = torch.zeros_like(query_BD)
+    slope_b = -(base + eps) / (p_b + base + eps) / temperature
+    gradient_BD[mine] = slope_b.unsqueeze(1) * rows_nD[row].to(query_BD.dtype)
+
+    here_BK = (noise_index >= bank.part.start) & (noise_index < bank.part.stop)
+    counts_B = here_BK.sum(dim=1)
+    rows_F = noise_index.flatten()[positions(here_BK.flatten())] - bank.part.start
+    q_F = torch.exp(ragged.similarities(query_BD, rows_nD, rows_F, counts_B) / temperature) / Z
+    slope_F = q_F / (q_F + base + eps) / temperature
+    gradient_BD += ragged.weighted_rows(rows_nD, rows_F, slope_F, counts_B)
+
+    terms = torch.stack(
+        [-torch.log(p_b / (p_b + base + eps)).sum(), -torch.log(base / (q_F + base + eps)).sum()]
+    )
+    data_term, noise_term = world.sum(terms) / B
+    gradient = _returned(world, gradient_BD.div_(B), batch)
+    notes = {"data_term": data_term, "noise_term": noise_term}
+    return Scored(data_term + noise_term, gradient, notes)
+
+
+# --- Nearest neighbors ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def nearest_rows(
+    world: World, queries: Tensor, bank: MemoryBank, k: int, *, exclude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k most similar rows of the whole bank; as ``knn.nearest_rows``, ties by the lowest row.
+
+    Each rank finds its own k, and all merge them.
+
+    Args:
+        world: the ranks.
+        queries: unit rows [Q, D], the same on every rank.
+        bank: this rank's rows.
+        k: at most N (N - 1 with ``exclude``).
+        exclude: int64 [Q], one row of the whole bank that each query may not find (itself).
+
+    Returns:
+        (rows, similarity): int64 and float [Q, k], the same on every rank.
+
+    Raises:
+        UserError: more neighbors than rows, or values that are not finite.
+    """
+    most = k + (exclude is not None)
+    knn.check_count(k, bank.size - (exclude is not None))
+    sim_Qk = queries.new_full((len(queries), most), -torch.inf)
+    rows_Qk = torch.full_like(sim_Qk, bank.size, dtype=torch.int64)
+    here = min(most, len(bank.rows))
+    if here:
+        rows, sim_Qk[:, :here] = knn.nearest_rows(queries, bank.rows, here)
+        rows_Qk[:, :here] = rows + bank.part.start
+    # Ranks stand in the order of their rows, so a stable sort leaves the lowest first among equals.
+    sim_QC = world.stack(sim_Qk).transpose(0, 1).flatten(1)
+    rows_QC = world.stack(rows_Qk).transpose(0, 1).flatten(1)
+    if exclude is not None:
+        sim_QC = sim_QC.masked_fill(rows_QC == exclude.unsqueeze(1), -torch.inf)
+    sim_QC, place_QC = sim_QC.sort(dim=1, descending=True, stable=True)
+    return rows_QC.gather(1, place_QC[:, :k]), sim_QC[:, :k]
+
+
+# --- Plumbing -------------------------------------------------------------------------------------
+
+
+def _own(part: range, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions in ``index`` of the rows that this rank has, those rows counted from its first)"""
+    mine = positions((index >= part.start) & (index < part.stop))
+    return mine, index[mine] - part.start
+
+
+def _returned(world: World, gradient: Tensor, batch: Batch) -> Tensor:
+    """This rank's samples' part of the gradient, summed over ranks, in the embedding's dtype."""
+    return world.scatter_sum(gradient).to(batch.embedding.dtype)
+
+
+def _in_full_precision(embedding: Tensor, bank: Tensor) -> Tensor:
+    """The embedding in the common dtype of both, at least float32."""
+    dtype = torch.promote_types(embedding.dtype, bank.dtype)
+    return embedding.to(torch.promote_types(dtype, torch.float32))

@@ -1,0 +1,317 @@
+"""The losses' passes on a GPU, in Triton: the exact softmax over the bank, and LA over its lists.
+
+Legend as in ``objectives``: B batch, N bank rows, D embedding size, K background neighbors,
+H clusterings, t temperature; P programs that share a sum, whose parts a second kernel puts together
+in a fixed order, so that results do not change from run to run.
+
+Exponentials are powers of two of similarity / t / ln 2, relative to the largest one met so far.
+"""
+
+# The compiler of kernels has types of its own, and takes options that their signatures lack.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Weights of the softmax are multiplied by 2**15 before they are rounded to float16: the largest is
+# then 32,768, and what is lost of small ones stays below 2**-40 of it.
+_LIFT = tl.constexpr(15.0)
+_LN_2 = tl.constexpr(math.log(2))
+_PARTITION_TILE = 64
+_AGGREGATION_PROGRAMS = 8  # a query
+_CLOSE_TILE = 512
+
+
+# --- log sum_j exp(v . M_j / t), and the softmax-weighted mean row --------------------------------
+
+
+@torch.no_grad()
+def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log Z of each query over the whole bank, and the mean row, whose 1/t is the gradient.
+
+    log Z_i = log sum_j exp(v_i . M_j / t); mean_i = sum_j softmax_j(v_i . M_j / t) M_j.
+    One pass over the bank. Products are of float16 tensor cores with both factors split into two
+    float16 numbers, so some 22 bits count; sums are in float32. Entries must be below 65,504 (unit
+    rows are); beyond, and with NaN in the input, the result is NaN. Extra memory: P x B x (D + 2)
+    float32 with P one a processor, 8.7 MB at B = D = 128 on 132 processors, whatever N is.
+
+    Args:
+        embedding: [B, D], any floating dtype.
+        bank: float32, bfloat16 or float16 [N, D] with contiguous rows; N >= 1; D at most 256.
+        temperature: t > 0.
+
+    Returns:
+        (log_Z, mean): float32 [B] and [B, D].
+    """
+    (B, D), N, device = embedding.shape, len(bank), bank.device
+    embedding = embedding.float().contiguous()
+    log_Z_B = torch.empty(B, device=device)
+    mean_BD = torch.empty(B, D, device=device)
+    if not B:
+        return log_Z_B, mean_BD
+    tile = _PARTITION_TILE if D <= 128 else 32
+    P = min(triton.cdiv(N, tile), processors(device))
+    top_PB, total_PB = torch.empty(2, P, B, device=device)
+    sum_PBD = torch.empty(P, B, D, device=device)
+    block_B = max(16, min(128 if D <= 128 else 64, triton.next_power_of_2(B)))
+    block_D = max(16, triton.next_power_of_2(D))
+    with torch.cuda.device_of(bank):
+        _partition_pass[(P, triton.cdiv(B, block_B))](
+            embedding, bank, top_PB, total_PB, sum_PBD, B, N, bank.stride(0),
+            1 / (temperature * math.log(2)), D=D, TILE=tile, BLOCK_B=block_B, BLOCK_D=block_D,
+            SPLIT=bank.dtype == torch.float32, num_warps=8,
+        )  # fmt: skip
+        _partition_sum[(B,)](
+            top_PB, total_PB, sum_PBD, log_Z_B, mean_BD, B, P, D=D, BLOCK_D=block_D,
+            BLOCK_P=triton.next_power_of_2(P), num_warps=4,
+        )  # fmt: skip
+    return log_Z_B, mean_BD
+
+
+@triton.jit
+def _partition_pass(
+    embedding_ptr, bank_ptr, top_ptr, total_ptr, sum_ptr, B, N, stride, scale,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One program's tiles: largest exponent, sum of weights, weighted sum of rows."""
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D)
+    there = (b < B)[:, None] & (d < D)[None, :]
+    v = tl.load(embedding_ptr + b[:, None] * D + d[None, :], mask=there, other=0.0)
+    v_high = v.to(tl.float16)
+    v_rest = (v - v_high.to(tl.float32)).to(tl.float16)
+    top = tl.full([BLOCK_B], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_B], dtype=tl.float32)
+    mean = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    for start in tl.range(tl.program_id(0) * TILE, N, tl.num_programs(0) * TILE, num_stages=2):
+        row = start + tl.arange(0, TILE)
+        where = bank_ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+        rows = tl.load(where, mask=(row < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        high = rows.to(tl.float16)
+        sim = tl.dot(v_high, tl.trans(high))
+        sim = tl.dot(v_rest, tl.trans(high), sim)
+        rest = (rows - high.to(tl.float32)).to(tl.float16)
+        if SPLIT:  # rows of 16 bits leave no rest
+            sim = tl.dot(v_high, tl.trans(rest), sim)
+        sim = tl.where((row < N)[None, :], sim * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(sim, 1))
+        shrink = tl.exp2(top - new_top)
+        weight = tl.exp2(sim - new_top[:, None] + _LIFT)
+        total = total * shrink + tl.sum(weight, 1)
+        weight_high = weight.to(tl.float16)
+        weight_rest = (weight - weight_high.to(tl.float32)).to(tl.float16)
+        mean = tl.dot(weight_high, high, mean * shrink[:, None])
+        mean = tl.dot(weight_rest, high, mean)
+        if SPLIT:
+            mean = tl.dot(weight_high, rest, mean)
+        top = new_top
+    at = tl.program_id(0) * B + b
+    tl.store(top_ptr + at, top, mask=b < B)
+    tl.store(total_ptr + at, total, mask=b < B)
+    tl.store(sum_ptr + at.to(tl.int64)[:, None] * D + d[None, :], mean, mask=there)
+
+
+@triton.jit
+def _partition_sum(
+    top_ptr, total_ptr, sum_ptr, log_Z_ptr, mean_ptr, B, P,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query put together."""
+    b = tl.program_id(0)
+    p = tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    top = tl.load(top_ptr + p * B + b, mask=p < P, other=float("-inf"))
+    highest = tl.max(top, 0)
+    total = tl.sum(tl.load(total_ptr + p * B + b, mask=p < P, other=0.0) * tl.exp2(top - highest))
+    tl.store(log_Z_ptr + b, (highest - _LIFT + tl.log2(total)) * _LN_2)
+    mean = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for part in range(P):
+        at = part * B + b
+        part_sum = tl.load(sum_ptr + at.to(tl.int64) * D + d, mask=d < D, other=0.0)
+        mean += part_sum * tl.exp2(tl.load(top_ptr + at) - highest)
+    tl.store(mean_ptr + b * D + d, mean / total, mask=d < D)
+
+
+# --- LA over the listed rows: loss and gradient in one gather -------------------------------------
+
+
+@torch.no_grad()
+def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Which of ``rows`` share a cluster with the sample, in one launch for all clusterings.
+
+    Args:
+        labels: int [H, N]. As a transposed view of a contiguous [N, H] one row's labels are read
+            together, which is several times faster.
+        index: int64 [B], the bank row of each sample.
+        rows: int64 [B, K]; a row of -1 is close to nothing.
+
+    Returns:
+        bool [B, K].
+    """
+    B, K = rows.shape
+    close_BK = torch.empty(B, K, dtype=torch.uint8, device=rows.device)
+    if B and K:
+        with torch.cuda.device_of(rows):
+            _close[(B, triton.cdiv(K, _CLOSE_TILE))](
+                labels, index, rows.contiguous(), close_BK, len(labels), K, *labels.stride(),
+                TILE=_CLOSE_TILE, num_warps=4,
+            )  # fmt: skip
+    return close_BK.view(torch.bool)
+
+
+@triton.jit
+def _close(
+    labels_ptr, index_ptr, rows_ptr, close_ptr, H, K, stride_H, stride_N, TILE: tl.constexpr
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    own = tl.load(index_ptr + b)
+    row = tl.load(rows_ptr + b * K + k, mask=k < K, other=-1)
+    close = tl.zeros([TILE], dtype=tl.int1)
+    for h in range(H):
+        label_ptr = labels_ptr + tl.cast(h, tl.int64) * stride_H
+        mine = tl.load(label_ptr + own * stride_N)
+        close = close | (tl.load(label_ptr + row * stride_N, mask=row >= 0, other=-1) == mine)
+    tl.store(close_ptr + b * K + k, (close & (row >= 0)).to(tl.uint8), mask=k < K)
+
+
+@torch.no_grad()
+def aggregation_forward_backward(
+    embedding: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    close: Tensor,
+    *,
+    temperature: float = 0.07,
+    eps: float = 1e-7,
+) -> tuple[Tensor, Tensor]:
+    """The LA loss of each sample and its gradient, reading each listed bank row once; LA eq. 5.
+
+    loss_i = -log( sum_{close} exp(v . M_j / t) / sum_{all} exp(v . M_j / t) + eps ), over the
+    listed rows j. Similarities are computed here, in float32, while the row is at hand. With w the
+    softmax over the list, share = sum_{close} w, far the rows that are not close::
+
+        d loss / d v = -( (1 - share) sum_{close} w_j M_j - share sum_{far} w_j M_j )
+                        / (share + eps) / t
+
+    in which nothing cancels when the share is near one; the last scalars are float64.
+    ``F.embedding_bag`` walks the K rows of a sample one after another in one block; here
+    ``_AGGREGATION_PROGRAMS`` programs share them. Extra memory: 2 x 8 x B x D float32.
+
+    Args:
+        embedding: [B, D], any floating dtype.
+        bank: float32, bfloat16 or float16 [N, D] with contiguous rows.
+        rows: int64 [B, K]; a row of -1 is left out.
+        close: bool [B, K], which of them are close.
+        temperature: t > 0.
+        eps: added to the share; a sample without a close row has loss -log eps and no gradient.
+
+    Returns:
+        (loss, gradient): float32 [B] and [B, D], not divided by B.
+    """
+    (B, D), K, device = embedding.shape, rows.shape[1], bank.device
+    embedding, rows, close = embedding.float().contiguous(), rows.contiguous(), close.contiguous()
+    loss_B, grad_BD = torch.empty(B, device=device), torch.empty(B, D, device=device)
+    if not B:
+        return loss_B, grad_BD
+    block_D = max(16, triton.next_power_of_2(D))
+    tile = max(4, 4096 // block_D)
+    P = min(_AGGREGATION_PROGRAMS, triton.cdiv(K, tile))
+    part_BP3 = torch.empty(B, P, 3, device=device)
+    sum_BP2D = torch.empty(B, P, 2, D, device=device)
+    with torch.cuda.device_of(bank):
+        _aggregation_pass[(B, P)](
+            embedding, bank, rows, close.view(torch.uint8), part_BP3, sum_BP2D, K, bank.stride(0),
+            1 / (temperature * math.log(2)), D=D, TILE=tile, BLOCK_D=block_D, num_warps=4,
+        )  # fmt: skip
+        _aggregation_sum[(B,)](
+            part_BP3, sum_BP2D, loss_B, grad_BD, P, temperature, eps, D=D, BLOCK_D=block_D,
+            BLOCK_P=triton.next_power_of_2(P), num_warps=1,
+        )  # fmt: skip
+    return loss_B, grad_BD
+
+
+@triton.jit
+def _aggregation_pass(
+    embedding_ptr, bank_ptr, rows_ptr, close_ptr, part_ptr, sum_ptr, K, stride, scale,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program's part of a list: largest exponent, weights and weighted rows of close and far.
+
+    Every lane of the tile keeps sums of its own, relative to its own largest exponent: the lanes
+    meet once, at the end.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    v = tl.load(embedding_ptr + b * D + d, mask=d < D, other=0.0) * scale
+    top = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    near = tl.zeros([TILE], dtype=tl.float32)
+    far = tl.zeros([TILE], dtype=tl.float32)
+    near_rows = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+    far_rows = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+    for start in range(tl.program_id(1) * TILE, K, tl.num_programs(1) * TILE):
+        k = start + tl.arange(0, TILE)
+        row = tl.load(rows_ptr + b * K + k, mask=k < K, other=-1)
+        close = tl.load(close_ptr + b * K + k, mask=k < K, other=0) != 0
+        where = bank_ptr + row[:, None] * stride + d[None, :]
+        there = (row >= 0)[:, None] & (d < D)[None, :]
+        rows = tl.load(where, mask=there, other=0.0).to(tl.float32)
+        exponent = tl.where(row >= 0, tl.sum(rows * v[None, :], 1), float("-inf"))
+        new_top = tl.where(exponent > top, exponent, top)  # a NaN shows in the weight
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - base)
+        weight = tl.exp2(exponent - base)
+        near_weight = tl.where(close, weight, 0.0)
+        far_weight = tl.where(close, 0.0, weight)
+        near = near * shrink + near_weight
+        far = far * shrink + far_weight
+        near_rows = near_rows * shrink[:, None] + near_weight[:, None] * rows
+        far_rows = far_rows * shrink[:, None] + far_weight[:, None] * rows
+        top = new_top
+    highest = tl.max(top, 0)
+    lane = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+    at = b * tl.num_programs(1) + tl.program_id(1)
+    tl.store(part_ptr + at * 3, highest)
+    tl.store(part_ptr + at * 3 + 1, tl.sum(near * lane, 0))
+    tl.store(part_ptr + at * 3 + 2, tl.sum(far * lane, 0))
+    tl.store(sum_ptr + at * 2 * D + d, tl.sum(near_rows * lane[:, None], 0), mask=d < D)
+    tl.store(sum_ptr + (at * 2 + 1) * D + d, tl.sum(far_rows * lane[:, None], 0), mask=d < D)
+
+
+@triton.jit
+def _aggregation_sum(
+    part_ptr, sum_ptr, loss_ptr, grad_ptr, P, temperature, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The parts of one sample put together."""
+    b = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    at = b * P + p
+    top = tl.load(part_ptr + at * 3, mask=p < P, other=float("-inf"))
+    part = tl.exp2(top - tl.max(top, 0))
+    near = tl.sum(tl.load(part_ptr + at * 3 + 1, mask=p < P, other=0.0) * part, 0).to(tl.float64)
+    far = tl.sum(tl.load(part_ptr + at * 3 + 2, mask=p < P, other=0.0) * part, 0).to(tl.float64)
+    where = sum_ptr + (at * 2 * D)[:, None] + d[None, :]
+    there = (p < P)[:, None] & (d < D)[None, :]
+    near_rows = tl.sum(tl.load(where, mask=there, other=0.0) * part[:, None], 0)
+    far_rows = tl.sum(tl.load(where + D, mask=there, other=0.0) * part[:, None], 0)
+    total = near + far
+    share = near / total
+    tl.store(loss_ptr + b, (-tl.log(share + eps)).to(tl.float32))
+    slope = 1 / (total * temperature * (share + eps))
+    near_factor = (-slope * far / total).to(tl.float32)
+    far_factor = (slope * share).to(tl.float32)
+    tl.store(grad_ptr + b * D + d, near_factor * near_rows + far_factor * far_rows, mask=d < D)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; under the interpreter two, so that programs share."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,190 @@
+"""Tables of images: what ``datasets`` and pyarrow write, and damage."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from localagg.config import UserError
+from localagg.data import open_images
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import fuzz
+
+IMAGES = [b"zero", b"one" * 99, b"", b"three"]
+
+
+def save(folder, labels=None, feature=None, images=IMAGES, **how):
+    """A saved dataset. ``feature`` is made by it, for an import of it chooses the cache folder."""
+    import datasets
+
+    columns = {"image": datasets.Image()}
+    rows = {"image": [{"bytes": image, "path": None} for image in images]}
+    if labels is not None:
+        columns["label"] = feature(datasets)
+        rows["label"] = labels
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(
+        folder, **how
+    )
+    return folder
+
+
+def contents(source):
+    return [(source[i].image, source[i].label) for i in range(len(source))]
+
+
+def names(datasets):
+    return datasets.ClassLabel(names=["a", "b", "c"])
+
+
+def value(kind):
+    return lambda datasets: datasets.Value(kind)
+
+
+def test_shards_batches_and_copies_are_read_in_order(tmp_path):
+    images = [f"image {i}".encode() for i in range(2500)]  # three batches and more
+    save(tmp_path / "s", [i % 3 for i in range(2500)], names, images, num_shards=4)
+    source = open_images(tmp_path / "s")
+    assert contents(source) == [(image, i % 3) for i, image in enumerate(images)]
+    assert source.classes == ["a", "b", "c"]
+    assert source.stored_bytes() == sum(map(len, images))
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[1700] == source[1700]
+    assert len(pickle.dumps(source)) < 40_000  # the names of the files, not their content
+    with pytest.raises(IndexError):
+        source[2500]
+    with pytest.raises(IndexError):
+        source[-1]
+
+
+def test_a_saved_dataset_is_opened_without_importing_datasets(tmp_path, monkeypatch):
+    save(tmp_path / "s")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import would fail
+    assert len(open_images(tmp_path / "s")) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "expected", "classes"),
+    [
+        ([2, 0, 1, 1], names, [2, 0, 1, 1], ["a", "b", "c"]),
+        ([-1] * 4, names, None, None),
+        ([7, 3, 7, 5], value("int32"), [2, 0, 2, 1], ["3", "5", "7"]),
+        (["b", "a", "b", "b"], value("string"), [1, 0, 1, 1], ["a", "b"]),
+        ([True, False, True, True], value("bool"), [1, 0, 1, 1], ["False", "True"]),
+        ([None] * 4, names, None, None),
+        ([0.5, 1, 2, 3], value("float32"), None, None),
+    ],
+)
+def test_labels_of_every_kind(tmp_path, labels, feature, expected, classes):
+    source = open_images(save(tmp_path / "s", labels, feature))
+    assert source.classes == classes
+    assert (source.labels.tolist() if source.labels is not None else None) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None, 1, 1], "Record 1 of '.*' has no label in 'label'"),
+        ([0, 1, -1, 1], "Record 2 of '.*' has the label -1, but 'label' has 3 classes"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(tmp_path, labels, message):
+    with pytest.raises(UserError, match=message):
+        open_images(save(tmp_path / "s", labels, names))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_plain_binary_columns_and_missing_images(tmp_path, kind):
+    images = pa.array([b"a", None, b"ccc"], kind)
+    pyarrow.parquet.write_table(pa.table({"n": [1, 2, 3], "jpeg": images}), tmp_path / "t.parquet")
+    source = open_images(tmp_path / "t.parquet")
+    assert contents(source) == [(b"a", None), (b"", None), (b"ccc", None)]
+
+
+def test_the_fingerprint_knows_sizes_labels_and_order(tmp_path):
+    images = [bytes([i % 7]) * (i % 50) for i in range(1000)]
+    labels = [i % 3 for i in range(1000)]
+    first = open_images(save(tmp_path / "0", labels, names, images)).fingerprint()
+    assert (
+        open_images(save(tmp_path / "1", labels, names, images, num_shards=3)).fingerprint()
+        == first
+    )
+    sampled = set(np.linspace(0, 999, 64).astype(int).tolist())
+    spot = next(i for i in range(500, 900) if not {i, i + 1} & sampled)
+    images[spot], images[spot + 1] = images[spot + 1], images[spot]  # labels stay
+    assert open_images(save(tmp_path / "2", labels, names, images)).fingerprint() != first
+    images[spot], images[spot + 1] = images[spot + 1], images[spot]
+    labels[spot], labels[spot + 1] = labels[spot + 1], labels[spot]
+    assert open_images(save(tmp_path / "3", labels, names, images)).fingerprint() != first
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+def test_an_arrow_file_cut_off_anywhere_is_refused_by_name(tmp_path):
+    save(tmp_path / "s", [0, 1, 2, 0], names)
+    (path,) = (tmp_path / "s").glob("*.arrow")
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 61):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=f"'{path}' is damaged .*; copy or pack it again"):
+            open_images(tmp_path / "s")
+    path.unlink()
+    with pytest.raises(UserError, match=r"data-00000-of-00001.arrow"):
+        open_images(tmp_path / "s")
+
+
+def test_an_arrow_file_cut_off_between_two_batches_is_refused(tmp_path):
+    """To Arrow it is whole."""
+    save(tmp_path / "s", images=[b"image"] * 2500)
+    (path,) = (tmp_path / "s").glob("*.arrow")
+    whole, found = path.read_bytes(), []
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        batches.read_next_batch()
+        at = file.tell()
+    path.write_bytes(whole[:at])
+    with pa.memory_map(str(path)) as file:
+        found = pa.ipc.open_stream(file).read_all()
+    assert 0 < len(found) < 2500
+    with pytest.raises(UserError, match=f"cut off at byte {at:,}"):
+        open_images(tmp_path / "s")
+
+
+def test_a_parquet_file_cut_off_anywhere_is_refused(tmp_path):
+    table = pa.table({"image": [{"bytes": image, "path": None} for image in IMAGES]})
+    pyarrow.parquet.write_table(table, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    assert contents(open_images(tmp_path / "whole.parquet"))[1][0] == IMAGES[1]
+    for size in range(0, len(whole), len(whole) // 9):
+        path = tmp_path / f"{size}.parquet"
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=rf"{size}.parquet' cannot be read as Parquet: \w"):
+            open_images(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", "{}", "state.json' cannot be read .*'_data_files' is missing"),
+        ("state.json", '{"_data_files": []}', "names no files of data"),
+        ("state.json", '{"_data_files": [3]}', "names no files of data"),
+        ("state.json", "[" * 100_000, "state.json' cannot be read"),
+        ("dataset_info.json", "no", "dataset_info.json' cannot be read"),
+        ("dataset_info.json", '{"features": 3}', "'features' is no dict"),
+    ],
+)
+def test_damaged_descriptions_are_refused(tmp_path, name, content, message):
+    save(tmp_path / "s")
+    (tmp_path / "s" / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_images(tmp_path / "s")
+
+
+def test_changed_saved_datasets_are_read_as_pyarrow_does_or_refused():
+    tally = fuzz.fuzz(fuzz.TARGETS["saved_dataset"](), range(800), seed=1)
+    assert tally.findings == []
+    assert min(tally.outcomes[kind] for kind in ("right", "refused", "other values")) > 10

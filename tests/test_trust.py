@@ -1,0 +1,320 @@
+"""Files from outside harm nobody: each is refused, or read for what it is (see SECURITY.md)."""
+
+import ast
+import html
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFile
+from safetensors.torch import save_file
+
+import localagg
+from localagg import checkpoint
+from localagg.bank import MemoryBank
+from localagg.cli import main
+from localagg.config import PretrainConfig, UserError
+from localagg.data import open_images
+from localagg.data.decode import UnreadableImage, decode, decode_crops, image_size
+from localagg.logbook import read_metrics
+from localagg.models import create_encoder
+from localagg.report.health import health_curves
+from localagg.report.page import Page, curves, neighbor_grid, space_map, table, write_page
+
+SRC = Path(localagg.__file__).parent
+
+
+# --- Nothing is unpickled -------------------------------------------------------------------------
+
+
+class Trap:
+    """What runs where somebody unpickles it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+@pytest.fixture
+def trap(tmp_path):
+    yield Trap(tmp_path / "sprung")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_trap_springs_where_one_unpickles(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()
+
+
+def a_run(folder):
+    encoder = create_encoder("resnet18_small", dim=8, width=4, blocks=(1,), seed=0)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    parts = {"encoder": encoder, "optimizer": optimizer, "bank": MemoryBank(10, 8)}
+    checkpoint.begin_run(folder, PretrainConfig(), {"data": "digits"})
+    return checkpoint.save(folder, 1, **parts, clusters={}, progress={"summary": None}), parts
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle"])
+def test_a_pickle_in_a_checkpoint(tmp_path, trap, how):
+    folder, parts = a_run(tmp_path / "run")
+    if how == "plain pickle":
+        (folder / "optimizer.pt").write_bytes(pickle.dumps(trap))
+    else:
+        zipped = how == "zip"
+        torch.save(trap, folder / "optimizer.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.restore(folder, **parts)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "bank-0-of-1.safetensors"])
+def test_a_pickle_in_place_of_tensors(tmp_path, trap, name):
+    folder, parts = a_run(tmp_path / "run")
+    torch.save(trap, folder / name)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.restore(folder, **parts)
+
+
+def test_a_pickle_as_weights(tmp_path, trap, capsys):
+    for name in ("weights.safetensors", "checkpoint.pth.tar"):
+        torch.save({"state_dict": trap}, tmp_path / name)
+    with pytest.raises(UserError, match="are damaged"):
+        checkpoint.load_encoder(tmp_path / "weights.safetensors")
+    words = ["import-tf", str(tmp_path / "checkpoint.pth.tar"), "--model", "preact_resnet18"]
+    assert main([*words, "--out", str(tmp_path / "out.safetensors")]) == 2
+    assert "checkpoint.pth.tar" in capsys.readouterr().err
+
+
+def test_weights_do_not_name_other_weights(tmp_path, trap):
+    """timm would unpickle the file, or fetch it."""
+    torch.save({"state_dict": trap}, tmp_path / "other.pth")
+    for option in ("checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir"):
+        spec = {"model": "timm:resnet18", "dim": 8, option: str(tmp_path / "other.pth")}
+        weights = tmp_path / "weights.safetensors"
+        save_file({"x": torch.zeros(1)}, weights, metadata={"localagg": json.dumps(spec)})
+        with pytest.raises(UserError, match=f"leave out '{option}'"):
+            checkpoint.load_encoder(weights)
+
+
+def calls(path):
+    """(dotted name, keywords) of every call in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
+def test_no_call_can_unpickle_unpack_or_listen():
+    refused = (
+        *("pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.load"),
+        *(".extractall", ".extract", ".unpack_archive", ".bind", ".serve_forever", ".run_server"),
+    )
+    loads = 0
+    for path in SRC.rglob("*.py"):
+        for name, keywords in calls(path):
+            where = f"{name} in {path.name}"
+            assert not any(name == bad or (bad[0] == "." and name.endswith(bad)) for bad in refused)
+            if name == "torch.load":
+                loads += 1
+                assert keywords.get("weights_only") == "True", where
+            assert keywords.get("allow_pickle", "False") == "False", where
+            assert keywords.get("shell", "False") == "False", where
+            assert keywords.get("trust_remote_code", "False") == "False", where
+        text = path.read_text()
+        assert not any(name in text for name in ("http.server", "socketserver", "0.0.0.0"))
+    assert loads >= 3  # the walk sees them
+
+
+# --- Nothing leaves its root ----------------------------------------------------------------------
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (16, 16, 3), "uint8")).save(
+        file, "JPEG"
+    )
+    return file.getvalue()
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """tmp_path/inside to work in; afterwards nothing else has come or gone."""
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    yield tmp_path / "inside"
+    assert {path.name for path in tmp_path.iterdir()} == {"inside", "secret.jpg"}
+
+
+HOSTILE = ["../evil.jpg", "/../../evil.jpg", "a/../../../evil.jpg", "C:\\evil.jpg"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_tar_of_images_whose_names_lead_out(outside, name):
+    folder = outside / "data"
+    folder.mkdir()
+    with tarfile.open(folder / "train-000.tar", "w") as tar:
+        for member, data in ((name, jpeg()), ("b.jpg", jpeg())):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for kind, target in ((tarfile.SYMTYPE, "../../secret.jpg"), (tarfile.LNKTYPE, "b.jpg")):
+            info = tarfile.TarInfo(f"link{kind!r}.jpg")
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    source = open_images(folder)
+    assert len(source) == 2  # links are none
+    assert all(decode(source[i].image).shape == (3, 16, 16) for i in range(2))
+    assert main(["pack", str(folder), str(outside / "packed")]) == 0
+    assert main(["pack", str(folder), str(outside / "tars"), "--format", "webdataset"]) in (0, 2)
+    names = {path.relative_to(outside).parts[0] for path in outside.rglob("*")}
+    assert names <= {"data", "packed", "tars"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_tar_of_weights_whose_names_lead_out(outside, name, capsys):
+    with tarfile.open(outside / "weights.tar", "w") as tar:
+        for suffix in (".index", ".data-00000-of-00001"):
+            info = tarfile.TarInfo(name.replace(".jpg", suffix))
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    words = ["import-tf", str(outside / "weights.tar"), "--model", "preact_resnet18"]
+    assert main([*words, "--out", str(outside / "w.safetensors")]) == 2
+    assert "weights.tar" in capsys.readouterr().err
+    assert [path.name for path in outside.rglob("*")] == ["weights.tar"]
+
+
+@pytest.mark.parametrize("line", ["../secret.jpg 0", "a/../../secret.jpg 0", "/../secret.jpg 0"])
+def test_a_listing_whose_lines_lead_out(outside, line):
+    (outside / "a.jpg").write_bytes(jpeg())
+    (outside / "train_x.csv").write_text(f"a.jpg 0\n{line}\n")
+    with pytest.raises(UserError, match=r"Line 2 of .* leads out of the image root"):
+        open_images(str(outside / "train_x.csv"))
+
+
+# --- Image bombs ----------------------------------------------------------------------------------
+
+
+def png(side: int) -> bytes:
+    """A PNG of ``side`` x ``side`` black pixels, of which some rows are there."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + 3 * side) * min(side, 20)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, data) for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    )
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch, capsys):
+    bomb = png(60_000)
+    assert len(bomb) < 20_000  # of 10.8 GB
+
+    def load(*_):
+        raise AssertionError("decoded")
+
+    assert decode(png(20)).shape == (3, 20, 20)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(UnreadableImage, match="decoded"):  # the patch is in decode's way
+        decode(png(20))
+    for read in (decode, image_size, crops):
+        with pytest.raises(UnreadableImage, match="more pixels than"):
+            read(bomb)
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    assert main(["inspect", str(tmp_path), "--workers", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "bomb.png" in shown
+    assert "more pixels than" in shown
+
+
+def crops(data):
+    return decode_crops(data, [(0, 0, 8, 8)], 8, resize="bilinear")
+
+
+# --- Names are escaped ----------------------------------------------------------------------------
+
+NAME = "<img src=x onerror=alert(1)>"
+QUOTED = "\"'><script>alert(1)<"  # a class folder; a file name cannot hold a slash
+
+
+class Tags(HTMLParser):
+    """The elements of a page, with their attributes; what stands in scripts; the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.script, self.text, self._inside = [], "", "", False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.script += data
+        else:
+            self.text += data
+
+
+def test_names_of_files_classes_and_runs_are_text_in_every_page(tmp_path):
+    data = tmp_path / "data"
+    for folder in (NAME, QUOTED):
+        (data / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(data / folder / f"{NAME}{i}.jpg")
+    source = open_images(data)
+    rows = F.normalize(torch.rand(6, 4), dim=1)
+    line = {"step": 1, "epoch": 1, "loss": 1.0, "spread": 0.1, "effective_rank": 2.0}
+    page = Page(NAME, QUOTED)
+    page.add(QUOTED, space_map(rows, source))
+    page.add(NAME, neighbor_grid(rows, source, rows, source, rows=6, k=2))
+    page.add("table", table([{"name": NAME, NAME: QUOTED}]))
+    page.add("curves", curves({NAME: [line], QUOTED: [line]}))
+    page.add("health", health_curves({NAME: [line | {"warnings": [NAME]}], QUOTED: [line]}))
+    write_page(tmp_path / "page.html", page)
+    tags = Tags((tmp_path / "page.html").read_text())
+    pictures = [attributes for tag, attributes in tags.elements if tag == "img"]
+    assert len(pictures) == 6 * 3
+    assert all(picture["src"].startswith("data:image/png;base64,") for picture in pictures)
+    assert any(picture["title"].startswith(f"{NAME}/{NAME}0.jpg: {NAME}") for picture in pictures)
+    assert not any("onerror" in attributes for _, attributes in tags.elements)
+    plain = {"html", "meta", "title", "style", "script", "body", "div"}
+    plain |= {"h1", "h2", "p", "table", "tr", "th", "td", "img", "b", "ul", "li"}
+    assert {tag for tag, _ in tags.elements} <= plain
+    scripts = tags.script.replace(r"\u003c", "<").replace(r"\u003e", ">")
+    assert NAME not in scripts  # plotly sets names as markup
+    assert html.escape(NAME) in scripts
+    assert "<script>alert" not in scripts
+    assert NAME in tags.text
+
+
+def test_hostile_names_go_through_the_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / "data" / "[red]<b>"
+    folder.mkdir(parents=True)
+    (folder / f"{NAME}[bold].jpg").write_bytes(b"no image")
+    for i in range(4):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{NAME}{i}.jpg")
+    assert main(["inspect", str(tmp_path / "data"), "--workers", "0"]) == 0
+    assert f"[red]<b>/{NAME}[bold].jpg" in capsys.readouterr().out
+
+
+def test_a_run_folder_names_nothing_outside(tmp_path):
+    """What a run's files say is data: lines of metrics are read as JSON."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "__class__": "os.system"}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "__class__": "os.system"}]
