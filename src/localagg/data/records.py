@@ -195,7 +195,8 @@ def _labels(
 ) -> tuple[Tensor, list[str]] | None:
     """(int64 [N], class names) of a column; None if it holds no classes, or -1 everywhere.
 
-    Numbers of a ClassLabel are kept; other values are numbered in sorted order.
+    Numbers of a ClassLabel are kept, -1 too, which says that an image has no label; other values
+    are numbered in sorted order.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -228,7 +229,7 @@ def _labels(
         found = _compute.index_in(column, value_set=pa.array(values, kind))
         return torch.from_numpy(found.to_numpy().astype(np.int64)), [str(v) for v in values]
     labels = column.to_numpy().astype(np.int64)
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
     if len(wrong):
         raise UserError(
             f"Record {wrong[0]:,} of '{uri}' has the label {labels[wrong[0]]}, but '{name}' has"
