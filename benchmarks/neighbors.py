@@ -40,6 +40,7 @@ class Problem:
             0, max(2, size // 43), (H, size), dtype=torch.int32, generator=generator
         )
         self.labels_by_row = by_row(self.labels)
+        self.long_labels = self.labels.long()
         self.index = torch.randint(size, (B,), generator=generator)
         near = self.bank[self.index].float() + torch.randn(B, D, generator=generator) * D**-0.5
         self.v = F.normalize(near, dim=1).requires_grad_()
@@ -50,14 +51,15 @@ class Problem:
 
 
 def ports_way(p: Problem) -> torch.Tensor:
-    """As the later PyTorch port: whole product, top-k, H gathers of labels, one of [B, K, D]."""
-    top_BK = torch.topk(p.v.detach() @ p.bank.T, K, dim=1).indices
-    close_BK = torch.zeros(B, K, dtype=torch.bool)
-    for labels_N in p.labels:
-        close_BK |= labels_N[top_BK] == labels_N[p.index].unsqueeze(1)
-    weight_BK = torch.exp((p.bank[top_BK] * p.v.unsqueeze(1)).sum(dim=2) / T)
-    share_B = (weight_BK * close_BK).sum(dim=1) / weight_BK.sum(dim=1)
-    return -torch.log(share_B + EPS).mean()
+    """As the later PyTorch port: the whole product kept for autograd, its top-k, H gathers of int64
+    labels in turn, sums of exp over two [B, K] arrays."""
+    sim_BK, top_BK = torch.topk(p.v @ p.bank.T, K, dim=1, sorted=False)
+    weight_BK = torch.exp(sim_BK / T)
+    close_BK = torch.zeros(B, K, dtype=torch.uint8)
+    for labels_N in p.long_labels:
+        close_BK |= (labels_N[p.index].unsqueeze(1).repeat(1, K) == labels_N[top_BK]).byte()
+    near_BK = torch.where(close_BK.bool(), weight_BK, torch.zeros_like(weight_BK))
+    return -torch.log(near_BK.sum(dim=1) / weight_BK.sum(dim=1) + EPS).mean()
 
 
 def clean_torch(p: Problem) -> torch.Tensor:

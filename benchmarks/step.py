@@ -31,7 +31,7 @@ from localagg.data.protocol import encoded
 from localagg.data.sources import Source, open_images
 from localagg.learner import Learner, make_encoder
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
-from localagg.pretrain import step_loss
+from localagg.pretrain import _loss as step_loss
 
 PNG = b"\x89PNG"
 PHASES = {"IR": False, "LA": True}

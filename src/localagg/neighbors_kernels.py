@@ -57,7 +57,8 @@ def _wide_of_type(x):
 
 @njit(cache=True)
 def _kth(values, k, bits):
-    """The k-th largest of integers of so many bits, bit by bit: counting runs in vectors."""
+    """What exactly k integers of so many bits reach, at most the k-th largest, which it is where
+    others are equal to it. Bit by bit: counting runs in vectors."""
     found = -(1 << (bits - 1))
     for bit in range(bits - 1, -1, -1):
         tried, reaching = values.dtype.type(found + (1 << bit)), 0
@@ -65,6 +66,8 @@ def _kth(values, k, bits):
             reaching += values[i] >= tried
         if reaching >= k:
             found += 1 << bit
+        if reaching == k:
+            break
     return found
 
 
@@ -215,20 +218,44 @@ def join(first, last, k, margin_B, places, least_SB, rows_BC, keys_BC, count_SB,
             count_B[i] = _tighten(k, margin_B[i], i, 0, least_B, rows_BC[i], keys_BC[i], count_B[i])
 
 
+@njit(cache=True, inline="always")
+def _row(bank_ND, row):
+    return bank_ND[np.uint64(row)]  # unsigned: none counts from the end
+
+
 @njit(cache=True, nogil=True, fastmath=_SUMS)
+def _dots(query, bank_ND, rows, sim, c, count, end):
+    """Products with the listed rows below ``end`` from place c on; returns the next place.
+
+    Four at a time, which hides memory's latency (past the end of the list the last one again). All
+    similarities come from here, so that those of equal rows are equal: another loop might sum in
+    another order.
+    """
+    last = count - 1
+    while c < count and rows[c] < end:
+        p, q, r = min(c + 1, last), min(c + 2, last), min(c + 3, last)
+        one, two = _row(bank_ND, rows[c]), _row(bank_ND, rows[p])
+        three, four = _row(bank_ND, rows[q]), _row(bank_ND, rows[r])
+        a, b, e, f = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for d in range(len(query)):
+            a += query[d] * _wide(one[d])
+            b += query[d] * _wide(two[d])
+            e += query[d] * _wide(three[d])
+            f += query[d] * _wide(four[d])
+        sim[c], sim[p], sim[q], sim[r] = a, b, e, f
+        c += 4
+    return c
+
+
+@njit(cache=True, nogil=True)
 def rescore(first, last, chunk, queries_BD, bank_ND, rows_BC, count_B, sim_BC):
     """True similarities of listed rows, in float32. Stretches of the bank go by in turn, so that a
     row is read once for all queries that list it."""
     place = np.zeros(last - first, np.int64)
     for end in range(chunk, len(bank_ND) + chunk, chunk):
         for i in range(first, last):
-            query, c = queries_BD[i], place[i - first]
-            while c < count_B[i] and rows_BC[i, c] < end:
-                row, total = bank_ND[rows_BC[i, c]], np.float32(0)
-                for d in range(len(query)):
-                    total += query[d] * _wide(row[d])
-                sim_BC[i, c] = total
-                c += 1
+            c = place[i - first]
+            c = _dots(queries_BD[i], bank_ND, rows_BC[i], sim_BC[i], c, count_B[i], end)
             place[i - first] = c
 
 
@@ -243,24 +270,23 @@ def judge(first, last, k, floor_B, least_B, count_B, sim_BC, misled_B):
         misled_B[i] = count_B[i] < 0 or (reaching < k and not least_B[i] <= floor_B[i])
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True)
 def search_whole(first, last, k, chunk, misled_B, queries_BD, bank_ND, rows_BC, count_B, sim_BC):
-    """New lists for misled queries, from the similarities of all rows, computed as in rescore."""
-    C = rows_BC.shape[1]
+    """New lists for misled queries, from the similarities of all rows."""
+    C, sim = rows_BC.shape[1], np.empty(chunk, np.float32)
     kth_B = np.full(last - first, np.nan, np.float32)  # nothing is at most that
     for i in range(first, last):
         count_B[i] = 0 if misled_B[i] else count_B[i]
     for start in range(0, len(bank_ND), chunk):
+        rows = np.arange(start, min(start + chunk, len(bank_ND)))
         for i in range(first, last):
             if not misled_B[i]:
                 continue
-            query, n = queries_BD[i], count_B[i]
-            for j in range(start, min(start + chunk, len(bank_ND))):
-                row, total = bank_ND[j], np.float32(0)
-                for d in range(len(query)):
-                    total += query[d] * _wide(row[d])
-                rows_BC[i, n], sim_BC[i, n] = j, total
-                n += not total <= kth_B[i - first]  # an equal one has to be lower than all so far
+            _dots(queries_BD[i], bank_ND, rows, sim, 0, len(rows), len(bank_ND))
+            n = count_B[i]
+            for j in range(len(rows)):
+                rows_BC[i, n], sim_BC[i, n] = rows[j], sim[j]
+                n += not sim[j] <= kth_B[i - first]  # an equal one has to be lower than all so far
                 if n == C:
                     n = k
                     kth_B[i - first] = _keep_best(k, C, rows_BC[i], sim_BC[i])
@@ -342,10 +368,21 @@ def weigh_rows(first, last, chunk, bank_ND, rows_BK, weight_BK, sum_BD):
     sum_BD[first:last] = 0
     for end in range(chunk, len(bank_ND) + chunk, chunk):
         for i in range(first, last):
-            total, c = sum_BD[i], place[i - first]
-            while c < rows_BK.shape[1] and rows_BK[i, c] < end:
-                row, weight = bank_ND[rows_BK[i, c]], weight_BK[i, c]
+            total, rows, weight, c = sum_BD[i], rows_BK[i], weight_BK[i], place[i - first]
+            while c + 3 < len(rows) and rows[c + 3] < end:
+                one, two = _row(bank_ND, rows[c]), _row(bank_ND, rows[c + 1])
+                three, four = _row(bank_ND, rows[c + 2]), _row(bank_ND, rows[c + 3])
                 for d in range(len(total)):
-                    total[d] += weight * _wide(row[d])
+                    total[d] += (
+                        weight[c] * _wide(one[d])
+                        + weight[c + 1] * _wide(two[d])
+                        + weight[c + 2] * _wide(three[d])
+                        + weight[c + 3] * _wide(four[d])
+                    )
+                c += 4
+            while c < len(rows) and rows[c] < end:
+                row = bank_ND[rows[c]]
+                for d in range(len(total)):
+                    total[d] += weight[c] * _wide(row[d])
                 c += 1
             place[i - first] = c

@@ -32,7 +32,13 @@ class Sizes(NamedTuple):
     products: int = 1 << 19
     """Products held by a thread: one MiB of bfloat16, in a core's own cache or near it."""
     chunk: int = 1024
-    """Rows of the bank that are read at a time for all queries of a thread."""
+    """Most rows of the bank that are read at a time for all queries of a thread."""
+
+    def stretch(self, size: int, k: int) -> int:
+        """Rows read at a time, of ``size`` that a query lists ``k`` of: some 24 listed ones, for
+        fewer do not pay, in as short a stretch as stays in the nearest cache."""
+        return min(self.chunk, max(256, 24 * size // k))
+
     batch: int = 512
     """Queries at a time."""
     sample: int = 16384
@@ -77,7 +83,8 @@ class _Hold:
         self.lists = -(-N // self.stretch)
         self.tile = max(1, min(self.stretch, sizes.products // batch))
         self.places = min(self.stretch, 2 * k + self.tile) + self.tile
-        self.rows = np.empty((batch, self.lists * self.places), np.int32)
+        # The queries' lists must not lie a power of two apart: they would share a cache's few places.
+        self.rows = np.empty((batch, self.lists * self.places + 16), np.int32)
         self.keys = np.empty(self.rows.shape, np.int16)
         self.sim = np.empty(self.rows.shape, np.float32)
         self.products = [torch.empty(batch * self.tile, dtype=bank.type) for _ in range(self.lists)]
@@ -108,7 +115,8 @@ class _Batch:
             return self._stream(part, s, least_SB[s], count_SB[s])
 
         margin_B, count_B = np.max(in_threads(stream, N), axis=0), np.empty(B, np.int64)
-        of_bank = hold.sizes.chunk, self.queries.numpy(), bits(self.bank.rows)
+        chunk = hold.sizes.stretch(N, k)
+        of_bank = chunk, self.queries.numpy(), bits(self.bank.rows)
         misled_B = np.empty(B, np.bool_)
 
         def finish(part: range) -> None:
@@ -119,7 +127,7 @@ class _Batch:
             )
             kernels.rescore(*of, *of_bank, *lists)
             kernels.judge(*of, k, self.floor_B, least_B, count_B, hold.sim, misled_B)
-            kernels.search_whole(*of, k, hold.sizes.chunk, misled_B, *of_bank[1:], *lists)
+            kernels.search_whole(*of, k, chunk, misled_B, *of_bank[1:], *lists)
             kernels.choose(*of, k, *lists, rows_Bk, sim_Bk)
 
         in_threads(finish, B)
@@ -202,7 +210,8 @@ def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 def similarities(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """v_i . M_j for listed rows j: float32 [B, K]."""
     sim_BK, count_B = torch.empty(rows.shape), np.full(len(rows), rows.shape[1])
-    arguments = SIZES.chunk, queries.numpy(), bits(bank), rows.numpy(), count_B, sim_BK.numpy()
+    chunk = SIZES.stretch(len(bank), rows.shape[1])
+    arguments = chunk, queries.numpy(), bits(bank), rows.numpy(), count_B, sim_BK.numpy()
     in_threads(lambda part: kernels.rescore(part.start, part.stop, *arguments), len(rows))
     return sim_BK
 
@@ -210,7 +219,8 @@ def similarities(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """sum_k weight_ik M_[rows_ik]: float32 [B, D]."""
     sum_BD = torch.empty(len(rows), bank.shape[1])
-    arguments = SIZES.chunk, bits(bank), rows.numpy(), weight.numpy(), sum_BD.numpy()
+    chunk = SIZES.stretch(len(bank), rows.shape[1])
+    arguments = chunk, bits(bank), rows.numpy(), weight.numpy(), sum_BD.numpy()
     in_threads(lambda part: kernels.weigh_rows(part.start, part.stop, *arguments), len(rows))
     return sum_BD
 
