@@ -6,6 +6,7 @@
 Every configuration is a name and the options of ``localagg pretrain`` that it changes. Stop it
 whenever you like: started again it goes on with the run it was in, and finished runs are not run
 again. Seeds are the outer loop, so that a sweep that is stopped has compared like with like.
+"{seed}" in options stands for the seed, as in ``--start sweeps/ir-{seed}``.
 Writes ``results.parquet`` (a line a run and measurement), ``curves.html`` and a table.
 """
 
@@ -73,6 +74,7 @@ def _run(run: Path, words: list[str], options: list[str]) -> None:
         return
     command = [sys.executable, "-m", "localagg", "pretrain"]
     begun = (run / "checkpoints").exists()
+    options = [option.format(seed=words[-1]) for option in options]
     command += ["--resume", str(run)] if begun else [*words, *options, "--out", str(run)]
     print(shlex.join(command[2:]), file=sys.stderr)
     done = subprocess.run(command, check=False)

@@ -1,0 +1,30 @@
+"""Named configurations: each can be run as it stands."""
+
+import pytest
+import torch
+
+from localagg.learner import make_encoder
+from localagg.recipes import RECIPES, recipe
+from localagg.schedule import Schedule
+from localagg.sizing import resolve
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_images_it_was_made_for(name):
+    config = recipe(name).config
+    size, side = (config.sized_for or 50_000), (config.views.image_size or 32)
+    if name == "digits":
+        size = 1400
+    config = resolve(config, size, side)
+    schedule = Schedule(config, size)
+    assert 0 < schedule.switch <= schedule.last
+    assert recipe(name).about
+    assert recipe(name).cost
+
+
+def test_the_gpu_recipe_trains_the_network_of_the_published_figures():
+    """ResNet-18 for 32 pixels: 11.2 million weights and the head, a map of 4 x 4 at the end."""
+    encoder = make_encoder(recipe("cifar10_gpu").config.encoder, seed=0)
+    weights = sum(p.numel() for p in encoder.parameters())
+    assert weights == pytest.approx(11.17e6 + 512 * 128 + 128, rel=1e-3)
+    assert encoder.features(torch.zeros(1, 3, 32, 32), [4])["4"].shape == (1, 512 * 4 * 4)
