@@ -71,6 +71,28 @@ def test_the_engine_and_the_objective_agree(size):
     assert alone.without_close == (~itself).float().mean()
 
 
+@pytest.mark.parametrize("size", [300, 5000])
+def test_part_of_the_loss_can_stay_irs(size):
+    """Against the equation in float64 over the whole bank: K = N, so all of it is background."""
+    generator = torch.Generator().manual_seed(2)
+    bank = F.normalize(torch.randn(size, 16, generator=generator), dim=1)
+    labels = torch.randint(0, 30, (2, size), generator=generator, dtype=torch.int32)
+    index = torch.arange(3, 11)
+    moved = bank[index] + 0.2 * torch.randn(8, 16, generator=generator)
+    embedding = F.normalize(moved, dim=1).requires_grad_()
+    found = find_neighbors(embedding, bank, by_row(labels), index, neighbors=size)
+    mixed = neighborhood_loss(embedding, bank, found, temperature=0.1, instance_share=0.3)
+    (gradient,) = torch.autograd.grad(mixed, embedding)
+
+    exact = embedding.detach().double().requires_grad_()
+    P = torch.softmax(exact @ bank.double().T / 0.1, dim=1)
+    close = (labels[:, None, :] == labels[:, index][:, :, None]).any(dim=0)
+    terms = 0.7 * (P * close).sum(dim=1).log() + 0.3 * P[torch.arange(8), index].log()
+    (wanted,) = torch.autograd.grad(-terms.mean(), exact)
+    assert mixed.item() == pytest.approx(-terms.mean().item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_where_the_loops_do_not_compile_torch_answers_and_a_sentence_says_so(monkeypatch):
     def broken():
         raise OSError("no folder for compiled code")

@@ -140,6 +140,9 @@ class ObjectiveConfig:
     """nce: noise draws a sample."""
     neighbors: int | None = None
     """K: background neighbors a sample. None: derived from the number of images."""
+    instance_share: float = 0.0
+    """LA: share of the loss that stays IR's, of the sample itself among its background. 0: the
+    paper's LA."""
     clusters: tuple[int, ...] | None = None
     """Clusters of each of the H k-means clusterings. None: derived from the number of images."""
     kmeans: Literal["auto", "faiss", "lloyd"] = "auto"
@@ -159,7 +162,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "temperature")
-        _probability(self, "bank_momentum")
+        _probability(self, "bank_momentum", "instance_share")
         _at_least(self, 1, "noise", "neighbors", "kmeans_iterations", "warm_iterations")
         _at_least(self, 0, "warm_tolerance", "recluster_delay")
         if self.kmeans not in ("auto", "faiss", "lloyd"):

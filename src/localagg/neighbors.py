@@ -33,6 +33,8 @@ class Neighborhood(NamedTuple):
     """float [B, K]: v_i . M_j for them."""
     close: Tensor
     """bool [B, K]: which of them are close neighbors (in C_i)."""
+    index: Tensor
+    """int64 [B]: the bank row of each sample itself."""
 
     @property
     def without_close(self) -> Tensor:
@@ -59,18 +61,37 @@ def find_neighbors(
         UserError: on a processor, values that are not finite.
     """
     rows, similarity = background_neighbors(embedding, bank, neighbors)
-    return Neighborhood(rows, similarity, close_neighbors(labels, index, rows))
+    return Neighborhood(rows, similarity, close_neighbors(labels, index, rows), index)
 
 
 def neighborhood_loss(
-    embedding: Tensor, bank: Tensor | Prepared, found: Neighborhood, *, temperature: float = 0.07
+    embedding: Tensor,
+    bank: Tensor | Prepared,
+    found: Neighborhood,
+    *,
+    temperature: float = 0.07,
+    instance_share: float = 0.0,
 ) -> Tensor:
-    """The LA loss of a batch, given its neighborhood; see ``objectives.aggregation_loss``."""
-    return aggregation_loss(
-        embedding,
-        bank.rows if isinstance(bank, Prepared) else bank,
-        found.rows,
-        found.close,
-        similarity=found.similarity,
-        temperature=temperature,
-    )
+    """The LA loss of a batch, given its neighborhood; see ``objectives.aggregation_loss``.
+
+    With an ``instance_share`` s it is (1 - s) LA + s IR, where IR is -mean_B log P(i | v_i) /
+    P(B_i | v_i): LA with the sample itself as its only close neighbor. Deviation: the paper has LA
+    alone. The wrong ones among the close neighbors weigh less so; docs/results.md has what it does.
+
+    Args:
+        embedding: unit rows [B, D].
+        bank: [N, D].
+        found: of :func:`find_neighbors`.
+        temperature: t > 0.
+        instance_share: s in [0, 1].
+    """
+    rows = bank.rows if isinstance(bank, Prepared) else bank
+
+    def loss(close: Tensor) -> Tensor:
+        options = {"similarity": found.similarity, "temperature": temperature}
+        return aggregation_loss(embedding, rows, found.rows, close, **options)
+
+    if not instance_share:
+        return loss(found.close)
+    itself = loss(found.rows == found.index.unsqueeze(1))
+    return (1 - instance_share) * loss(found.close) + instance_share * itself

@@ -83,7 +83,7 @@ class _Hold:
         self.lists = -(-N // self.stretch)
         self.tile = max(1, min(self.stretch, sizes.products // batch))
         self.places = min(self.stretch, 2 * k + self.tile) + self.tile
-        # The queries' lists must not lie a power of two apart: they would share a cache's few places.
+        # Lists must not lie a power of two apart: they would share a cache's few places.
         self.rows = np.empty((batch, self.lists * self.places + 16), np.int32)
         self.keys = np.empty(self.rows.shape, np.int16)
         self.sim = np.empty(self.rows.shape, np.float32)

@@ -276,7 +276,11 @@ def _loss(
         K = objective.neighbors or len(rows)
         bank = learner.bank.prepared
         found = find_neighbors(embedding, bank, learner.labels, index, neighbors=K)
-        loss = neighborhood_loss(embedding, rows, found, temperature=objective.temperature)
+        options = {
+            "temperature": objective.temperature,
+            "instance_share": objective.instance_share,
+        }
+        loss = neighborhood_loss(embedding, rows, found, **options)
         return loss, {"without_close": found.without_close}
     if objective.instance_loss == "softmax":
         return instance_softmax(embedding, rows, index, temperature=objective.temperature), {}
