@@ -1,7 +1,9 @@
 """SimCLR, MoCo and supervised training beside our recipes: one network, views, data and time.
 
-    python benchmarks/peers.py cifar10 --data CIFAR10 --minutes 25 --seeds 0 1 2 --out peers \\
+    python benchmarks/peers.py sweeps/cifar10/IR-0 --data CIFAR10 --minutes 25 --out peers \\
         --runs "IR: sweeps/cifar10/IR-{seed}" "LA: sweeps/cifar10/LA-{seed}"
+
+Network, views and batch are those of the run that is named first.
 
 A peer trains for ``--minutes`` of its own processor time a thread, so that it does not matter what
 else the machine does; its rate falls to zero as a cosine of the time spent. The losses of SimCLR
@@ -30,10 +32,10 @@ from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
 import report
-from localagg.checkpoint import latest, load_encoder, read_progress
+from localagg.checkpoint import latest, load_encoder, read_progress, read_run
 from localagg.config import PretrainConfig, known, override
 from localagg.data.augment import Augment, evaluation_view
-from localagg.data.loader import Feed, typical_side
+from localagg.data.loader import Feed
 from localagg.data.sources import open_images
 from localagg.device import make_fabric
 from localagg.few_labels import half_width
@@ -41,8 +43,6 @@ from localagg.files import whole
 from localagg.knn import knn_accuracy
 from localagg.learner import make_encoder
 from localagg.models import Encoder
-from localagg.recipes import recipe
-from localagg.sizing import resolve
 
 OTHER = 1 << 20  # added to the seed for the second view
 QUEUE = 4096  # MoCo's: keys that are kept
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
+    parser.add_argument("like", type=Path, help="a run of localagg pretrain")
     parser.add_argument("--data", required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--methods", nargs="*", default=list(LOSSES), choices=list(LOSSES))
@@ -220,21 +220,19 @@ def _once(
     kept = options.out / f"{name}-{seed}.json".replace(" ", "-")
     if not kept.exists():
         peer, facts = make()
-        config = _resolved(options, seed)
+        config = _config(options, seed)
         facts |= measure(peer.cpu(), config, options.data)
         with whole(kept) as path:
             path.write_text(json.dumps(facts))
     return json.loads(kept.read_text())
 
 
-def _resolved(options: argparse.Namespace, seed: int) -> PretrainConfig:
-    source = open_images(options.data)
-    config = override(recipe(options.recipe).config, seed=seed)
-    return resolve(config, len(source), typical_side(source))
+def _config(options: argparse.Namespace, seed: int) -> PretrainConfig:
+    return override(read_run(options.like)[0], seed=seed)
 
 
 def _peer(options: argparse.Namespace, name: str, seed: int) -> tuple[Peer, dict]:
-    config = _resolved(options, seed)
+    config = _config(options, seed)
     feed = Feed(open_images(options.data), config, lambda done, of: None)
     peer, epochs = train(name, config, feed, 60 * options.minutes)
     return peer, {"epochs": epochs, "minutes": options.minutes}
@@ -265,8 +263,8 @@ def _table(options: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
         mean = {key: statistics.mean(line[key] for line in found) for key in ("epochs", "minutes")}
         rows.append([name, f"{mean['epochs']:.0f}", f"{mean['minutes']:.1f}", len(found), *cells])
     report.write(
-        f"peers-{options.recipe}",
-        f"{options.recipe}: peers on the same network, views, data and time",
+        f"peers-{options.out.name}",
+        f"{options.out.name}: peers on the same network, views, data and time",
         ["", "epochs", "minutes", "seeds", *(f"{column}, %" for column in columns)],
         rows,
         f"Mean and 95 % interval (Student's t) over seeds. {torch.get_num_threads()} threads.",

@@ -66,9 +66,8 @@ def score(world: World, p: dict[str, Any], loss: str) -> sharded.Scored:
     bank, batch = bank_of(world, p["bank"]), gathered(world, p)
     if loss == "local_aggregation":
         labels = p["labels"][:, bank.part.start : bank.part.stop]
-        return sharded.local_aggregation(
-            world, batch, bank, labels, neighbors=p["K"], temperature=p["t"]
-        )
+        options = {"temperature": p["t"], "instance_share": p.get("instance_share", 0.0)}
+        return sharded.local_aggregation(world, batch, bank, labels, neighbors=p["K"], **options)
     if loss == "instance_softmax":
         return sharded.instance_softmax(world, batch, bank, temperature=p["t"])
     return sharded.instance_nce(world, batch, bank, p["noise"], temperature=p["t"])

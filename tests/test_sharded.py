@@ -43,6 +43,7 @@ def problems(draw, exact=None):
         "noise": torch.from_numpy(rng.randint(0, N, (B, draw(st.integers(1, 6))))),
         "K": draw(st.integers(1, N + 2)),
         "t": draw(st.sampled_from([0.07, 0.3, 1.0])) if not exact else 1.0,
+        "instance_share": draw(st.sampled_from([0.0, 0.3, 1.0])),
         "ranks": draw(st.integers(1, 5)),
         "group": draw(st.sampled_from([1, 2, 4096])),
         "sampled_from": draw(st.sampled_from([2, 4, 8, 4096])),
@@ -75,8 +76,14 @@ def agree(found, loss, gradient):
 @given(problems())
 def test_local_aggregation(p):
     found = over_ranks(p, "local_aggregation")
-    arguments = p["embedding"], p["bank"], p["labels"].tolist(), p["index"].tolist()
-    agree(found, *naive.local_aggregation(*arguments, p["K"], p["t"]))
+    wanted = [
+        naive.local_aggregation(
+            p["embedding"], p["bank"], labels, p["index"].tolist(), p["K"], p["t"]
+        )
+        for labels in (p["labels"].tolist(), [list(range(len(p["bank"])))])  # alone in its cluster
+    ]
+    share = p["instance_share"]
+    agree(found, *((1 - share) * la + share * ir for la, ir in zip(*wanted, strict=True)))
     alone = []
     for i, sim in enumerate(naive.similarities(p["embedding"], p["bank"])):
         own = int(p["index"][i])

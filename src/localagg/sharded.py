@@ -16,7 +16,7 @@ float64; H clusterings; nothing grows with N or K; with one rank nothing is call
                        1 all-reduce       3 e B           bounds of each query's threshold
                        1-6 all-reduces    256 B each      histograms (float64: 1-11), as a rule 4
                        (1 all-gather      8 T             of T queries tied at their last place)
-                       1 all-reduce       24 B            sums
+                       1 all-reduce       24 B            sums (32 B where a share stays IR's)
                        1 reduce-scatter   e B D           gradient
     instance_softmax   1 all-reduce       e B             maximum of each query
                        1 all-reduce       2 e B           sums
@@ -97,6 +97,7 @@ def local_aggregation(
     neighbors: int = 4096,
     temperature: float = 0.07,
     eps: float = 1e-7,
+    instance_share: float = 0.0,
 ) -> Scored:
     """LA eq. 5 of the whole batch in the whole bank; see ``objectives.local_aggregation``.
 
@@ -109,21 +110,27 @@ def local_aggregation(
             K-th go to the lowest row.
         temperature: t > 0.
         eps: added to the ratio; a sample without a close neighbor contributes -log eps.
+        instance_share: share of the loss that stays IR's; see ``neighbors.neighborhood_loss``.
 
     Returns:
         Loss and gradient, with the note "without_close": share of samples without close neighbor.
     """
     query_BD = _in_full_precision(batch.embedding, bank.rows)
     own_HB = _labels_of(world, labels, bank.part, batch.index)
-    parts = [
-        _aggregate(world, query, bank, labels, own, neighbors, temperature, eps)
-        for query, own in zip(query_BD.split(QUERIES), own_HB.split(QUERIES, dim=1), strict=True)
-    ]
+    itself_B = batch.index - bank.part.start if instance_share else None
+    parts = []
+    for group in torch.arange(len(query_BD)).split(QUERIES):
+        some = slice(int(group[0]), int(group[-1]) + 1)
+        query, own = query_BD[some], own_HB[:, some]
+        mixed = None if itself_B is None else (itself_B[some], instance_share)
+        parts.append(
+            _aggregate(world, query, bank, labels, own, neighbors, temperature, eps, mixed)
+        )
     gradient_BD = torch.cat([part[0] for part in parts]).div_(len(query_BD))
-    share_B = torch.cat([part[1] for part in parts])
+    loss_B = torch.cat([part[1] for part in parts])
     alone_B = torch.cat([part[2] for part in parts])
     return Scored(
-        -torch.log(share_B + eps).mean().to(query_BD.dtype),
+        loss_B.mean().to(query_BD.dtype),
         _returned(world, gradient_BD, batch),
         {"without_close": alone_B.float().mean()},
     )
@@ -138,26 +145,36 @@ def _aggregate(
     neighbors: int,
     temperature: float,
     eps: float,
+    mixed: tuple[Tensor, float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a group of queries: the gradient [B, D] of the sum of their losses through this rank's
-    rows; P(C_i and B_i | v_i) / P(B_i | v_i) [B]; and whether there is no close neighbor [B]."""
+    rows; their losses [B]; and whether there is no close neighbor [B].
+
+    A loss is a weighted sum of -log( P(A and B_i | v_i) / P(B_i | v_i) + eps ): A is C_i, and with
+    ``mixed`` (this rank's row of each query, and a weight) also the query's own row."""
     rows_F, sim_F, counts_B, top_B = _background(world, query, bank, neighbors)
     close_F = torch.zeros_like(rows_F, dtype=torch.bool)
     for labels_n, own_B in zip(labels, own, strict=True):
         close_F |= labels_n.index_select(0, rows_F) == own_B.repeat_interleave(counts_B)
+    sets = [(1.0, close_F)]
+    if mixed is not None:
+        itself_B, share = mixed
+        sets = [(1 - share, close_F), (share, rows_F == itself_B.repeat_interleave(counts_B))]
     # P up to a factor: the largest similarity of all ranks is taken out before the exponential.
     weight_F = torch.exp((sim_F - top_B.repeat_interleave(counts_B)) / temperature)
     # Sums in float64: in float32 a share near 1 would cost its rounding.
-    sums = [
-        ragged.sums(terms.double(), counts_B) for terms in (weight_F, weight_F * close_F, close_F)
-    ]
-    sums_3B = world.sum(torch.stack(sums))
-    share_B = sums_3B[1] / sums_3B[0]
-    # d loss / d sim_j = -P(j | B_i) (1 if j is close, less the share) / (share + eps) / t
-    scale_B = (-1 / (sums_3B[0] * (share_B + eps) * temperature)).to(query.dtype)
-    slope_F = close_F.to(query.dtype) - share_B.to(query.dtype).repeat_interleave(counts_B)
-    slope_F *= weight_F * scale_B.repeat_interleave(counts_B)
-    return ragged.weighted_rows(bank.rows, rows_F, slope_F, counts_B), share_B, sums_3B[2] == 0
+    terms = [weight_F, *(weight_F * inside_F for _, inside_F in sets), close_F]
+    sums = world.sum(torch.stack([ragged.sums(term.double(), counts_B) for term in terms]))
+    loss_B, slope_F = torch.zeros_like(sums[0]), torch.zeros_like(weight_F)
+    for (weight, inside_F), inside_B in zip(sets, sums[1:-1], strict=True):
+        share_B = inside_B / sums[0]
+        loss_B -= weight * torch.log(share_B + eps)
+        # d loss / d sim_j = -P(j | B_i) (1 if j is inside, less the share) / (share + eps) / t
+        scale_B = (-weight / (sums[0] * (share_B + eps) * temperature)).to(query.dtype)
+        inside_F = inside_F.to(query.dtype) - share_B.to(query.dtype).repeat_interleave(counts_B)
+        slope_F += inside_F.mul_(weight_F).mul_(scale_B.repeat_interleave(counts_B))
+    gradient_BD = ragged.weighted_rows(bank.rows, rows_F, slope_F, counts_B)
+    return gradient_BD, loss_B, sums[-1] == 0
 
 
 def _background(
