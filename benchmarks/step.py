@@ -31,7 +31,8 @@ from localagg.data.protocol import encoded
 from localagg.data.sources import Source, open_images
 from localagg.learner import Learner, make_encoder
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
-from localagg.pretrain import _loss as step_loss
+from localagg.scoring import score
+from localagg.sharded import Batch
 
 PNG = b"\x89PNG"
 PHASES = {"IR": False, "LA": True}
@@ -74,11 +75,10 @@ class Ours:
         done("augmentation")
         embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
         done("network")
-        v = embedding.detach().requires_grad_()
-        loss, _ = step_loss(learner, v, index, aggregating)
-        (gradient,) = torch.autograd.grad(loss, v)
+        v = embedding.detach()
+        scored = score(learner, Batch(v, index), aggregating)
         done("loss engine")
-        learner.fabric.backward(embedding, gradient=gradient)
+        learner.fabric.backward(embedding, gradient=scored.gradient)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         done("network")

@@ -36,14 +36,21 @@ def _demo(options: Demo) -> dict[str, Any]:
     return result
 
 
-def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str, Any]:
-    from .logbook import print_table
+def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str, Any] | None:
+    from .forecast import show_forecast
+    from .logbook import console, print_table
     from .pretrain import pretrain, resume
 
     if options.resume is not None:
         if options.out not in (None, options.resume):
             raise UserError(f"--resume {options.resume} writes there; leave out --out.")
-        result = resume(options.resume, options.options, data=options.data, typed=typed)
+        result = resume(
+            options.resume,
+            options.options,
+            data=options.data,
+            typed=typed,
+            rank_timeout=options.rank_timeout,
+        )
     else:
         if named is None:
             raise UserError(
@@ -55,8 +62,16 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
         if typed & {"neighbors", "clusters"}:  # set by hand: taken as they are
             config = override(config, sized_for=None)
         if options.dry_run:
-            return _dry_run(config, options.data)
-        result = pretrain(config, options.data, options.out or f"runs/{named}", start=options.start)
+            return show_forecast(config, options.data)
+        result = pretrain(
+            config,
+            options.data,
+            options.out or f"runs/{named}",
+            start=options.start,
+            rank_timeout=options.rank_timeout,
+        )
+    if console.quiet:  # a rank that is not the first
+        return None
     shares = result["shares"].items()
     print_table(["part of the time", "share"], [[part, f"{share:.1%}"] for part, share in shares])
     if hint := result.get("hint"):
@@ -65,33 +80,6 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
     print(f"{result['seconds']:.0f} s. {measured or 'Nothing was measured.'}")
     print(f"The run is in {result['run']}")
     return result
-
-
-def _dry_run(config: PretrainConfig, data: str) -> dict[str, Any]:
-    from .config import PretrainConfig, from_dict, option, option_names, option_value
-    from .forecast import forecast
-    from .logbook import print_table, say
-
-    result = forecast(config, data)
-    for note in result["notes"]:
-        say(note)
-    resolved = from_dict(PretrainConfig, result["config"])
-    values = [
-        [option(name), _words(option_value(resolved, name))] for name in option_names(resolved)
-    ]
-    print_table(["option", "value"], values)
-    steps = [[name, _words(value)] for name, value in result["steps"].items()]
-    print_table(["steps", ""], steps)
-    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
-    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
-    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
-    return result
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(_words, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
@@ -384,7 +372,7 @@ def _facts(config: PretrainConfig | TransferConfig) -> list[str]:
     return [str(config.encoder.model), f"{config.epochs}, {config.ir_epochs} IR", shown]
 
 
-COMMANDS: dict[str, tuple[type, Callable[..., dict[str, Any]]]] = {
+COMMANDS: dict[str, tuple[type, Callable[..., dict[str, Any] | None]]] = {
     "demo": (Demo, _demo),
     "pretrain": (Pretrain, _pretrain),
     "knn": (Knn, _knn),

@@ -7,6 +7,9 @@ A run folder::
     RUN/checkpoints/step-N/      model.safetensors, optimizer.pt, bank-0-of-1.safetensors,
                                  clusters.safetensors (once LA has begun), progress.json
 
+Each of R ranks writes its own rows: bank-0-of-R, bank-1-of-R, ..., and clusters-0-of-R, ...; any
+number of ranks reads them.
+
 A checkpoint is written beside (``.step-N.tmp``), flushed to disk and renamed, the new name is
 flushed too, and then older ones are removed; so the newest folder named ``step-N`` is always whole,
 after a kill or a loss of power at any moment. Nothing in it is ever unpickled: ``optimizer.pt`` is
@@ -29,9 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import runlock
+from . import runlock, shards
 from .bank import MemoryBank
 from .config import PretrainConfig, UserError, ViewConfig, from_dict, to_dict
+from .distributed import World
 from .files import flush, whole, write_flushed
 from .models import Encoder, encoder_from_json, spec_to_json
 from .tensor_files import save_tensors
@@ -97,8 +101,9 @@ def save(
     clusters: dict[str, Tensor],
     progress: dict[str, Any],
     views: ViewConfig | None = None,
+    world: World | None = None,
 ) -> Path:
-    """Write the checkpoint of a step and remove older ones.
+    """Write the checkpoint of a step and remove older ones. All ranks call it.
 
     Weights and bank of a step never change, so where the step has been saved before only
     ``progress`` is written anew: at no moment is there no whole checkpoint.
@@ -108,40 +113,69 @@ def save(
         step: optimizer steps done.
         encoder: its parameters and batch-norm statistics.
         optimizer: its state.
-        bank: the memory bank, one shard of one.
-        clusters: "labels" [H, N] and perhaps late ones; empty before LA.
-        progress: JSON values.
+        bank: the memory bank, this rank's rows.
+        clusters: "labels" [H, n] of these rows, and perhaps late ones; empty before LA.
+        progress: JSON values; rank 0's count.
         views: noted in the weights file.
+        world: the ranks. None: this process alone.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: the disk is full, or otherwise refuses; what was half written is removed, and
-            the checkpoint before stays.
+        UserError: the disk is full, or otherwise refuses, on any rank; what was half written is
+            removed, and the checkpoint before stays.
     """
     folder = run / "checkpoints" / f"step-{step:09d}"
     beside = folder.with_name(f".{folder.name}.tmp")
-    progress = {"step": step, **progress}
-    with writing(run, beside):
-        if folder.exists():
-            write_json(folder / "progress.json", progress)
-        else:
+    progress, world = {"step": step, **progress}, world or World()
+    there = world.objects(folder.exists())[0]  # rank 0's view of the disk
+    if not there:
+        if world.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            save_weights(beside / "model.safetensors", encoder, views)
-            _save_optimizer(beside / "optimizer.pt", optimizer)
-            save_tensors(beside / "bank-0-of-1.safetensors", {"rows": bank.rows})
+        world.barrier()
+        with _of_all_ranks(world, beside), writing(run):
+            beside.mkdir(parents=True, exist_ok=True)
+            if world.rank == 0:
+                save_weights(beside / "model.safetensors", encoder, views)
+                _save_optimizer(beside / "optimizer.pt", optimizer)
+            place = (world.rank, world.size)
+            save_tensors(shards.shard(beside, "bank", *place), {"rows": bank.rows})
             if clusters:
-                save_tensors(beside / "clusters.safetensors", clusters)
-            write_json(beside / "progress.json", progress)
-            flush(beside)  # its files were flushed as they were written
-            os.rename(beside, folder)
-            flush(folder.parent)
-    for old in folder.parent.iterdir():
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+                name = beside / "clusters.safetensors"
+                file = name if world.size == 1 else shards.shard(beside, "clusters", *place)
+                save_tensors(file, clusters)
+    if world.rank == 0:
+        with writing(run, None if there else beside):
+            if there:
+                write_json(folder / "progress.json", progress)
+            else:
+                write_json(beside / "progress.json", progress)
+                flush(beside)  # its files were flushed as they were written
+                os.rename(beside, folder)
+                flush(folder.parent)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _of_all_ranks(world: World, half: Path) -> Iterator[None]:
+    """What is written by all ranks, or else by none: if one fails, rank 0 removes ``half``.
+
+    Raises:
+        UserError: on every rank, what the first rank that failed has to say.
+    """
+    trouble = None
+    try:
+        yield
+    except UserError as error:
+        trouble = str(error)
+    if told := [words for words in world.objects(trouble) if words is not None]:
+        if world.rank == 0:
+            shutil.rmtree(half, ignore_errors=True)
+        raise UserError(told[0])
 
 
 def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -195,10 +229,10 @@ def latest(run: Path) -> Path:
 def restore(
     folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: MemoryBank
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load a checkpoint into encoder, optimizer and bank.
+    """Load a checkpoint into encoder, optimizer and bank, whose rows alone are read.
 
     Returns:
-        (clusters, progress) as they were saved.
+        (clusters of these rows, progress) as they were saved.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -208,10 +242,8 @@ def restore(
         optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         )
-        bank.rows.copy_(load_file(folder / "bank-0-of-1.safetensors")["rows"])
-        clusters = folder / "clusters.safetensors"
-        progress = read_progress(folder)
-        return (load_file(clusters) if clusters.exists() else {}), progress
+        bank.rows.copy_(_read_bank(folder, bank.part))
+        return _read_clusters(folder, bank), read_progress(folder)
     except (
         *(OSError, SafetensorError, RuntimeError, ValueError, KeyError),
         *(EOFError, pickle.UnpicklingError),
@@ -301,4 +333,20 @@ def weights_digest(encoder: Encoder) -> str:
 
 def load_bank(run: Path) -> Tensor:
     """The memory bank [N, D] of a run's latest checkpoint."""
-    return load_file(latest(run) / "bank-0-of-1.safetensors")["rows"]
+    return _read_bank(latest(run))
+
+
+def _read_bank(folder: Path, part: range | None = None) -> Tensor:
+    files = shards.shards(folder, "bank")
+    if not files:
+        raise FileNotFoundError("it has no 'bank-0-of-1.safetensors'")
+    return shards.read(files, "rows", part=part)
+
+
+def _read_clusters(folder: Path, bank: MemoryBank) -> dict[str, Tensor]:
+    """Labels of the bank's rows, and late ones where they were saved; none before LA."""
+    whole_file = folder / "clusters.safetensors"
+    if whole_file.exists() and len(bank.part) == bank.size:
+        return load_file(whole_file)
+    files = [whole_file] if whole_file.exists() else shards.shards(folder, "clusters")
+    return {"labels": shards.read(files, "labels", dim=1, part=bank.part)} if files else {}

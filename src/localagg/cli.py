@@ -2,7 +2,8 @@
 
 Results go to stdout and to ``--json FILE``, progress and messages to stderr. Exit status: 0 done,
 1 a fault of ours, 2 wrong use or a machine that refuses (one sentence says what and the way out),
-75 saved and stopped by SIGTERM or SIGUSR1, 130 by Ctrl-C.
+75 saved and stopped by SIGTERM or SIGUSR1, 130 by Ctrl-C. Of several processes one tells, and all
+end with its status.
 """
 
 import sys
@@ -13,6 +14,7 @@ from . import __version__
 from .actions import COMMANDS
 from .commands import Pretrain, Transfer
 from .config import (
+    Elsewhere,
     Interrupted,
     PretrainConfig,
     TransferConfig,
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"localagg: {stopped}", file=sys.stderr)
         return stopped.status
+    except Elsewhere as ended:
+        return ended.status
     except KeyboardInterrupt:
         print("localagg: stopped.", file=sys.stderr)
         return 130
@@ -72,17 +76,32 @@ def _dispatch(arguments: list[str]) -> None:
         config: Any = _base(kind, named, rest)
         options, typed = parse(kind, f"{name} {named or '...'}", rest, kind(options=config))
         target = _check_json(options.json)
-        if kind is Pretrain:
+        if isinstance(options, Pretrain):
             named = named or _section(options.config)
+            if options.processes != 1 and not options.dry_run:
+                return _launch(options, named, arguments[1:])
         result = command(options, named, typed & set(option_names(config)))
     else:
         options, _ = parse(kind, name, rest)
         target = _check_json(options.json)
         result = command(options)
-    if target:
+    if target and result is not None:
         from .checkpoint import write_json
 
         write_json(target, result)
+
+
+def _launch(options: Pretrain, named: str | None, words: list[str]) -> None:
+    """The same command by several processes."""
+    if options.processes < 1:
+        raise UserError(f"--processes is {options.processes}; it must be at least 1.")
+    from .launch import launch
+
+    launch(
+        [*words, "--processes", "1"],
+        options.processes,
+        options.resume or options.out or f"runs/{named}",
+    )
 
 
 def _base(kind: type, named: str | None, words: list[str]) -> PretrainConfig | TransferConfig:

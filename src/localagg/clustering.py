@@ -111,7 +111,7 @@ def cluster(
         UserError: as :func:`kmeans`.
     """
     rows = bank if isinstance(bank, Tensor) else bank.rows
-    by_faiss = _by_faiss(rows, engine, start, world)
+    by_faiss = _by_faiss(rows, engine, start, world)  # of all rows, on one rank
     shared = rows if by_faiss else Rows(rows, world)
     labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32, device=rows.device)
     found = []

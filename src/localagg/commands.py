@@ -40,6 +40,11 @@ class Pretrain:
     """A configuration of the reference, FILE.json:NAME, laid over the recipe."""
     dry_run: bool = False
     """Print the whole configuration, the steps and a forecast of memory; learn nothing."""
+    processes: int = 1
+    """Processes of this machine that learn together, each on its own GPU or all on the CPU. (Under
+    torchrun or srun leave it out.)"""
+    rank_timeout: float = 300.0
+    """Of several processes: seconds after which one that is silent ends all."""
     json: str | None = None
     """Also write the result here."""
 

@@ -31,6 +31,13 @@ class Interrupted(Exception):
         self.status = status
 
 
+@dataclass
+class Elsewhere(Exception):
+    """The job has ended, and another of its processes tells why; exit with ``status``."""
+
+    status: int
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """``" Did you mean 'X'?"`` for the word most like ``word``, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
@@ -130,7 +137,7 @@ class ObjectiveConfig:
     """t: divides every similarity."""
     bank_momentum: float = 0.5
     """m: share of its old value that a bank row keeps at an update."""
-    bank_dtype: Literal["float32", "bfloat16"] = "float32"
+    bank_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Numbers of the bank's rows; bfloat16 halves its memory, and updates round to it."""
     bank_start: Literal["embedding", "random"] = "embedding"
     """First rows of the bank: the untrained network's embeddings, or random as in the reference."""
@@ -196,9 +203,11 @@ class PretrainConfig:
     """Of SGD."""
     weight_decay: float = 1e-4
     """On all weights but batch-norm's."""
+    sync_batch_norm: bool = False
+    """With several processes: normalize by the statistics of the whole batch, not of a share."""
     seed: int = 0
     """Of the weights, the bank, the order, the views and the noise."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     """Arithmetic of the network. auto: bf16 where the device has units for it, else float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: the GPU if there is one."""

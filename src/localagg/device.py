@@ -10,12 +10,13 @@ from lightning_utilities.core import rank_zero
 from .config import UserError
 
 
-def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+def make_fabric(device: str = "auto", precision: str = "auto", number: int | None = None) -> Fabric:
     """Lightning Fabric on one device.
 
     Args:
         device: auto, cpu, cuda or mps.
         precision: auto (bf16 where the device has units for it, else float32), or Fabric's name.
+        number: which GPU, where each process of this machine has its own. None: Fabric's choice.
 
     Raises:
         UserError: a device that this machine has not.
@@ -27,7 +28,16 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         device = next((name for name, found in present.items() if found), "cpu")
     rank_zero.log.setLevel(logging.WARNING)  # it announces its precision
     plugins: Any = _fast_precision(device) if precision == "auto" else precision
-    return Fabric(accelerator=device, devices=1, precision=plugins)
+    devices: Any = 1
+    if device == "cuda" and number is not None:
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"Process {number} of this machine has no GPU of its own, as torch finds"
+                f" {torch.cuda.device_count()}; start as many processes as there are GPUs."
+            )
+        devices = [number]
+        torch.cuda.set_device(number)
+    return Fabric(accelerator=device, devices=devices, precision=plugins)
 
 
 def _fast_precision(device: str) -> str:

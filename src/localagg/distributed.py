@@ -5,6 +5,9 @@ A job has R ranks. Whatever is split over them (rows of the bank, samples of a b
 every rank knows every other's part, and nothing about sizes goes over the wire.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +15,10 @@ from torch import Tensor
 # torch 2.14 renames the two that take one tensor for all ranks, and warns of their old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Disconnected(RuntimeError):
+    """A collective has failed: another rank has ended, hangs, or cannot be reached."""
 
 
 def share(size: int, rank: int, ranks: int) -> range:
@@ -34,10 +41,16 @@ class World:
     Args:
         rank: of this process.
         size: R. With 1 every method returns its argument.
+
+    Attributes:
+        calls: collectives that were begun, by which a rank that lags behind the others is found.
+
+    Raises:
+        Disconnected: of each method, where a collective fails.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.calls = rank, size, 0
 
     @classmethod
     def current(cls) -> "World":
@@ -112,6 +125,18 @@ class World:
         self._reduce_scatter(out, padded)
         return out[: len(part)]
 
+    def objects(self, value: Any) -> list[Any]:
+        """The Python values of all ranks: a few small ones, now and then. They are pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, found, value)
+        return found
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here. One all-reduce of a number."""
+        self.sum(torch.zeros(1))
+
     def _places(self, total: int, device: torch.device) -> Tensor | slice:
         """Where the rows stand when each rank's share is padded to the longest: [total]."""
         each, more = divmod(total, self.size)
@@ -124,10 +149,17 @@ class World:
     # --- What torch.distributed does; a test puts threads in its place ---
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        dist.all_reduce(tensor, operation)
+        self._call(dist.all_reduce, tensor, operation)
 
     def _all_gather(self, out: Tensor, tensor: Tensor) -> None:
-        _all_gather(out, tensor)
+        self._call(_all_gather, out, tensor)
 
     def _reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
-        _reduce_scatter(out, tensor)
+        self._call(_reduce_scatter, out, tensor)
+
+    def _call(self, collective: Callable[..., Any], *tensors: Any) -> None:
+        self.calls += 1
+        try:
+            collective(*tensors)
+        except RuntimeError as error:
+            raise Disconnected(str(error)) from error

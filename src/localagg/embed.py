@@ -36,7 +36,7 @@ class Embedded(NamedTuple):
     index: Tensor
     """int64 [n], increasing: which images of the source."""
     rows: Tensor
-    """float32 unit rows [n, D]."""
+    """float32 unit rows [n, D] (float64 from float64 weights)."""
     labels: Tensor | None
     """int64 [n], or None."""
 
@@ -52,6 +52,7 @@ def embed(
     workers: int = 0,
     batch_statistics: bool = False,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    part: slice = slice(None),
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Embedded:
     """Embed the central view of every readable image of a source.
@@ -66,6 +67,7 @@ def embed(
         batch_statistics: normalize by each batch's statistics, as in training (and let batch-norm
             track them), for a network that has no others yet.
         autocast: precision context of the forward pass.
+        part: which of the batches of all images.
         on_progress: called as ``on_progress(done, of)``.
 
     Returns:
@@ -79,18 +81,20 @@ def embed(
     encoder.train(batch_statistics)
     found_index, found_rows, done = [], [], 0
     if pixels is not None:
-        parts = torch.arange(len(pixels)).split(batch)
+        parts = torch.arange(len(pixels)).split(batch)[part]
         batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in parts)
     else:
-        parts = evaluation_batches(source, views, batch=batch, workers=workers)
+        parts = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
         batches = ((index, images.to(device)) for index, images in parts)
     for index, images in batches:
         with autocast():
-            found_rows.append(encoder(images).float())
+            found_rows.append(encoder(images))
         found_index.append(index)
         done += len(index)
         on_progress(done, len(source))
     encoder.train(training)
+    if not found_index and part != slice(None):  # of some batches none may be readable
+        found_index, found_rows = [torch.empty(0).long()], [torch.empty(0, encoder.spec["dim"])]
     if not found_index:
         raise UserError(f"None of the {len(source):,} images of '{source.uri}' can be read.")
     index = torch.cat(found_index)

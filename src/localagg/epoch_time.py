@@ -16,7 +16,8 @@ from .data.workers import through_workers
 from .draws import ORDER, permutation
 from .learner import Learner
 from .logbook import print_table, say, showing
-from .pretrain import _loss
+from .scoring import score
+from .sharded import Batch
 from .sizing import resolve
 
 _SECONDS = 1.5  # what each part is timed for
@@ -112,12 +113,11 @@ def _learning(learner: Learner, aggregating: bool, held: tuple[int, int] | None)
         images = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8, device=device)
         views = augment(images, 0, index).contiguous(memory_format=torch.channels_last)
         embedding = learner.network(views)
-        v = embedding.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_loss(learner, v, index, aggregating)[0], v)
-        learner.fabric.backward(embedding, gradient=gradient)
+        batch = Batch(embedding.detach(), index)
+        learner.fabric.backward(embedding, gradient=score(learner, batch, aggregating).gradient)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        learner.bank.update(index, v)
+        learner.bank.update(*batch[::-1])
 
     batch = known(config.batch_size)
     if device.type == "cpu":

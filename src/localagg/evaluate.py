@@ -15,10 +15,12 @@ from .config import PretrainConfig, UserError, ViewConfig
 from .data.loader import decoded, typical_side
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
+from .distributed import World
 from .embed import embed
 from .knn import VOTES, knn_accuracy, retrieval_scores
 from .logbook import say, showing
 from .models import Encoder
+from .shared_neighbors import shared_accuracy
 from .sizing import resolve
 
 _LEAVE_ONE_OUT = 5000  # bank rows asked about where nothing is held out
@@ -188,6 +190,7 @@ class OnlineNeighbors:
         source: what is learned from.
         valid: int64, the rows of the bank that are learned.
         k: numbers of neighbors.
+        world: the ranks that the bank is split over. None: this process has it.
 
     Raises:
         UserError: held-out images of classes that the training images do not have by name.
@@ -200,8 +203,10 @@ class OnlineNeighbors:
         source: Source,
         valid: Tensor,
         k: Sequence[int] = (1, 200),
+        world: World | None = None,
     ) -> None:
-        self.config, self.k = config, tuple(k)
+        self.config, self.k, self.world = config, tuple(k), world or World()
+        self.part = self.world.part(len(source))
         self.choice: Choice | None = None
         self.pixels: Tensor | None = None
         if source.labels is None or not config.eval_every:
@@ -218,9 +223,23 @@ class OnlineNeighbors:
 
     def __call__(self, encoder: Encoder, bank: Tensor, fabric: Fabric) -> dict[str, float]:
         """Accuracies in 0-1 by name, with the network in ``fabric``'s precision; empty where
-        nothing is measured."""
+        nothing is measured. Of several ranks each brings its rows of the bank."""
         if self.choice is None:
             return {}
+        if self.world.size > 1:
+            accuracy = shared_accuracy(
+                self.world,
+                self.choice,
+                encoder,
+                bank,
+                self.part,
+                self.config.views,
+                k=self.k,
+                pixels=self.pixels,
+                workers=self.config.workers,
+                autocast=fabric.autocast,
+            )
+            return _named(self.choice, accuracy)
         found = space(
             self.choice,
             encoder,

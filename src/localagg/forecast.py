@@ -5,10 +5,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import PretrainConfig, known, to_dict
+from .config import (
+    PretrainConfig,
+    from_dict,
+    known,
+    option,
+    option_names,
+    option_value,
+    to_dict,
+)
 from .data.loader import typical_side
 from .data.sources import open_images
 from .learner import make_encoder
+from .logbook import print_table, say
 from .neighbors import Prepared, search_bytes
 from .schedule import Schedule, images_seen
 from .sizing import explain, resolve
@@ -52,6 +61,30 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
         "checkpoint_bytes": sum(memory[part] for part in kept)
         + memory["weights, gradients and momentum"] * 2 // 3,
     }
+
+
+def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
+    """Print a :func:`forecast` and return it."""
+    result = forecast(config, data)
+    for note in result["notes"]:
+        say(note)
+    resolved = from_dict(PretrainConfig, result["config"])
+    values = [
+        [option(name), _words(option_value(resolved, name))] for name in option_names(resolved)
+    ]
+    print_table(["option", "value"], values)
+    steps = [[name, _words(value)] for name, value in result["steps"].items()]
+    print_table(["steps", ""], steps)
+    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
+    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
+    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
+    return result
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import World
+
 _COMPARED = 100_000  # rows whose labels are compared between clusterings, evenly spread
 
 # Bounds, far from what good runs on digits and CIFAR-10 have shown from the first epoch to the
@@ -28,9 +30,11 @@ class Health:
 
     Args:
         state: as :meth:`state` gave it to the checkpoint that a run goes on from.
+        world: the ranks that bank and labels are split over. None: this process has them.
     """
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, state: dict[str, Any] | None = None, world: World | None = None) -> None:
+        self._world = world or World()
         state = state or {"steps": {}, "clusters": {}, "warned": []}
         self._steps: dict[str, list[float]] = state["steps"]  # name: [sum, number of steps]
         self._clusters: dict[str, float] = state["clusters"]
@@ -48,18 +52,22 @@ class Health:
                 self._steps[name] = [total + values[name], count + 1]
 
     def clustered(self, labels: Tensor, before: Tensor | None) -> None:
-        """New labels [H, N], and the ones before."""
-        self._clusters = cluster_facts(labels, before)
+        """New labels of this rank's rows [H, n], and the ones before."""
+        self._clusters = cluster_facts(labels, before, self._world)
 
     def end_epoch(self, rows: Tensor) -> tuple[dict[str, Any], list[str]]:
         """The epoch's line, and a sentence for each bound that it crosses and the last did not.
 
         Args:
-            rows: of the bank [N, D].
+            rows: of the bank, those of this rank [n, D].
         """
-        size, dim = rows.shape
+        total, second = moments(rows)
+        counted = self._world.sum(torch.cat([second, total[None]]))
+        second, total = counted[:-1], counted[-1]
+        size = int(self._world.sum(torch.tensor(len(rows))))
+        dim = rows.shape[1]
         means = {name: total / count for name, (total, count) in self._steps.items()}
-        line: dict[str, Any] = {**spread(*moments(rows), size), **means, **self._clusters}
+        line: dict[str, Any] = {**spread(total, second, size), **means, **self._clusters}
         crossed = warnings(line, min(size, dim))
         news = [sentence for name, sentence in crossed.items() if name not in self._warned]
         self._steps, self._clusters, self._warned = {}, {}, list(crossed)
@@ -75,7 +83,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     dim = rows.shape[1]
     total, second = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
     for chunk in rows.split(65536):
-        part = chunk.float()
+        part = chunk if chunk.dtype == torch.float64 else chunk.float()
         total += part.sum(dim=0).cpu()
         second += (part.T @ part).cpu()
     return total, second
@@ -114,12 +122,15 @@ def staleness(rows: Tensor, embedding: Tensor) -> Tensor:
     return 1 - (rows * embedding).sum(dim=1).mean()
 
 
-def cluster_facts(labels: Tensor, before: Tensor | None) -> dict[str, float]:
+def cluster_facts(
+    labels: Tensor, before: Tensor | None, world: World | None = None
+) -> dict[str, float]:
     """The sizes of clusters, and what has changed since the last clustering.
 
     Args:
-        labels: int [H, N].
+        labels: int [H, N], or of this rank's rows.
         before: those of the last clustering; None at the first.
+        world: the ranks that the rows are split over. None: this process has all.
 
     Returns:
         "largest_cluster": the rows of the largest cluster over those of the mean one; "lone": the
@@ -127,24 +138,30 @@ def cluster_facts(labels: Tensor, before: Tensor | None) -> dict[str, float]:
         each clustering and the one before it (0: the same clusters, 1: no more alike than by
         chance), where there is one, on at most 100,000 rows. Means over the H clusterings.
     """
+    world = world or World()
+    size = int(world.sum(torch.tensor(labels.shape[1])))
+    tops = world.maximum(torch.tensor([int(row.max()) if len(row) else -1 for row in labels]))
     found: dict[str, list[float]] = {"largest_cluster": [], "lone": []}
-    for row in labels.cpu():
-        sizes = row.long().bincount()
-        found["largest_cluster"].append(float(sizes.max()) * len(sizes) / len(row))
+    for row, top in zip(labels.cpu(), tops.tolist(), strict=True):
+        sizes = world.sum(row.long().bincount(minlength=top + 1))
+        found["largest_cluster"].append(float(sizes.max()) * len(sizes) / size)
         found["lone"].append(float((sizes <= 1).float().mean()))
     if before is not None and before.shape == labels.shape:
-        found["churn"] = [
-            1 - _agreement(one, other)
-            for one, other in zip(before.cpu(), labels.cpu(), strict=True)
-        ]
+        old, new = _sampled(before, size, world), _sampled(labels, size, world)
+        found["churn"] = [1 - _agreement(*pair) for pair in zip(old, new, strict=True)]
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _sampled(labels: Tensor, size: int, world: World) -> Tensor:
+    """The labels [H, 100,000 at most] of rows spread evenly over all ranks, on the CPU."""
+    step, start = -(-size // _COMPARED), world.part(size).start
+    return torch.cat(world.objects(labels[:, -start % step :: step].cpu()), dim=1)
 
 
 def _agreement(one: Tensor, other: Tensor) -> float:
     from sklearn.metrics import adjusted_rand_score
 
-    step = -(-len(one) // _COMPARED)
-    return float(adjusted_rand_score(one[::step].numpy(), other[::step].numpy()))
+    return float(adjusted_rand_score(one.numpy(), other.numpy()))
 
 
 def warnings(measured: dict[str, Any], rank: int) -> dict[str, str]:

@@ -105,17 +105,37 @@ def knn_vote(
     classes = int(bank_labels.max()) + 1
     voted: dict[int, list[Tensor]] = {count: [] for count in sorted(k)}
     for _, rows_Qk, sim_Qk in _nearest(queries.to(bank.device), bank, most, exclude):
-        # Subtracting the best similarity leaves every vote's outcome alone and cannot overflow.
-        weight_Qk = ((sim_Qk - sim_Qk[:, :1]) / temperature).double().exp()
-        labels_Qk = bank_labels[rows_Qk]
-        votes_QC = weight_Qk.new_zeros(len(rows_Qk), classes)
-        counted = 0
-        for count in voted:  # each count goes on from the sums of the one below it
-            new = slice(counted, counted := min(count, most))
-            votes_QC.scatter_add_(1, labels_Qk[:, new], weight_Qk[:, new])
-            voted[count].append(votes_QC.argmax(dim=1))
+        found = vote(bank_labels[rows_Qk], sim_Qk, k, classes, temperature)
+        for count, winners in found.items():
+            voted[count].append(winners)
     none = torch.empty(0, dtype=torch.int64, device=bank.device)
     return {count: torch.cat([none, *found]) for count, found in voted.items()}
+
+
+def vote(
+    labels: Tensor, similarity: Tensor, k: Sequence[int], classes: int, temperature: float = 0.07
+) -> dict[int, Tensor]:
+    """The winners of :func:`knn_vote`, from the neighbors.
+
+    Args:
+        labels: int64 [Q, most], of each query's neighbors, the nearest first.
+        similarity: [Q, most].
+        k: the numbers of neighbors to report, capped at those there are.
+        classes: C.
+        temperature: of the weights.
+
+    Returns:
+        {k: int64 [Q]}, from the lowest k to the highest.
+    """
+    # Subtracting the best similarity leaves every vote's outcome alone and cannot overflow.
+    weight_Qk = ((similarity - similarity[:, :1]) / temperature).double().exp()
+    votes_QC = weight_Qk.new_zeros(len(labels), classes)
+    counted, voted = 0, {}
+    for count in sorted(k):  # each count goes on from the sums of the one below it
+        new = slice(counted, counted := min(count, labels.shape[1]))
+        votes_QC.scatter_add_(1, labels[:, new], weight_Qk[:, new])
+        voted[count] = votes_QC.argmax(dim=1)
+    return voted
 
 
 def knn_accuracy(

@@ -133,6 +133,23 @@ class Metrics:
                 file.close()
 
 
+class NoMetrics:
+    """The :class:`Metrics` of the ranks that write none."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def curve(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def flushed(self) -> int:
+        """No bytes."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class _Board:
     """TensorBoard's file, by tensorboardX's writer of records. Its SummaryWriter writes from a
     thread, where a full disk ends the thread and leaves the run waiting for it without end."""

@@ -11,32 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import checkpoint, runlock
+from . import checkpoint, ranks, runlock, sharded
 from .config import PretrainConfig, UserError, known, option, option_value, override
 from .data.augment import Augment
 from .data.loader import Feed, Throttle, on_device, typical_side
 from .data.sources import Source, open_images
 from .data.workers import told_of_deaths
-from .draws import NOISE, integers
+from .distributed import World
 from .evaluate import OnlineNeighbors
-from .health import staleness
 from .learner import Learner
 from .logbook import say, showing
-from .neighbors import engine_note, find_neighbors, neighborhood_loss
-from .objectives import instance_nce, instance_softmax
+from .neighbors import engine_note
 from .record import START, WAITING, Book
 from .schedule import Schedule
+from .scoring import score
 from .sizing import explain, resolve
 
 
 def pretrain(
-    config: PretrainConfig, data: str, out: str | Path, *, start: str | Path | None = None
+    config: PretrainConfig,
+    data: str,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    rank_timeout: float = ranks.TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
 
     Labels, where the data have them, are used by the nearest-neighbor measurements alone.
+
+    Processes that torchrun or srun has started learn together; all call this. What it does not
+    depend on is their number, up to the order of sums, and but for batch-norm unless that is
+    synchronized.
 
     Args:
         config: what to do; what it leaves None is derived from the images.
@@ -45,35 +52,41 @@ def pretrain(
         start: a finished run of IR on the same images to go on from: its weights, bank and
             momentum are taken over and its epochs count, as in the reference's LA runs. LA begins
             after ``ir_epochs``, or at once where these are behind it.
+        rank_timeout: seconds after which a process that is silent ends all.
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
         "shares": {part of the time: 0-1}, "hint": what would shorten its waiting, or None}.
 
     Raises:
-        UserError: options, data and folder do not go together.
+        UserError: options, data and folder do not go together; a process has died.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint has been written.
+        Elsewhere: either of them, which another process tells.
     """
     run = Path(out)
-    checkpoint.check_new(run)
-    source = open_images(data)
-    fingerprint = source.fingerprint()
-    if start is not None:
-        config = _continuing(config, Path(start), fingerprint)
-    resolved = resolve(config, len(source), typical_side(source))
-    for line in explain(config, resolved, len(source)):
-        say(line)
-    feed = _feed(source, resolved)
-    learner = Learner(resolved, len(source))
-    measurement = OnlineNeighbors(resolved, data, source, feed.valid)
-    facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
-    if start is not None:
-        facts["start"] = str(start)
-    with runlock.hold(run):
-        checkpoint.check_new(run)  # once more: another process may have begun it meanwhile
-        checkpoint.begin_run(run, resolved, facts)
-        _begin(learner, feed, facts)
-        return _learn(resolved, run, feed, learner, measurement, START)
+    with ranks.joined(rank_timeout, _way_out(run)) as world:
+        if world.rank == 0:
+            checkpoint.check_new(run)
+        source = open_images(data)
+        fingerprint = source.fingerprint()
+        if start is not None:
+            config = _continuing(config, Path(start), fingerprint)
+        resolved = resolve(config, len(source), typical_side(source))
+        _check_ranks(resolved, world, len(source))
+        for line in explain(config, resolved, len(source)):
+            say(line)
+        feed = _feed(source, resolved, world)
+        learner = Learner(resolved, len(source), world)
+        measurement = OnlineNeighbors(resolved, data, source, feed.valid, world=world)
+        facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
+        if start is not None:
+            facts["start"] = str(start)
+        with _held(run, world):
+            if world.rank == 0:
+                checkpoint.check_new(run)  # once more: another may have begun it meanwhile
+                checkpoint.begin_run(run, resolved, facts)
+            _begin(learner, feed, facts)
+            return _learn(resolved, run, feed, learner, measurement, START)
 
 
 def resume(
@@ -82,46 +95,59 @@ def resume(
     *,
     data: str | None = None,
     typed: Iterable[str] = (),
+    rank_timeout: float = ranks.TIMEOUT,
 ) -> dict[str, Any]:
     """Go on with a run from its newest checkpoint; the end is that of a run never stopped.
+
+    Another number of processes than before may go on: up to the order of sums, and batch-norm.
 
     Args:
         out: the run folder.
         config: options set now; all but workers and device must be the run's own.
         data: another place of the same images. None: where the run found them.
         typed: names of the options in ``config`` that were set now.
+        rank_timeout: as of :func:`pretrain`.
 
     Returns:
         As :func:`pretrain`; of a finished run, what it returned then.
 
     Raises:
-        UserError: not a run, other options, other images, or a damaged checkpoint.
+        UserError: not a run, other options, other images, or a damaged checkpoint; a process has
+            died.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint has been written.
+        Elsewhere: either of them, which another process tells.
     """
     run = Path(out)
-    stored, facts = checkpoint.read_run(run)
-    for name in typed:
-        now, then = option_value(config, name), option_value(stored, name)
-        if name in _FREE:
-            stored = override(stored, **{name: now})
-        elif now != then:
+    with ranks.joined(rank_timeout, _way_out(run)) as world:
+        stored, facts = checkpoint.read_run(run)
+        for name in typed:
+            now, then = option_value(config, name), option_value(stored, name)
+            if name in _FREE:
+                stored = override(stored, **{name: now})
+            elif now != then:
+                raise UserError(
+                    f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
+                    " options. Leave it out, or start a new run with another --out."
+                )
+        data = data or str(facts["data"])
+        source = open_images(data)
+        if source.fingerprint() != facts["fingerprint"]:
             raise UserError(
-                f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
-                " options. Leave it out, or start a new run with another --out."
+                f"'{data}' ({len(source):,} images) is not what '{run}' has learned from"
+                f" ({facts['size']:,} images); start a new run with another --out."
             )
-    data = data or str(facts["data"])
-    source = open_images(data)
-    if source.fingerprint() != facts["fingerprint"]:
-        raise UserError(
-            f"'{data}' ({len(source):,} images) is not what '{run}' has learned from"
-            f" ({facts['size']:,} images); start a new run with another --out."
-        )
-    with runlock.hold(run):
-        return _go_on(run, stored, data, source, facts)
+        _check_ranks(stored, world, len(source))
+        with _held(run, world):
+            return _go_on(run, stored, data, source, facts, world)
 
 
 def _go_on(
-    run: Path, config: PretrainConfig, data: str, source: Source, facts: dict[str, Any]
+    run: Path,
+    config: PretrainConfig,
+    data: str,
+    source: Source,
+    facts: dict[str, Any],
+    world: World,
 ) -> dict[str, Any]:
     """From the newest checkpoint; from the beginning where the run was killed before its first."""
     newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
@@ -129,15 +155,45 @@ def _go_on(
     if summary := progress.get("summary"):
         say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
         return summary
-    feed = _feed(source, config, progress)
-    learner = Learner(config, len(source))
-    measurement = OnlineNeighbors(config, data, source, feed.valid)
+    feed = _feed(source, config, world, progress)
+    learner = Learner(config, len(source), world)
+    measurement = OnlineNeighbors(config, data, source, feed.valid, world=world)
     if newest is None:
         _begin(learner, feed, facts)
     else:
         learner.restore(newest)
     say(f"Going on with '{run}' after step {learner.step:,}.")
     return _learn(config, run, feed, learner, measurement, progress)
+
+
+def _way_out(run: Path) -> str:
+    return f"go on with localagg pretrain --resume {run}"
+
+
+@contextlib.contextmanager
+def _held(run: Path, world: World) -> Iterator[None]:
+    """The lock of the run, which rank 0 holds for all."""
+    with runlock.hold(run) if world.rank == 0 else contextlib.nullcontext():
+        world.barrier()
+        yield
+
+
+def _check_ranks(config: PretrainConfig, world: World, size: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UserError: one of these.
+    """
+    if world.size == 1:
+        return
+    many, objective = f"{world.size} processes", config.objective
+    smallest = min(known(config.batch_size), config.ir_batch_size or known(config.batch_size))
+    if smallest < world.size:
+        raise UserError(f"A batch of {smallest} cannot be shared out to {many}; use fewer.")
+    if objective.kmeans == "faiss":
+        raise UserError(f"--kmeans faiss cannot cluster over {many}; use --kmeans lloyd or auto.")
+    if objective.recluster_delay:
+        raise UserError(f"--recluster-delay is of one process; with {many} leave it out.")
 
 
 def _begin(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
@@ -180,11 +236,13 @@ def _continuing(config: PretrainConfig, start: Path, fingerprint: str) -> Pretra
 _FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
 
 
-def _feed(source: Source, config: PretrainConfig, progress: dict[str, Any] | None = None) -> Feed:
+def _feed(
+    source: Source, config: PretrainConfig, world: World, progress: dict[str, Any] | None = None
+) -> Feed:
     """The batches; with the progress of a run that goes on, those that it would have drawn."""
     before = progress if progress and "left_out" in progress else None
     with showing("reading images") as show:
-        feed = Feed(source, config, Throttle(show), before=before)
+        feed = Feed(source, config, Throttle(show), before=before, world=world)
     if feed.unreadable:
         say(f"{len(feed.unreadable):,} unreadable images are left out.")
     return feed
@@ -198,7 +256,8 @@ def _learn(
     measurement: OnlineNeighbors,
     progress: dict[str, Any],
 ) -> dict[str, Any]:
-    """The loop. It reads from top to bottom as a batch of images travels."""
+    """The loop. It reads from top to bottom as a batch of images travels: this rank's share of it
+    up to the network, and all of it from there to the bank, of which this rank has some rows."""
     objective, bank, device = config.objective, learner.bank, learner.device
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
@@ -213,7 +272,9 @@ def _learn(
                 with _new_labels(book):
                     learner.recluster(book.after_clustering)
 
-            size = None if aggregating else config.ir_batch_size
+            size = known(config.batch_size)
+            if not aggregating and config.ir_batch_size:
+                size = config.ir_batch_size
             batches = on_device(feed.batches(epoch, first, size), device)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
@@ -228,21 +289,20 @@ def _learn(
                 with book.shares("network"):
                     embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
                 with book.shares("loss engine"):
-                    v = embedding.detach().requires_grad_()
-                    loss, notes = _loss(learner, v, index, aggregating)
-                    (gradient,) = torch.autograd.grad(loss, v)
+                    batch = sharded.gather(learner.world, embedding, index, size)
+                    loss, gradient, notes = score(learner, batch, aggregating)
                 with book.shares("network"):
                     _set_rate(learner, schedule)
                     learner.fabric.backward(embedding, gradient=gradient)
+                    gradient = learner.share_gradients(gradient)
                     learner.optimizer.step()
                     learner.optimizer.zero_grad()
                 with book.shares("bank"):
-                    notes["staleness"] = staleness(bank.rows[index], v.detach())
-                    bank.update(index, v, momentum=objective.bank_momentum)
+                    bank.update(batch.index, batch.embedding, momentum=objective.bank_momentum)
                 learner.step += 1
                 ends = learner.step == end
-                book.after_step(epoch, aggregating, index, loss, gradient, notes, ends=ends)
-                if book.interrupt.asked:
+                book.after_step(epoch, aggregating, batch.index, loss, gradient, notes, ends=ends)
+                if book.asked:
                     break
             if learner.step == end:
                 measured = {}
@@ -264,33 +324,6 @@ def _new_labels(book: Book) -> Iterator[None]:
         yield
         if book.learner.labels is not before:
             book.health.clustered(known(book.learner.labels), before)
-
-
-def _loss(
-    learner: Learner, embedding: Tensor, index: Tensor, aggregating: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective of a step, and what else is worth a curve. Reads the bank before its update."""
-    objective, rows = learner.config.objective, learner.bank.rows
-    if aggregating:
-        assert learner.labels is not None
-        K = objective.neighbors or len(rows)
-        bank = learner.bank.prepared
-        found = find_neighbors(embedding, bank, learner.labels, index, neighbors=K)
-        options = {
-            "temperature": objective.temperature,
-            "instance_share": objective.instance_share,
-        }
-        loss = neighborhood_loss(embedding, rows, found, **options)
-        return loss, {"without_close": found.without_close}
-    if objective.instance_loss == "softmax":
-        return instance_softmax(embedding, rows, index, temperature=objective.temperature), {}
-    position = torch.arange(len(index))
-    keys = (learner.config.seed, NOISE, learner.step, position)
-    noise_index = integers(len(rows), *keys, count=objective.noise).to(rows.device)
-    loss, data_term, noise_term = instance_nce(
-        embedding, rows, index, noise_index, temperature=objective.temperature
-    )
-    return loss, {"data_term": data_term, "noise_term": noise_term}
 
 
 def _set_rate(learner: Learner, schedule: Schedule) -> None:

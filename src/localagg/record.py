@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .checkpoint import has_checkpoint, latest, write_json, writing
@@ -15,7 +16,7 @@ from .data.waiting import waiting_hint
 from .health import Health
 from .learner import Learner
 from .lloyd import KMeans
-from .logbook import Metrics, Shares, progress_bar, say
+from .logbook import Metrics, NoMetrics, Shares, progress_bar, say
 from .schedule import Schedule
 from .signals import interruptible
 from .watch import Step, Watch, not_finite
@@ -27,7 +28,10 @@ START: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "fina
 
 
 class Book:
-    """The record of a run: console, metrics, checkpoints, and where the time went."""
+    """The record of a run: console, metrics, checkpoints, and where the time went.
+
+    Of several ranks the first writes and tells; the others take part in its checkpoints.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,8 @@ class Book:
         progress: dict[str, Any],
     ) -> None:
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
+        self.world = learner.world
+        self.due = self.heard = False
         self.last_step = schedule.last
         self.shares = Shares(learner.device)
         self.shares.seconds = dict(progress["shares"])
@@ -48,9 +54,11 @@ class Book:
         self.before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
         self.started = self.saved = time.monotonic()
-        self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=learner.step)
+        self.metrics = NoMetrics()
+        if self.world.rank == 0:
+            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=learner.step)
         self.watch = Watch()
-        self.health = Health(progress.get("health"))
+        self.health = Health(progress.get("health"), self.world)
         self.bar = progress_bar()
 
     def __enter__(self) -> "Book":
@@ -84,6 +92,7 @@ class Book:
         Not where the epoch ends: it is measured first, and a run that goes on from a checkpoint
         before that would leave the measurement out.
         """
+        self._agree()
         step = self.learner.step
         facts = {
             "epoch": epoch + 1,
@@ -97,8 +106,23 @@ class Book:
         elif step % self.config.log_every == 0:
             self._look(self.watch.begin())
         self.bar.update(self.task, completed=step)
-        if not ends and time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+        if not ends and self.due:
             self.checkpoint()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the loop is to stop after this step: on all ranks alike."""
+        return self.interrupt.asked if self.world.size == 1 else self.heard
+
+    def _agree(self) -> None:
+        """All ranks learn of a signal to any, and whether rank 0 finds a checkpoint due. One
+        all-reduce of two numbers."""
+        self.due = time.monotonic() - self.saved >= self.config.checkpoint_seconds
+        if self.world.size > 1:
+            due = int(self.due and self.world.rank == 0)
+            status, due = self.world.maximum(torch.tensor([self.interrupt.status, due])).tolist()
+            self.due, self.heard = bool(due), bool(status)
+            self.interrupt.status = status
 
     def _look(self, steps: list[Step]) -> None:
         """What has come from steps: their lines, and the sums of the epoch.
@@ -131,8 +155,9 @@ class Book:
         file, index = self.run / "not-finite.json", step.index.tolist()
         good = latest(self.run)
         facts = {"step": step.number, **step.facts, **step.values, "index": index}
-        with writing(self.run):
-            write_json(file, {**facts, "checkpoint": str(good)})
+        if self.world.rank == 0:
+            with writing(self.run):
+                write_json(file, {**facts, "checkpoint": str(good)})
         named = ", ".join(map(str, index[:_NAMED]))
         raise UserError(
             f"{what} (images {named}{', ...' if len(index) > _NAMED else ''}; all are in '{file}')."
@@ -182,7 +207,9 @@ class Book:
         Raises:
             Interrupted: it was.
         """
-        if self.interrupt.asked:
+        if self.world.size > 1:
+            self._agree()
+        if self.asked:
             raise self.interrupt.stopped(
                 f"Stopped after step {self.learner.step:,}; go on with"
                 f" localagg pretrain --resume {self.run}"
@@ -236,7 +263,8 @@ class Book:
             UserError: a weight or a bank row is not finite.
         """
         encoder, rows = self.learner.encoder, self.learner.bank.rows
-        if name := not_finite([*encoder.state_dict().items(), ("the memory bank", rows)]):
+        found = not_finite([*encoder.state_dict().items(), ("the memory bank", rows)])
+        if name := next(filter(None, self.world.objects(found)), None):
             what = f"After step {self.learner.step:,} {name} is not finite"
             if self.watch.last is None:
                 raise UserError(f"{what}; the run cannot begin so.")

@@ -4,7 +4,7 @@ A step of R ranks, each with b = B/R samples and n = N/R rows of the bank::
 
     batch = gather(world, v, index, total=B)               # everyone's samples, [B, D]
     scored = local_aggregation(world, batch, bank, labels)  # each rank scores them on its rows
-    embedding.backward(scored.gradient * R)                # DDP divides by R
+    embedding.backward(scored.gradient)                    # then add up the weights' gradients
     bank.update(batch.index, batch.embedding)              # each rank its own rows
 
 What goes over the wire, payload bytes a rank hands to a collective (e = 4 in float32, 8 in
@@ -70,6 +70,17 @@ class Scored(NamedTuple):
     """[b, D]: of that mean, in this rank's embedding."""
     notes: dict[str, Tensor]
     """Scalars: "without_close" of LA; "data_term" and "noise_term" of NCE."""
+
+
+class Rows(NamedTuple):
+    """Rows that are split over ranks, as a bank's are."""
+
+    rows: Tensor
+    """[n, D], those of this rank."""
+    part: range
+    """Which of all they are."""
+    size: int
+    """N, of all ranks."""
 
 
 def gather(world: World, embedding: Tensor, index: Tensor, total: int) -> Batch:
@@ -347,7 +358,7 @@ def instance_nce(
 
 @torch.no_grad()
 def nearest_rows(
-    world: World, queries: Tensor, bank: MemoryBank, k: int, *, exclude: Tensor | None = None
+    world: World, queries: Tensor, bank: MemoryBank | Rows, k: int, *, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k most similar rows of the whole bank; as ``knn.nearest_rows``, ties by the lowest row.
 

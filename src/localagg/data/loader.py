@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig, UserError, ViewConfig, option
+from ..distributed import World
 from ..draws import ORDER, permutation
 from .cropping import Crops, Measured
 from .decode import decode, image_size
@@ -51,11 +52,15 @@ class Feed:
     when it is decoded) is not read again: readable images of its batch stand in for it, so that
     batches and epochs stay as long as they were, and a resumed run draws the same ones.
 
+    Each of several ranks reads its share of each batch. What stands in for an image that fails
+    later is then of the share, not of the batch.
+
     Args:
         source: the images.
         config: batch_size, seed, workers, memory, unreadable and the views.
         on_progress: called as images are read.
         before: {"left_out", "unreadable"} of the run that goes on, as :meth:`state` gave them.
+        world: the ranks, which all have the same source. None: this process alone.
 
     Raises:
         UserError: images that cannot be read, unless they are to be skipped; fewer images than
@@ -69,8 +74,9 @@ class Feed:
         on_progress: Progress,
         *,
         before: dict[str, list[int]] | None = None,
+        world: World | None = None,
     ) -> None:
-        self.source, self.config = source, config
+        self.source, self.config, self.world = source, config, world or World()
         self.pixels, self.unreadable, self.sizes = _hold_or_scan(source, config, on_progress)
         self.cropped = self.pixels is None
         report_unreadable(source, self.unreadable, config.unreadable)
@@ -92,7 +98,10 @@ class Feed:
         self.steps = len(self.valid) // self.batch
 
     def state(self) -> dict[str, list[int]]:
-        """What a resumed run has to know: images never drawn, and all that cannot be read."""
+        """What a resumed run has to know: images never drawn, and all that cannot be read, on any
+        rank. One exchange of objects."""
+        for unreadable in self.world.objects(self.unreadable):
+            self.unreadable = self.unreadable | unreadable
         left_out = torch.ones(len(self.source), dtype=torch.bool)
         left_out[self.valid] = False
         never = left_out.nonzero().squeeze(1).tolist()
@@ -103,10 +112,12 @@ class Feed:
         return self.valid[permutation(len(self.valid), self.config.seed, ORDER, epoch)]
 
     def batches(self, epoch: int, first: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
-        """Batches ``first``.. of an epoch, of the configured size or another."""
+        """This rank's share of batches ``first``.. of an epoch, of their size or another."""
         size = batch_size or self.batch
         order = self.order(epoch)[: len(self.valid) // size * size]
-        chunks = [self._readable(chunk) for chunk in order.split(size)[first:]]
+        part = self.world.part(size)
+        own = (chunk[part.start : part.stop] for chunk in order.split(size)[first:])
+        chunks, size = [self._readable(chunk) for chunk in own], len(part)
         if self.pixels is not None:
             for index in chunks:
                 index = _filled(index, size)
@@ -269,6 +280,7 @@ def evaluation_batches(
     batch: int = 256,
     workers: int = 0,
     ten_crop: bool = False,
+    part: slice = slice(None),
 ) -> Iterator[Batch]:
     """The central view of every readable image, in order: uint8 [B, 3, S, S].
 
@@ -280,8 +292,9 @@ def evaluation_batches(
         batch: images at a time.
         workers: processes that decode.
         ten_crop: the ten views of :func:`augment.ten_crop_views` instead: uint8 [B, 10, 3, S, S].
+        part: which of the batches.
     """
-    chunks = list(torch.arange(len(source)).split(batch))
+    chunks = list(torch.arange(len(source)).split(batch))[part]
     for index, images, _ in through_workers(Measured(source, views, chunks, ten_crop), workers):
         if len(index):
             yield Batch(index, images)

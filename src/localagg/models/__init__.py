@@ -55,7 +55,7 @@ class Encoder(nn.Module):
             images: [B, 3, H, W], uint8 in 0-255 or floating in 0-1, RGB.
 
         Returns:
-            float32 unit rows [B, dim].
+            float32 unit rows [B, dim] (float64 from float64 weights).
 
         Raises:
             UserError: images of a size that this network cannot take (AlexNet, VGG).
@@ -64,7 +64,8 @@ class Encoder(nn.Module):
 
     def unnormalized(self, images: Tensor) -> Tensor:
         """float32 [B, dim]: what the head computes, before it is brought to unit length."""
-        return self.head(self.backbone.vector(self._normalized(images))).float()
+        found = self.head(self.backbone.vector(self._normalized(images)))
+        return found if found.dtype == torch.float64 else found.float()
 
     @property
     def layers(self) -> list[str]:
