@@ -77,7 +77,7 @@ class Pool:
 
     def __init__(self, most: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "sympy", "localagg.sharded"])  # torch needs sympy
+        context.set_forkserver_preload(["torch", "sympy", "localagg.pretrain"])  # torch needs sympy
         self.folder, self.calls = tempfile.TemporaryDirectory(), 0
         self.answers = context.Queue()
         self.tasks = [context.Queue() for _ in range(most)]

@@ -21,17 +21,14 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, or a scheduler's signal: the work was saved; the message says how to go on.
-
-    The command line exits with ``status``; see :mod:`localagg.signals`.
-    """
+    """Ctrl-C, or a scheduler's signal: the work was saved. ``status``: see localagg.signals."""
 
     def __init__(self, message: str, *, status: int = 130) -> None:
         super().__init__(message)
         self.status = status
 
 
-@dataclass
+@dataclass(eq=False)
 class Elsewhere(Exception):
     """The job has ended, and another of its processes tells why; exit with ``status``."""
 

@@ -21,7 +21,7 @@ from .ranks import LAUNCHED, ended, post
 from .signals import STATUS
 
 _LOOK = 0.05  # seconds
-_GRACE = 20.0  # seconds for the others to end in, after the first has failed
+_GRACE = 15.0  # seconds for the others to end in, after the first has failed
 
 
 def launch(words: list[str], processes: int, run: str) -> None:

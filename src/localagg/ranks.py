@@ -51,7 +51,9 @@ def joined(timeout: float = TIMEOUT, way_out: str = "begin again") -> Iterator[W
         Elsewhere: this rank ends because of another, which tells why.
     """
     if dist.is_initialized():
-        yield World.current()
+        world = World.current()
+        console.quiet = world.rank > 0
+        yield world
         return
     environment = _environment()
     if environment is None or environment.world_size() == 1:
@@ -59,8 +61,7 @@ def joined(timeout: float = TIMEOUT, way_out: str = "begin again") -> Iterator[W
         return
     if timeout <= 0:
         raise UserError(f"--rank-timeout is {timeout:g}; it must be above 0.")
-    if environment.global_rank():
-        console.quiet = True
+    console.quiet = environment.global_rank() > 0  # the first tells
     job = Job(environment, timeout, way_out)
     try:
         job.begin()
@@ -169,12 +170,12 @@ class Job:
             if lost:
                 if (status := self._ended(_STILL)) is not None:
                     return Elsewhere(status)
-                error = UserError(f"{self._diagnosed(str(error))}; {self.way_out}.")
+                error = UserError(f"{self._diagnosed(str(error))}; {self.way_out}")
             status = status_of(error)
             return error if post(store, status) else Elsewhere(self._ended(1) or status)
         except dist.DistError:  # the store is gone
             where = f"{self.address[0]}:{self.address[1]}"
-            gone = f"Rank 0 of {self.size}, at {where}, has gone; {self.way_out}."
+            gone = f"Rank 0 of {self.size}, at {where}, has gone; {self.way_out}"
             return UserError(gone) if lost else error
         finally:
             self._over.set()
@@ -262,7 +263,7 @@ class Job:
 
     def _quit(self, status: int, why: str | None = None) -> None:
         if why is not None:
-            print(f"localagg: {why}; {self.way_out}.", file=sys.stderr, flush=True)
+            print(f"localagg: {why}; {self.way_out}", file=sys.stderr, flush=True)
             if self._hosts:
                 time.sleep(3 * _PULSE)  # for the others to hear of it
         os._exit(status)

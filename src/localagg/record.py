@@ -122,7 +122,7 @@ class Book:
             due = int(self.due and self.world.rank == 0)
             status, due = self.world.maximum(torch.tensor([self.interrupt.status, due])).tolist()
             self.due, self.heard = bool(due), bool(status)
-            self.interrupt.status = status
+            self.interrupt.status = self.interrupt.status or status  # one may come meanwhile
 
     def _look(self, steps: list[Step]) -> None:
         """What has come from steps: their lines, and the sums of the epoch.

@@ -56,7 +56,8 @@ class Watch:
             gradient: [B, D], of the loss.
         """
         finite = torch.isfinite(gradient).all()
-        scalars = torch.stack([value.detach().float() for value in (finite, *values.values())])
+        wide = torch.promote_types(values["loss"].dtype, torch.float32)
+        scalars = torch.stack([value.detach().to(wide) for value in (finite, *values.values())])
         self.last = Step(number, facts, index, {}, True)
         self._waiting.append((self.last, list(values), scalars))
 
