@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import rank_cases
 import torch
-from ranks import Pool
 from safetensors.torch import load_file, save_file
 
+import rank_cases
 from localagg import checkpoint, cli, shards
 from localagg.bank import MemoryBank
 from localagg.config import UserError, override, to_dict
 from localagg.logbook import read_metrics
 from localagg.recipes import recipe
+from ranks import Pool
 
 EXACT = override(
     recipe("digits").config,

@@ -10,6 +10,7 @@ the user; all others end silently, with its status.
 import contextlib
 import datetime
 import os
+import signal
 import socket
 import sys
 import threading
@@ -168,7 +169,9 @@ class Job:
             return error
         try:
             if lost:
-                if (status := self._ended(_STILL)) is not None:
+                with contextlib.suppress(ValueError):  # not the main thread
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once
+                if (status := self._ended(1)) is not None:  # who fails says so before it ends
                     return Elsewhere(status)
                 error = UserError(f"{self._diagnosed(str(error))}; {self.way_out}")
             status = status_of(error)
