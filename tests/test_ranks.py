@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from localagg import checkpoint, cli
 from localagg.logbook import read_metrics
 
-# 28 steps, each saved.
+# 14 steps, each saved.
 JOB = (
     "digits --data digits --epochs 2 --ir-epochs 1 --width 4 --blocks 1 --neighbors 64"
-    " --clusters 10 20 --kmeans-iterations 3 --batch-size 100 --log-every 1 --eval-every 2"
+    " --clusters 10 20 --kmeans-iterations 3 --batch-size 200 --log-every 1 --eval-every 2"
     " --device cpu --precision 32-true --checkpoint-seconds 0"
 )
 PATIENCE = 120  # seconds
 
 
-def begin(command: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def begin(command: list[str], **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-m", *command], stdout=pipe, stderr=pipe, text=True, env=environment,
@@ -41,9 +41,15 @@ def pretrain(run: Path, *options: str, ranks: int = 2) -> subprocess.Popen:
     return begin(["localagg", "pretrain", *words, "--processes", str(ranks), *options])
 
 
-def torchrun(run: Path, *options: str, job: str = JOB) -> subprocess.Popen:
-    words = ["localagg", "pretrain", *job.split(), "--out", str(run)]
+def torchrun(run: Path, *options: str) -> subprocess.Popen:
+    words = ["localagg", "pretrain", *JOB.split(), "--out", str(run)]
     return begin(["torch.distributed.run", *options, "-m", *words])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def end(process: subprocess.Popen) -> tuple[int, list[str]]:
@@ -93,7 +99,7 @@ def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_
 ):
     run = tmp_path / "run"
     process = pretrain(run)
-    wait_for_step(process, run, 5)
+    wait_for_step(process, run, 3)
     victim = ranks_of(process)[1]
     os.kill(victim, signal.SIGKILL)
     status, told = end(process)
@@ -104,14 +110,14 @@ def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_
     ]
 
     process = pretrain(run)
-    wait_for_step(process, run, 11)
+    wait_for_step(process, run, 6)
     ranks = ranks_of(process)
     os.kill(process.pid, signal.SIGKILL)
     end(process)  # when the last has ended that could write to its pipe, a second later at most
     assert not any(Path(f"/proc/{rank}/fd/2").exists() for rank in ranks)
 
     process = pretrain(run)
-    wait_for_step(process, run, 17)
+    wait_for_step(process, run, 9)
     os.kill(ranks_of(process)[1], signal.SIGTERM)  # one hears it, all stop
     status, told = end(process)
     assert status == 75
@@ -123,9 +129,7 @@ def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_
 
 
 def test_two_nodes_over_loopback_learn_the_same(tmp_path, whole):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def node(number: int, run: Path) -> subprocess.Popen:
         where = f"--master-addr 127.0.0.1 --master-port {port} --rdzv-backend static"
@@ -164,14 +168,40 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path):
     assert checkpoint.read_progress(checkpoint.latest(run))["step"] >= 3
 
 
-def test_a_mistake_is_told_once(tmp_path):
+def srun(run: Path, *options: str) -> list[subprocess.Popen]:
+    """Two tasks, as srun would start them; the first keeps the store."""
+    job = {"JOB_ID": 1, "JOB_NAME": "test", "NODELIST": "127.0.0.1"}
+    job |= {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0}
+    tasks = []
+    port = free_port()
+    for task in (0, 1):
+        values = {**job, "PROCID": task, "LOCALID": task}
+        names = {f"SLURM_{name}": str(value) for name, value in values.items()}
+        words = ["localagg", "pretrain", *JOB.split(), "--out", str(run), *options]
+        tasks.append(begin(words, MASTER_PORT=str(port), **names))
+    return tasks
+
+
+def test_under_slurm_a_mistake_is_told_once(tmp_path):
     run = tmp_path / "run"
-    process = torchrun(run, "--standalone", "--nproc-per-node", "2", job=f"{JOB} --kmeans faiss")
-    _, told = end(process)
-    assert told == [
+    ended = [end(task) for task in srun(run, "--kmeans", "faiss")]
+    assert [status for status, _ in ended] == [2, 2]
+    assert [line for _, told in ended for line in told] == [
         "localagg: --kmeans faiss cannot cluster over 2 processes; use --kmeans lloyd or auto."
     ]
     assert not run.exists()
+
+
+def test_under_slurm_the_death_of_the_first_task_is_told_by_the_other(tmp_path):
+    run = tmp_path / "run"
+    first, other = srun(run)
+    wait_for_step(first, run, 3)
+    first.kill()
+    status, told = end(other)
+    assert status == 2
+    assert len(told) == 1
+    assert "Rank 0 of 2, at 127.0.0.1:" in told[0]
+    assert told[0].endswith(f"has gone; go on with localagg pretrain --resume {run}")
 
 
 def test_wrong_numbers_are_refused_before_anything_starts(capsys):

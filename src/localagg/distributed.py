@@ -5,6 +5,7 @@ A job has R ranks. Whatever is split over them (rows of the bank, samples of a b
 every rank knows every other's part, and nothing about sizes goes over the wire.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ class World:
     Args:
         rank: of this process.
         size: R. With 1 every method returns its argument.
+        local: of this process among those of its machine, by which it has its GPU.
 
     Attributes:
         calls: collectives that were begun, by which a rank that lags behind the others is found.
@@ -49,15 +51,16 @@ class World:
         Disconnected: of each method, where a collective fails.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size, self.calls = rank, size, 0
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
+        self.rank, self.size, self.local, self.calls = rank, size, local, 0
 
     @classmethod
     def current(cls) -> "World":
         """The default process group of ``torch.distributed``; one rank where there is none."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
+        local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
+        return cls(dist.get_rank(), dist.get_world_size(), local)
 
     def part(self, size: int) -> range:
         """This rank's :func:`share` of 0..size-1."""

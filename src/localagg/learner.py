@@ -1,6 +1,5 @@
 """All that changes while a run learns, on its device, and how it is saved."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ class Learner:
 
     def __init__(self, config: PretrainConfig, size: int, world: World | None = None) -> None:
         self.config, self.world = config, world or World()
-        number = int(os.environ.get("LOCAL_RANK", 0)) if self.world.size > 1 else None
+        number = self.world.local if self.world.size > 1 else None
         self.fabric = make_fabric(config.device, config.precision, number)
         self.encoder = make_encoder(config.encoder, config.seed)
         if config.sync_batch_norm and self.world.size > 1:

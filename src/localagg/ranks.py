@@ -98,7 +98,7 @@ class Job:
         self.rank, self.size = environment.global_rank(), environment.world_size()
         self.address = (environment.main_address, environment.main_port)
         self.timeout, self.way_out = timeout, way_out
-        self.world = World(self.rank, self.size)
+        self.world = World(self.rank, self.size, environment.local_rank())
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts = self.rank == 0 and not by_agent
         self._parent = _parent()
