@@ -43,7 +43,7 @@ class Pretrain:
     processes: int = 1
     """Processes of this machine that learn together, each on its own GPU or all on the CPU. (Under
     torchrun or srun leave it out.)"""
-    rank_timeout: float = 300.0
+    rank_timeout: float = 600.0
     """Of several processes: seconds after which one that is silent ends all."""
     json: str | None = None
     """Also write the result here."""

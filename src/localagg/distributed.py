@@ -7,7 +7,7 @@ every rank knows every other's part, and nothing about sizes goes over the wire.
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch import Tensor
 # torch 2.14 renames the two that take one tensor for all ranks, and warns of their old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+T = TypeVar("T")
 
 
 class Disconnected(RuntimeError):
@@ -139,6 +142,17 @@ class World:
     def barrier(self) -> None:
         """Wait until all ranks are here. One all-reduce of a number."""
         self.sum(torch.zeros(1))
+
+    def first(self, call: Callable[[], T]) -> T:
+        """What a call returns, which rank 0 makes before the others: it may leave a file that they
+        find then. One barrier."""
+        if self.rank:
+            self.barrier()
+            return call()
+        try:
+            return call()
+        finally:
+            self.barrier()
 
     def _places(self, total: int, device: torch.device) -> Tensor | slice:
         """Where the rows stand when each rank's share is padded to the longest: [total]."""

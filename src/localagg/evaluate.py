@@ -212,7 +212,7 @@ class OnlineNeighbors:
         if source.labels is None or not config.eval_every:
             return
         try:
-            self.choice = choose(data, source, valid)
+            self.choice = self.world.first(lambda: choose(data, source, valid))
         except Unmeasurable as error:
             say(f"Nothing is measured while learning: {error}")
             return

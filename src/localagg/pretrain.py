@@ -67,7 +67,7 @@ def pretrain(
     with ranks.joined(rank_timeout, _way_out(run)) as world:
         if world.rank == 0:
             checkpoint.check_new(run)
-        source = open_images(data)
+        source = world.first(lambda: open_images(data))
         fingerprint = source.fingerprint()
         if start is not None:
             config = _continuing(config, Path(start), fingerprint)
@@ -129,16 +129,16 @@ def resume(
                     f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
                     " options. Leave it out, or start a new run with another --out."
                 )
-        data = data or str(facts["data"])
-        source = open_images(data)
+        place = data or str(facts["data"])
+        source = world.first(lambda: open_images(place))
         if source.fingerprint() != facts["fingerprint"]:
             raise UserError(
-                f"'{data}' ({len(source):,} images) is not what '{run}' has learned from"
+                f"'{place}' ({len(source):,} images) is not what '{run}' has learned from"
                 f" ({facts['size']:,} images); start a new run with another --out."
             )
         _check_ranks(stored, world, len(source))
         with _held(run, world):
-            return _go_on(run, stored, data, source, facts, world)
+            return _go_on(run, stored, place, source, facts, world)
 
 
 def _go_on(
@@ -151,6 +151,7 @@ def _go_on(
 ) -> dict[str, Any]:
     """From the newest checkpoint; from the beginning where the run was killed before its first."""
     newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
+    newest = world.objects(newest)[0]  # rank 0's view of the disk
     progress = START if newest is None else checkpoint.read_progress(newest)
     if summary := progress.get("summary"):
         say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")

@@ -28,7 +28,7 @@ from .config import Elsewhere, Interrupted, UserError
 from .distributed import Disconnected, World
 from .logbook import console
 
-TIMEOUT = 300.0  # seconds
+TIMEOUT = 600.0  # seconds
 LAUNCHED = "localagg-"  # and the process id of what has started the ranks, as the name of the job
 _PULSE = 1.0  # seconds
 _STILL = 4 * _PULSE  # without a beat: dead, where a connection was lost

@@ -68,7 +68,7 @@ class Book:
             self.task = self.bar.add_task("learning", total=self.last_step, note="")
             self.bar.update(self.task, completed=self.learner.step)
             self.interrupt = stack.enter_context(interruptible())
-            if not has_checkpoint(self.run):
+            if not self.world.objects(has_checkpoint(self.run))[0]:  # rank 0's view of the disk
                 self.checkpoint()
             self.stack = stack.pop_all()
         return self
