@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rank_cases
+from damage import middle_lost
 from localagg import checkpoint, cli, shards
 from localagg.bank import MemoryBank
 from localagg.config import UserError, override, to_dict
@@ -104,6 +105,21 @@ def test_batch_norm_of_its_own_share_is_the_default_and_repeats_itself(pool, alo
     assert_close(tmp_path / "a", tmp_path / "b", within=0.0)
     with pytest.raises(AssertionError):
         assert_close(alone / "digits", tmp_path / "a")
+
+
+def test_an_image_that_fails_mid_way_is_left_out_by_all_ranks(pool, tmp_path, pictures):
+    data, bad = tmp_path / "data", "temple/06.jpg"
+    shutil.copytree(pictures / "train", data)
+    (data / bad).write_bytes(middle_lost((data / bad).read_bytes()))
+    config = to_dict(override(PICTURES, unreadable="skip", checkpoint_seconds=0.0))
+    pool(2, rank_cases.learn, config, str(data), str(tmp_path / "whole"))
+    for stop in (2, 5, 9, 0):
+        pool(2, rank_cases.learn, config, str(data), str(tmp_path / "run"), stop)
+    assert_close(tmp_path / "whole", tmp_path / "run", within=0.0)
+    counted = [
+        line["unreadable"] for line in read_metrics(tmp_path / "run") if "unreadable" in line
+    ]
+    assert counted == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("dims", "sizes"), [(4, [3, 5]), (2, [4, 1, 6]), (4, [2, 0, 3])])

@@ -12,7 +12,7 @@ from . import checkpoint
 from .bank import MemoryBank
 from .batch_norm import running_statistics, share_batch_norm
 from .clustering import cluster
-from .config import EncoderConfig, PretrainConfig
+from .config import EncoderConfig, PretrainConfig, UserError
 from .data.sources import Source
 from .device import make_fabric
 from .distributed import World
@@ -47,6 +47,8 @@ class Learner:
             share_batch_norm(self.encoder, self.world)
         self.encoder.to(memory_format=torch.channels_last)
         self.device = self.fabric.device
+        if self.world.size > 1 and self.device.type == "mps":
+            raise UserError("Several processes cannot share --device mps; use --device cpu.")
         fused = self.device.type in ("cpu", "cuda")  # one pass over weights, gradients, momenta
         optimizer = torch.optim.SGD(
             _decayed(self.encoder, config), momentum=config.momentum, fused=fused

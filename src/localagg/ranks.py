@@ -242,7 +242,7 @@ class Job:
         """
         try:
             store, beat = self._connect(_CONNECT), 0
-            other, seen, since = (self.rank + 1) % self.size, (0, 0), time.monotonic()
+            other, seen, silent = (self.rank + 1) % self.size, (0, 0), 0  # times that it was so
             while not self._over.wait(_PULSE):
                 beat += 1
                 store.set(f"pulse/{self.rank}", f"{beat} {self.world.calls}")
@@ -256,8 +256,10 @@ class Job:
                 # One that lags behind in collectives lets this one wait; who does not, may work.
                 alive = now[0] != seen[0] and (now[1] != seen[1] or now[1] >= mine)
                 if alive:
-                    seen, since = now, time.monotonic()
-                elif time.monotonic() - since > self.timeout and post(store, 2):
+                    seen, silent = now, 0
+                    continue
+                silent += 1  # no clock, which goes on while a whole job is suspended
+                if silent * _PULSE > self.timeout and post(store, 2):
                     name = self._named(store, [other])
                     self._quit(2, f"{name} has been silent for {self.timeout:g} s")
         except (dist.DistError, UserError):  # the store has gone, and with it who hosts it

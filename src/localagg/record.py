@@ -180,6 +180,7 @@ class Book:
             if hint and not self.hinted:
                 say(f"epoch {epoch + 1}: {hint}")
                 self.hinted = True
+        self.feed.agree()
         if unreadable := len(self.feed.unreadable):
             with writing(self.run):
                 self.metrics.write(

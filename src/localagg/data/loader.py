@@ -98,14 +98,17 @@ class Feed:
         self.steps = len(self.valid) // self.batch
 
     def state(self) -> dict[str, list[int]]:
-        """What a resumed run has to know: images never drawn, and all that cannot be read, on any
-        rank. One exchange of objects."""
-        for unreadable in self.world.objects(self.unreadable):
-            self.unreadable = self.unreadable | unreadable
+        """What a resumed run has to know: images never drawn, and all that cannot be read."""
+        self.agree()
         left_out = torch.ones(len(self.source), dtype=torch.bool)
         left_out[self.valid] = False
         never = left_out.nonzero().squeeze(1).tolist()
         return {"left_out": never, "unreadable": sorted(self.unreadable)}
+
+    def agree(self) -> None:
+        """Ranks tell one another which images they could not read. One exchange of objects."""
+        for unreadable in self.world.objects(self.unreadable):
+            self.unreadable = self.unreadable | unreadable
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in their order: int64 [images]."""
