@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localagg import checkpoint, cli
+from localagg import checkpoint, cli, shards
 from localagg.logbook import read_metrics
 
 # 14 steps, each saved.
@@ -88,15 +88,22 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of two processes that nothing happens to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert end(pretrain(run)) == (0, [])
+    """The run that nothing happens to, by torchrun on two nodes over loopback."""
+    run, port = tmp_path_factory.mktemp("whole") / "run", free_port()
+    where = f"--master-addr 127.0.0.1 --master-port {port} --rdzv-backend static"
+    nodes = [
+        torchrun(run, *f"--nnodes 2 --nproc-per-node 1 --node-rank {node} {where}".split())
+        for node in (0, 1)
+    ]
+    assert [end(node) for node in nodes] == [(0, []), (0, [])]
+    assert len(shards.shards(checkpoint.latest(run), "bank")) == 2
     return run
 
 
 def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_as_if_none_were(
     tmp_path, whole
 ):
+    """By ``--processes``, and to the bit as the other two nodes."""
     run = tmp_path / "run"
     process = pretrain(run)
     wait_for_step(process, run, 3)
@@ -126,19 +133,6 @@ def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_
 
     assert end(pretrain(run)) == (0, [])
     assert_same(whole, run)
-
-
-def test_two_nodes_over_loopback_learn_the_same(tmp_path, whole):
-    port = free_port()
-
-    def node(number: int, run: Path) -> subprocess.Popen:
-        where = f"--master-addr 127.0.0.1 --master-port {port} --rdzv-backend static"
-        words = f"--nnodes 2 --nproc-per-node 1 --node-rank {number} {where}"
-        return torchrun(run, *words.split())
-
-    nodes = [node(number, tmp_path / "run") for number in (0, 1)]
-    assert [end(one) for one in nodes] == [(0, []), (0, [])]
-    assert_same(whole, tmp_path / "run")
 
 
 def test_a_killed_rank_of_torchrun_is_named_by_another(tmp_path):

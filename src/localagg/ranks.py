@@ -16,17 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore
 
 from .config import Elsewhere, Interrupted, UserError
 from .distributed import Disconnected, World
 from .logbook import console
+
+if TYPE_CHECKING:  # it takes a second to load, which what starts the ranks need not wait for
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 TIMEOUT = 600.0  # seconds
 LAUNCHED = "localagg-"  # and the process id of what has started the ranks, as the name of the job
@@ -74,7 +75,10 @@ def joined(timeout: float = TIMEOUT, way_out: str = "begin again") -> Iterator[W
         job.close()
 
 
-def _environment() -> ClusterEnvironment | None:
+def _environment() -> "ClusterEnvironment | None":
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
@@ -94,7 +98,7 @@ class Job:
         way_out: see :func:`joined`.
     """
 
-    def __init__(self, environment: ClusterEnvironment, timeout: float, way_out: str) -> None:
+    def __init__(self, environment: "ClusterEnvironment", timeout: float, way_out: str) -> None:
         self.rank, self.size = environment.global_rank(), environment.world_size()
         self.address = (environment.main_address, environment.main_port)
         self.timeout, self.way_out = timeout, way_out
