@@ -13,7 +13,7 @@ import rank_cases
 from damage import middle_lost
 from localagg import checkpoint, cli, shards
 from localagg.bank import MemoryBank
-from localagg.config import UserError, override, to_dict
+from localagg.config import PretrainConfig, UserError, override, to_dict
 from localagg.logbook import read_metrics
 from localagg.recipes import recipe
 from ranks import Pool
@@ -71,17 +71,24 @@ def assert_close(one: Path, other: Path, within: float = 1e-10) -> None:
 def alone(pool, tmp_path_factory, pictures):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, config, data in (("digits", EXACT, "digits"), ("pictures", PICTURES, str(pictures))):
+    for name, (config, data) in cases(pictures).items():
         pool(1, rank_cases.learn, to_dict(config), data, str(folder / name))
     return folder
+
+
+def cases(pictures: Path) -> dict[str, tuple[PretrainConfig, str]]:
+    """Held-out digits ask the others; of photographs none is held out."""
+    return {"digits": (EXACT, "digits"), "pictures": (PICTURES, str(pictures / "train"))}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", ["digits", "pictures"])
 def test_any_number_of_ranks_learns_the_same(pool, alone, tmp_path, pictures, ranks, name):
-    config, data = {"digits": (EXACT, "digits"), "pictures": (PICTURES, str(pictures))}[name]
+    config, data = cases(pictures)[name]
     held = pool(ranks, rank_cases.learn, to_dict(config), data, str(tmp_path / "run"))
     assert_close(alone / name, tmp_path / "run")
+    measured = {"digits": "knn200", "pictures": "loo_knn200"}[name]
+    assert any(measured in line for line in read_metrics(tmp_path / "run"))
     size = len(checkpoint.load_bank(alone / name))
     assert sum(held) == size
     assert max(held) == -(-size // ranks)

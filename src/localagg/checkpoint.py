@@ -139,12 +139,7 @@ def save(
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
                 _save_optimizer(beside / "optimizer.pt", optimizer)
-            place = (world.rank, world.size)
-            save_tensors(shards.shard(beside, "bank", *place), {"rows": bank.rows})
-            if clusters:
-                name = beside / "clusters.safetensors"
-                file = name if world.size == 1 else shards.shard(beside, "clusters", *place)
-                save_tensors(file, clusters)
+            _save_rows(beside, bank, clusters, world)
     if world.rank == 0:
         with writing(run, None if there else beside):
             if there:
@@ -158,6 +153,15 @@ def save(
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _save_rows(folder: Path, bank: MemoryBank, clusters: dict[str, Tensor], world: World) -> None:
+    place = (world.rank, world.size)
+    save_tensors(shards.shard(folder, "bank", *place), {"rows": bank.rows})
+    if clusters:
+        whole_file = folder / "clusters.safetensors"
+        file = whole_file if world.size == 1 else shards.shard(folder, "clusters", *place)
+        save_tensors(file, clusters)
 
 
 @contextlib.contextmanager

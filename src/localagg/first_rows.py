@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .batch_norm import SharedBatchNorm
 from .config import ViewConfig
 from .data.sources import Source
 from .distributed import World
-from .embed import embed
+from .embed import Embedded, embed
 from .models import Encoder
 
 _BATCH = 256
@@ -53,22 +54,10 @@ def embed_bank(
     begins = -(-bank.part.start // _BATCH)  # the first batch whose first row is of this part
 
     def fill(batches: slice) -> None:
-        if batches.start >= batches.stop:
-            return
-        found = embed(
-            encoder,
-            source,
-            views,
-            pixels=pixels,
-            batch=_BATCH,
-            workers=workers,
-            autocast=autocast,
-            batch_statistics=True,
-            part=batches,
-        )
-        mine = (found.index >= bank.part.start) & (found.index < bank.part.stop)
-        rows = found.rows[mine.to(found.rows.device)].to(bank.rows)
-        bank.rows[(found.index[mine] - bank.part.start).to(bank.rows.device)] = rows
+        if batches.start < batches.stop:
+            options: Any = {"pixels": pixels, "workers": workers, "autocast": autocast}
+            options |= {"batch": _BATCH, "batch_statistics": True, "part": batches}
+            _put(bank, embed(encoder, source, views, **options))
 
     for norm in norms:
         if isinstance(norm, SharedBatchNorm):
@@ -83,6 +72,12 @@ def embed_bank(
     for norm in norms:
         if isinstance(norm, SharedBatchNorm):
             norm.alone = False
+
+
+def _put(bank: MemoryBank, found: Embedded) -> None:
+    mine = (found.index >= bank.part.start) & (found.index < bank.part.stop)
+    rows = found.rows[mine.to(found.rows.device)].to(bank.rows)
+    bank.rows[(found.index[mine] - bank.part.start).to(bank.rows.device)] = rows
 
 
 Tracked = tuple[Tensor, Tensor, Tensor]

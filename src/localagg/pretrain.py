@@ -41,8 +41,8 @@ def pretrain(
 
     Labels, where the data have them, are used by the nearest-neighbor measurements alone.
 
-    Processes that torchrun or srun has started learn together; all call this. What it does not
-    depend on is their number, up to the order of sums, and but for batch-norm unless that is
+    Processes that torchrun or srun has started learn together; all call this. The result does not
+    depend on their number, but for the order of sums, and for batch-norm unless that is
     synchronized.
 
     Args:
@@ -72,7 +72,7 @@ def pretrain(
         if start is not None:
             config = _continuing(config, Path(start), fingerprint)
         resolved = resolve(config, len(source), typical_side(source))
-        _check_ranks(resolved, world, len(source))
+        _check_ranks(resolved, world)
         for line in explain(config, resolved, len(source)):
             say(line)
         feed = _feed(source, resolved, world)
@@ -136,7 +136,7 @@ def resume(
                 f"'{place}' ({len(source):,} images) is not what '{run}' has learned from"
                 f" ({facts['size']:,} images); start a new run with another --out."
             )
-        _check_ranks(stored, world, len(source))
+        _check_ranks(stored, world)
         with _held(run, world):
             return _go_on(run, stored, place, source, facts, world)
 
@@ -179,7 +179,7 @@ def _held(run: Path, world: World) -> Iterator[None]:
         yield
 
 
-def _check_ranks(config: PretrainConfig, world: World, size: int) -> None:
+def _check_ranks(config: PretrainConfig, world: World) -> None:
     """Refuse what several processes cannot do.
 
     Raises:

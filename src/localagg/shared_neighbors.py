@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .config import UserError, ViewConfig
+from .data.sources import Source
 from .distributed import World
 from .embed import embed
 from .knn import vote
@@ -55,36 +56,37 @@ def shared_accuracy(
         UserError: no image that asks can be read, or values that are not finite.
     """
     bank = _known(world, choice, rows, part)
+    labels, known_labels = choice.asking_labels, choice.known_labels
     if choice.held_out is None:
-        queries, labels, exclude = (
-            _own(world, bank, choice.asking),
-            choice.asking_labels,
-            choice.asking,
-        )
-    else:
-        size, batches = len(choice.held_out), -(-len(choice.held_out) // _EMBEDDED)
-        mine = world.part(batches)
-        embedded, there = rows.new_zeros(size, rows.shape[1]), torch.zeros(size)
-        if mine:
-            found = embed(
-                encoder,
-                choice.held_out,
-                views,
-                pixels=pixels,
-                batch=_EMBEDDED,
-                workers=workers,
-                autocast=autocast,
-                part=slice(mine.start, mine.stop),
-            )
-            embedded[found.index.to(rows.device)] = found.rows.to(rows)
-            there[found.index] = 1
-        readable = world.sum(there)[choice.asking] > 0
-        if not readable.any():
-            raise UserError("No held-out image that has a label can be read; see localagg inspect.")
-        asking = choice.asking[readable]
-        queries = world.sum(embedded)[asking.to(rows.device)]
-        labels, exclude = choice.asking_labels[readable], None
-    return _accuracy(world, queries, labels, bank, choice.known_labels, exclude, k)
+        queries = _own(world, bank, choice.asking)
+        return _accuracy(world, queries, labels, bank, known_labels, choice.asking, k)
+    options: Any = {"pixels": pixels, "workers": workers, "autocast": autocast}
+    embedded, readable = _embedded(world, encoder, choice.held_out, rows, views, options)
+    readable = readable[choice.asking]
+    if not readable.any():
+        raise UserError("No held-out image that has a label can be read; see localagg inspect.")
+    queries = embedded[choice.asking[readable].to(embedded.device)]
+    return _accuracy(world, queries, labels[readable], bank, known_labels, None, k)
+
+
+def _embedded(
+    world: World,
+    encoder: Encoder,
+    source: Source,
+    like: Tensor,
+    views: ViewConfig,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The embeddings of a source [n, D], on every rank, and which images could be read [n]. Ranks
+    embed some batches each."""
+    part = world.part(-(-len(source) // _EMBEDDED))
+    rows, there = like.new_zeros(len(source), like.shape[1]), torch.zeros(len(source))
+    if part:
+        batches = slice(part.start, part.stop)
+        found = embed(encoder, source, views, batch=_EMBEDDED, part=batches, **options)
+        rows[found.index.to(rows.device)] = found.rows.to(rows)
+        there[found.index] = 1
+    return world.sum(rows), world.sum(there) > 0
 
 
 def _known(world: World, choice: "Choice", rows: Tensor, part: range) -> Rows:
