@@ -1,4 +1,4 @@
-"""What ranks do in test_pretrain_ranks.py. Functions of a module, as processes need them by name."""
+"""What ranks do in test_pretrain_ranks.py. Processes need functions by name."""
 
 import contextlib
 import resource

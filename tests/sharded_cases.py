@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localagg import distributed, sharded
+from localagg import distributed, sharded, shared_neighbors
 from localagg.bank import MemoryBank
 from localagg.distributed import World
 from localagg.objectives import momentum_update
@@ -75,7 +75,7 @@ def score(world: World, p: dict[str, Any], loss: str) -> sharded.Scored:
 
 def nearest(world: World, p: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
     """Neighbors of a problem's batch."""
-    return sharded.nearest_rows(world, p["embedding"], bank_of(world, p["bank"]), k)
+    return shared_neighbors.nearest_rows(world, p["embedding"], bank_of(world, p["bank"]), k)
 
 
 def train(world: World, objective: str) -> dict[str, Any]:

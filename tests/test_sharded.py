@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import naive
 import sharded_cases as cases
-from localagg import knn, neighbors_torch, objectives, sharded, streaming
+from localagg import knn, neighbors_torch, objectives, sharded, shared_neighbors, streaming
 from localagg.bank import MemoryBank
 from localagg.config import UserError
 from localagg.distributed import World, share
@@ -120,7 +120,7 @@ def test_nearest_rows(p, leave_out):
         return
     found = in_threads(
         p["ranks"],
-        lambda world: sharded.nearest_rows(
+        lambda world: shared_neighbors.nearest_rows(
             world, p["embedding"], cases.bank_of(world, p["bank"]), k, exclude=exclude
         ),
     )
@@ -136,7 +136,7 @@ def test_more_neighbors_than_rows_of_all_ranks_are_refused():
     with pytest.raises(UserError, match="6 neighbors of 5 images cannot be"):
         in_threads(
             2,
-            lambda world: sharded.nearest_rows(
+            lambda world: shared_neighbors.nearest_rows(
                 world, torch.eye(3), cases.bank_of(world, torch.ones(5, 3)), 6
             ),
         )

@@ -145,13 +145,11 @@ class ObjectiveConfig:
     neighbors: int | None = None
     """K: background neighbors a sample. None: derived from the number of images."""
     instance_share: float = 0.0
-    """LA: share of the loss that stays IR's, of the sample itself among its background. 0: the
-    paper's LA."""
+    """LA: share of the loss that stays IR's, of the sample itself. 0: the paper's LA."""
     clusters: tuple[int, ...] | None = None
     """Clusters of each of the H k-means clusterings. None: derived from the number of images."""
     kmeans: Literal["auto", "faiss", "lloyd"] = "auto"
-    """What computes a clustering that starts cold: faiss as in the reference, or our own, which
-    runs on GPUs and over many processes too. auto: faiss in one process on a CPU."""
+    """Of clusterings that start cold. auto: faiss in one process on a CPU, else our own lloyd."""
     kmeans_iterations: int = 20
     """k-means iterations of a clustering that starts cold."""
     warm_clusters: bool = False
@@ -161,8 +159,7 @@ class ObjectiveConfig:
     warm_tolerance: float = 0.004
     """It ends when an iteration lowers its inertia by no more than this share."""
     recluster_delay: int = 0
-    """Steps between an epoch's start and the effect of its labels, at most an epoch; above 0 they
-    are computed in a thread meanwhile."""
+    """Steps (an epoch at most) until new labels take effect; a thread computes them meanwhile."""
 
     def __post_init__(self) -> None:
         _positive(self, "temperature")

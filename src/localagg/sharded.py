@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import knn, ragged, streaming
+from . import ragged, streaming
 from .bank import MemoryBank
 from .distributed import World
 from .objectives import NCE_PARTITION_PER_IMAGE
@@ -70,17 +70,6 @@ class Scored(NamedTuple):
     """[b, D]: of that mean, in this rank's embedding."""
     notes: dict[str, Tensor]
     """Scalars: "without_close" of LA; "data_term" and "noise_term" of NCE."""
-
-
-class Rows(NamedTuple):
-    """Rows that are split over ranks, as a bank's are."""
-
-    rows: Tensor
-    """[n, D], those of this rank."""
-    part: range
-    """Which of all they are."""
-    size: int
-    """N, of all ranks."""
 
 
 def gather(world: World, embedding: Tensor, index: Tensor, total: int) -> Batch:
@@ -351,47 +340,6 @@ def instance_nce(
     gradient = _returned(world, gradient_BD.div_(B), batch)
     notes = {"data_term": data_term, "noise_term": noise_term}
     return Scored(data_term + noise_term, gradient, notes)
-
-
-# --- Nearest neighbors ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def nearest_rows(
-    world: World, queries: Tensor, bank: MemoryBank | Rows, k: int, *, exclude: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k most similar rows of the whole bank; as ``knn.nearest_rows``, ties by the lowest row.
-
-    Each rank finds its own k, and all merge them.
-
-    Args:
-        world: the ranks.
-        queries: unit rows [Q, D], the same on every rank.
-        bank: this rank's rows.
-        k: at most N (N - 1 with ``exclude``).
-        exclude: int64 [Q], one row of the whole bank that each query may not find (itself).
-
-    Returns:
-        (rows, similarity): int64 and float [Q, k], the same on every rank.
-
-    Raises:
-        UserError: more neighbors than rows, or values that are not finite.
-    """
-    most = k + (exclude is not None)
-    knn.check_count(k, bank.size - (exclude is not None))
-    sim_Qk = queries.new_full((len(queries), most), -torch.inf)
-    rows_Qk = torch.full_like(sim_Qk, bank.size, dtype=torch.int64)
-    here = min(most, len(bank.rows))
-    if here:
-        rows, sim_Qk[:, :here] = knn.nearest_rows(queries, bank.rows, here)
-        rows_Qk[:, :here] = rows + bank.part.start
-    # Ranks stand in the order of their rows, so a stable sort leaves the lowest first among equals.
-    sim_QC = world.stack(sim_Qk).transpose(0, 1).flatten(1)
-    rows_QC = world.stack(rows_Qk).transpose(0, 1).flatten(1)
-    if exclude is not None:
-        sim_QC = sim_QC.masked_fill(rows_QC == exclude.unsqueeze(1), -torch.inf)
-    sim_QC, place_QC = sim_QC.sort(dim=1, descending=True, stable=True)
-    return rows_QC.gather(1, place_QC[:, :k]), sim_QC[:, :k]
 
 
 # --- Plumbing -------------------------------------------------------------------------------------
