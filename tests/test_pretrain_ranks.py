@@ -27,7 +27,7 @@ EXACT = override(
 PICTURES = override(
     EXACT, epochs=3, ir_epochs=2, batch_size=7, neighbors=9, clusters=(4, 5), image_size=16,
     gray=0.2, jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, memory="never", workers=0, warm_clusters=True,
-    instance_loss="nce", noise=20, bank_start="random", ir_batch_size=10,
+    instance_loss="nce", noise=20, bank_start="random", ir_batch_size=10, instance_share=0.3,
 )  # fmt: skip
 
 
