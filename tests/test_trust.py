@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import zlib
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
 import localagg
 from localagg import checkpoint
@@ -26,6 +28,7 @@ from localagg.cli import main
 from localagg.config import PretrainConfig, UserError
 from localagg.data import open_images
 from localagg.data.decode import UnreadableImage, decode, decode_crops, image_size
+from localagg.launch import loopback_store
 from localagg.logbook import read_metrics
 from localagg.models import create_encoder
 from localagg.report.health import health_curves
@@ -118,6 +121,7 @@ def test_no_call_can_unpickle_unpack_or_listen():
     refused = (
         *("pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.load"),
         *(".extractall", ".extract", ".unpack_archive", ".bind", ".serve_forever", ".run_server"),
+        ".listen",
     )
     loads = 0
     for path in SRC.rglob("*.py"):
@@ -127,12 +131,37 @@ def test_no_call_can_unpickle_unpack_or_listen():
             if name == "torch.load":
                 loads += 1
                 assert keywords.get("weights_only") == "True", where
+            if name == "TCPStore":  # torch's own listens to every network
+                assert keywords["is_master"] == "host" or "master_listen_fd" in keywords, where
             assert keywords.get("allow_pickle", "False") == "False", where
             assert keywords.get("shell", "False") == "False", where
             assert keywords.get("trust_remote_code", "False") == "False", where
         text = path.read_text()
         assert not any(name in text for name in ("http.server", "socketserver", "0.0.0.0"))
     assert loads >= 3  # the walk sees them
+
+
+def listening() -> set[str]:
+    """Addresses and ports, in the kernel's hexadecimals, that any process here listens on."""
+    lines = [
+        line.split()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        if Path(table).exists()
+        for line in Path(table).read_text().splitlines()[1:]
+    ]
+    return {line[1] for line in lines if line[3] == "0A"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_store_of_several_processes_listens_to_this_machine_alone():
+    store = loopback_store()
+    port = f"{store.port:04X}"
+    assert {address for address in listening() if address.endswith(f":{port}")} == {
+        f"0100007F:{port}"
+    }
+    client = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    client.set("a", "b")
+    assert store.get("a") == b"b"
 
 
 # --- Nothing leaves its root ----------------------------------------------------------------------

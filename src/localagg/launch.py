@@ -7,6 +7,7 @@ environment. What torchrun cannot do is end with their status, and tell of a dea
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def launch(words: list[str], processes: int, run: str) -> None:
         UserError: one was killed.
         Elsewhere: they have failed, or were interrupted, and said why.
     """
-    tcp = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tcp = loopback_store()
     children: list[subprocess.Popen] = []
     with _handed_on(children) as handed:
         try:
@@ -62,14 +63,28 @@ def launch(words: list[str], processes: int, run: str) -> None:
         raise Elsewhere(status)
 
 
+def loopback_store() -> TCPStore:
+    """A key-value store that this machine alone can reach; torch's own listens to every network."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    return TCPStore(
+        "127.0.0.1",
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+
+
 def _start(words: list[str], rank: int, processes: int, port: int) -> subprocess.Popen:
     number = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     count = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     job = {"TORCHELASTIC_RUN_ID": f"{LAUNCHED}{os.getpid()}", "TORCHELASTIC_RESTART_COUNT": 0}
     threads = {"OMP_NUM_THREADS": max(1, cores() // processes)}
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    network = {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
     quiet = {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # what it tells of lost connections we say shorter
-    values = {**threads, **quiet, **os.environ, **number, **count, **store, **job}
+    values = {**threads, **network, **quiet, **os.environ, **number, **count, **store, **job}
     return subprocess.Popen(
         [sys.executable, "-m", "localagg", "pretrain", *words],
         env={name: str(value) for name, value in values.items()},
