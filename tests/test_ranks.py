@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from localagg import checkpoint, cli, shards
 from localagg.logbook import read_metrics
 
-# 14 steps, each saved.
+# 70 steps, each saved.
 JOB = (
-    "digits --data digits --epochs 2 --ir-epochs 1 --width 4 --blocks 1 --neighbors 64"
-    " --clusters 10 20 --kmeans-iterations 3 --batch-size 200 --log-every 1 --eval-every 2"
+    "digits --data digits --epochs 5 --ir-epochs 2 --width 4 --blocks 1 --neighbors 64"
+    " --clusters 10 20 --kmeans-iterations 3 --batch-size 100 --log-every 1 --eval-every 5"
     " --device cpu --precision 32-true --checkpoint-seconds 0"
 )
 PATIENCE = 120  # seconds
@@ -62,10 +62,15 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()
-        if any(int(p.name[5:]) >= step for p in (run / "checkpoints").glob("step-*")):
+        if saved(run) >= step:
             return
         time.sleep(0.002)
     raise AssertionError("it hangs")
+
+
+def saved(run: Path) -> int:
+    """The last step that was saved."""
+    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")), default=0)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
@@ -117,14 +122,14 @@ def test_a_rank_is_killed_then_the_launcher_then_one_preempted_and_the_run_ends_
     ]
 
     process = pretrain(run)
-    wait_for_step(process, run, 6)
+    wait_for_step(process, run, saved(run) + 2)
     ranks = ranks_of(process)
     os.kill(process.pid, signal.SIGKILL)
     end(process)  # when the last has ended that could write to its pipe, a second later at most
     assert not any(Path(f"/proc/{rank}/fd/2").exists() for rank in ranks)
 
     process = pretrain(run)
-    wait_for_step(process, run, 9)
+    wait_for_step(process, run, saved(run) + 2)
     os.kill(ranks_of(process)[1], signal.SIGTERM)  # one hears it, all stop
     status, told = end(process)
     assert status == 75
