@@ -41,10 +41,15 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, help="minutes after which no run is begun")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="minutes after which no run is begun; 0: the table of what there is",
+    )
     arguments = parser.parse_args()
     named = dict(_configuration(text) for text in arguments.configurations)
-    end = time.monotonic() + 60 * (arguments.budget or float("inf"))
+    budget = float("inf") if arguments.budget is None else arguments.budget
+    end = time.monotonic() + 60 * budget
     for seed in arguments.seeds:
         for name, options in named.items():
             run = arguments.out / f"{name}-{seed}".replace(" ", "-").replace("/", "-")
