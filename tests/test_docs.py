@@ -24,7 +24,7 @@ def test_links_commands_and_options_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target
-    for result in re.findall(r"benchmarks/[\w./]+\w", text):
+    for result in re.findall(r"benchmarks/[\w./-]+\w", text):
         assert (ROOT / result).exists(), result
     for command in re.findall(r"`localagg ([\w-]+)", text):
         assert command in cli.COMMANDS
