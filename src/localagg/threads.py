@@ -29,10 +29,22 @@ def in_threads(call: Callable[[range], T], size: int) -> list[T]:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     met = threading.Barrier(threads)
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, initializer=_alone)
     list(pool.map(lambda _: met.wait(), range(threads)))
-    torch.set_num_threads(threads)  # the number is a thread's own, but new ones begin with the last
+    torch.set_num_threads(threads)
     return pool
+
+
+def _alone() -> None:
+    """From now on this thread computes alone.
+
+    A thread takes the number that was set last, by whichever thread, when it first computes or
+    asks; later it keeps its own. So it asks before the others are given theirs back. With teams of
+    their own beside the main thread's, OpenMP would see more threads than cores, let all of them
+    sleep instead of spin, and double the time of a small network's step.
+    """
+    torch.set_num_threads(1)
+    torch.get_num_threads()
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay with the parent
