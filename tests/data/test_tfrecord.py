@@ -61,6 +61,21 @@ def test_the_stored_index_is_the_order(folder):
     assert open_evaluation(folder) is None
 
 
+def test_a_record_is_parsed_when_it_is_indexed_and_not_when_it_is_read(folder, monkeypatch):
+    source, due = open_images(folder), contents(open_images(folder))
+    index = source._index
+    assert [bool(start) for start in index.start] == [True] * 3
+    monkeypatch.setattr(source, "_index", index._replace(start=index.start * 0 - 1))
+    assert contents(source) == due  # as where an image lies in pieces
+
+    def parsed(data, path, offset):
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr("localagg.data.tfrecord.read_example", parsed)
+    monkeypatch.setattr(source, "_index", index)
+    assert contents(source) == due
+
+
 def test_places_names_have_one_more_file_and_the_validation_is_apart(tmp_path):
     write(tmp_path / "train-00000-00001", example(b"a", 0, 0))
     write(tmp_path / "train-00001-00001", example(b"b", 1, 1))

@@ -26,6 +26,7 @@ from .tfrecord_index import (
     files_by_split,
     frame,
     read_example,
+    read_image,
     read_record,
 )
 
@@ -56,6 +57,9 @@ class TFRecords:
             UserError: the record was damaged or replaced since the index was built.
         """
         path, offset = self._place(index)
+        label = None if self.labels is None else int(self.labels[index])
+        if (image := read_image(path, self._index, index)) is not None:
+            return Sample(index, image, label)
         with open(path, "rb") as file:
             file.seek(offset)
             example = read_example(read_record(file, path, offset)[0], path, offset)
@@ -64,7 +68,6 @@ class TFRecords:
                 f"'{path}' stores at byte {offset:,} the index {example.index}, but {index} when it"
                 " was opened; open the data again."
             )
-        label = None if self.labels is None else int(self.labels[index])
         return Sample(index, example.image, label)
 
     def _place(self, index: int) -> tuple[Path, int]:

@@ -22,9 +22,12 @@ from .protocol import MOST_CLASSES
 
 RECORD_LIMIT = 1 << 28  # bytes; an image's record that claims more is damage, not data
 _NAME = re.compile(r"(train|validation)-(\d{1,9})-(?:of-)?(\d{1,9})(?:\.tfrecords?)?")
-_VERSION = 1
+_VERSION = 2
 _SHOW_EVERY = 256  # records
-_COLUMNS = {"file": "int32", "offset": "int64", "length": "int64", "crc": "uint32"}
+_COLUMNS = {
+    **{"file": "int32", "offset": "int64", "length": "int64", "crc": "uint32"},
+    **{"start": "int32", "size": "int32"},
+}
 
 
 class Index(NamedTuple):
@@ -40,6 +43,10 @@ class Index(NamedTuple):
     """int64 [N], bytes of the record's data."""
     crc: np.ndarray
     """uint32 [N], the stored checksum of the record's data."""
+    start: np.ndarray
+    """int32 [N], where in the record's data the image begins; -1 where it lies there in pieces."""
+    size: np.ndarray
+    """int32 [N], bytes of the image."""
     label: np.ndarray | None
     """int64 [N], or None where the files store no labels."""
 
@@ -49,9 +56,12 @@ class Index(NamedTuple):
 
 def frame(data: bytes) -> bytes:
     """A record around ``data``: length, checksum, data, checksum."""
-    length = struct.pack("<Q", len(data))
-    sums = [struct.pack("<I", masked(crc32c(part))) for part in (length, data)]
-    return length + sums[0] + data + sums[1]
+    return _header(len(data)) + data + struct.pack("<I", masked(crc32c(data)))
+
+
+def _header(length: int) -> bytes:
+    packed = struct.pack("<Q", length)
+    return packed + struct.pack("<I", masked(crc32c(packed)))
 
 
 def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, int]:
@@ -82,6 +92,24 @@ def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, in
     if masked(crc32c(content)) != stored:
         raise _damaged(path, offset, "the checksum of the record's data is wrong")
     return content, stored
+
+
+def read_image(path: Path, index: Index, row: int) -> bytes | None:
+    """The image of a row, if its record is what was indexed: one read, and both checksums, but no
+    parsing. None where the record is another or damaged, or the image does not lie there in one
+    piece; :func:`read_record` says what is the matter.
+    """
+    offset, length = int(index.offset[row]), int(index.length[row])
+    start, size, crc = int(index.start[row]), int(index.size[row]), int(index.crc[row])
+    file = os.open(path, os.O_RDONLY)
+    try:
+        record = os.pread(file, length + 16, offset)
+    finally:
+        os.close(file)
+    data = record[12:-4]
+    whole = len(data) == length and record[:12] == _header(length)
+    whole = whole and masked(crc32c(data)) == crc == int.from_bytes(record[-4:], "little")
+    return data[start : start + size] if whole and start >= 0 else None
 
 
 def read_example(data: memoryview, path: Path, offset: int) -> ImageExample:
@@ -170,10 +198,10 @@ def build_index(folder: Path, files: list[str]) -> Index:
                 for feature, rows in lacking.items():
                     if getattr(example, feature) is None:
                         rows.append(len(columns["file"]))
-                stored = checksum, example.index or 0, example.label or 0
-                for column, value in zip(
-                    columns.values(), (number, offset, len(data), *stored), strict=True
-                ):
+                start = bytes(data).find(example.image)  # -1 where it was joined from pieces
+                place = number, offset, len(data), checksum, start, len(example.image)
+                stored = example.index or 0, example.label or 0
+                for column, value in zip(columns.values(), (*place, *stored), strict=True):
                     column.append(value)
                 done += 16 + len(data)
                 if len(columns["file"]) % _SHOW_EVERY == 0:
@@ -256,7 +284,9 @@ def cached_index(folder: Path, prefix: str, files: list[str]) -> Index:
             return False
         file, offset = found["file"], found["offset"]
         return not len(file) or bool(
-            0 <= file.min() <= file.max() < len(files) and offset.min() >= 0
+            0 <= file.min() <= file.max() < len(files)
+            and min(offset.min(), found["size"].min(), found["start"].min() + 1) >= 0
+            and (found["start"].astype("int64") + found["size"] <= found["length"]).all()
         )
 
     try:
