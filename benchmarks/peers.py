@@ -33,12 +33,11 @@ from torch import Tensor, nn
 
 import report
 from localagg.checkpoint import latest, load_encoder, read_progress, read_run
-from localagg.config import PretrainConfig, known, override
+from localagg.config import PretrainConfig, override
 from localagg.data.augment import Augment, evaluation_view
 from localagg.data.loader import Feed
 from localagg.data.sources import open_images
 from localagg.device import make_fabric
-from localagg.few_labels import half_width
 from localagg.files import whole
 from localagg.knn import knn_accuracy
 from localagg.learner import make_encoder
@@ -239,12 +238,9 @@ def _peer(options: argparse.Namespace, name: str, seed: int) -> tuple[Peer, dict
 
 
 def _run(path: Path) -> tuple[Peer, dict]:
-    summary = known(read_progress(latest(path))["summary"])
-    encoder = load_encoder(path)
-    return Peer(encoder, encoder.head), {
-        "epochs": summary["epochs"],
-        "minutes": summary["seconds"] / 60,
-    }
+    summary, encoder = read_progress(latest(path))["summary"], load_encoder(path)
+    facts = {"epochs": summary["epochs"], "minutes": report.minutes(path)}
+    return Peer(encoder, encoder.head), facts
 
 
 def _table(options: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> None:
@@ -254,12 +250,7 @@ def _table(options: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
     ]
     rows = []
     for name, found in lines.items():
-        cells = []
-        for column in columns:
-            values = [line[column] for line in found]
-            half = half_width(values)
-            spread = "" if half is None else f" ± {100 * half:.1f}"
-            cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
+        cells = [report.percent([line[column] for line in found]) for column in columns]
         mean = {key: statistics.mean(line[key] for line in found) for key in ("epochs", "minutes")}
         rows.append([name, f"{mean['epochs']:.0f}", f"{mean['minutes']:.1f}", len(found), *cells])
     report.write(

@@ -38,6 +38,24 @@ def interleaved(calls: dict[str, Callable[[], object]], runs: int = 7) -> dict[s
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def minutes(run: Path) -> float:
+    """What a finished run has taken, with what it began from."""
+    from localagg.checkpoint import latest, read_progress, read_run
+
+    spent = read_progress(latest(run))["summary"]["seconds"] / 60
+    start = read_run(run)[1].get("start")
+    return spent + (minutes(Path(start)) if start else 0.0)
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean of shares in percent, with its 95 % interval (Student's t) where it has one."""
+    from localagg.few_labels import half_width
+
+    half = half_width(values)
+    spread = "" if half is None else f" ± {100 * half:.1f}"
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
 def write(
     name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> None:

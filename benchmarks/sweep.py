@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 import report
 from localagg.checkpoint import latest, read_progress
 from localagg.config import UserError
-from localagg.few_labels import half_width
 from localagg.logbook import read_metrics
 
 METRICS = ("knn1", "knn200", "nmi", "cluster_accuracy")
@@ -52,11 +51,10 @@ def main() -> None:
     end = time.monotonic() + 60 * budget
     for seed in arguments.seeds:
         for name, options in named.items():
-            run = arguments.out / f"{name}-{seed}".replace(" ", "-").replace("/", "-")
             if time.monotonic() < end:
-                _run(
-                    run, [arguments.recipe, "--data", arguments.data, "--seed", str(seed)], options
-                )
+                words = [arguments.recipe, "--data", arguments.data, "--seed", str(seed)]
+                words += [option.format(seed=seed) for option in options]
+                _run(_place(arguments.out, name, seed), words)
     lines = [line for name in named for line in _measured(arguments.out, name, arguments.seeds)]
     if not lines:
         raise SystemExit("No run has been measured yet.")
@@ -73,14 +71,17 @@ def _configuration(text: str) -> tuple[str, list[str]]:
     return name.strip(), shlex.split(options)
 
 
-def _run(run: Path, words: list[str], options: list[str]) -> None:
+def _place(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name}-{seed}".replace(" ", "-").replace("/", "-")
+
+
+def _run(run: Path, words: list[str]) -> None:
     """Begin a run or go on with it, in a process of its own; nothing if it is finished."""
     if _summary(run) is not None:
         return
     command = [sys.executable, "-m", "localagg", "pretrain"]
     begun = (run / "checkpoints").exists()
-    options = [option.format(seed=words[-1]) for option in options]
-    command += ["--resume", str(run)] if begun else [*words, *options, "--out", str(run)]
+    command += ["--resume", str(run)] if begun else [*words, "--out", str(run)]
     print(shlex.join(command[2:]), file=sys.stderr)
     done = subprocess.run(command, check=False)
     if done.returncode:
@@ -98,14 +99,14 @@ def _measured(out: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]:
     """A line for each measurement of the finished runs of a configuration."""
     lines = []
     for seed in seeds:
-        run = out / f"{name}-{seed}".replace(" ", "-").replace("/", "-")
+        run = _place(out, name, seed)
         summary = _summary(run)
         if summary is None:
             continue
         for line in read_metrics(run):
             found = {metric: line[metric] for metric in METRICS if metric in line}
             about = {"name": name, "seed": seed, "epoch": line["epoch"]}
-            last = {"seconds": summary["seconds"], "last": line["epoch"] == summary["epochs"]}
+            last = {"minutes": report.minutes(run), "last": line["epoch"] == summary["epochs"]}
             lines += [about | found | last] if found else []
     return lines
 
@@ -130,20 +131,16 @@ def _table(
         last = [line for line in lines if line["name"] == name and line["last"]]
         if not last:
             continue
-        cells = []
-        for metric in there:
-            values = [line[metric] for line in last]
-            half = half_width(values)
-            spread = "" if half is None else f" ± {100 * half:.1f}"
-            cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
-        minutes = statistics.mean(line["seconds"] for line in last) / 60
+        cells = [report.percent([line[metric] for line in last]) for metric in there]
+        minutes = statistics.mean(line["minutes"] for line in last)
         rows.append([name, f"`{shlex.join(options)}`", len(last), f"{minutes:.1f}", *cells])
     report.write(
         f"sweep-{arguments.out.name}",
         f"{arguments.recipe}: {arguments.out.name}",
         ["", "options", "seeds", "minutes", *(f"{metric}, %" for metric in there)],
         rows,
-        "Mean and 95 % interval (Student's t) over seeds, at the end of each run.",
+        "Mean and 95 % interval (Student's t) over seeds, at the end of each run. Minutes are with"
+        " those of the run that a run began from.",
     )
 
 

@@ -87,7 +87,7 @@ def plain(
             hits += int((scores.argmax(dim=1) == labels).sum())
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="labelled images with a held-out split")
     parser.add_argument("--weights", help="run or weights file; default: the cifar10 network, new")
@@ -98,7 +98,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--precision", default="32-true", choices=["32-true", "auto"])
     parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
     encoder = (
         load_encoder(Path(options.weights))
         if options.weights

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each (they run in parallel), real small images, the fixtures."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 crop = crop.resize((48 + i % 3 * 8, 48 + i % 2 * 16))
                 crop.save(folder / f"{i:02d}.{'png' if i % 4 == 0 else 'jpg'}")
     return root
+
+
+@pytest.fixture
+def flat(pictures, tmp_path):
+    """Twelve images without classes."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for kind in ("flower", "temple"):
+        for image in (pictures / "val" / kind).iterdir():
+            shutil.copy(image, folder / f"{kind}-{image.name}")
+    return folder

@@ -1,10 +1,14 @@
 """What the tests of read-outs share: a small network, the digits, a tiny labelled data set."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from localagg.config import TransferConfig, override
 from localagg.data.sources import open_images
+from localagg.logbook import read_metrics
 from localagg.models import create_encoder
 
 
@@ -43,3 +47,40 @@ def saved_dataset(path: Path, pictures: Path, train: list[int], val: list[int]) 
     }
     datasets.DatasetDict(splits).save_to_disk(str(path))
     return str(path)
+
+
+# A view that is the whole image, whatever is drawn: what the heads see is known.
+STILL = override(
+    TransferConfig(),
+    image_size=8,
+    crop_area=(1.0, 1.0),
+    crop_aspect=(1.0, 1.0),
+    gray=0.0,
+    jitter=(0.0, 0.0, 0.0, 0.0),
+    flip=0.0,
+    device="cpu",
+    precision="32-true",
+    ten_crop=False,
+    eval_every=0,
+)
+MOVING = override(
+    STILL, crop_area=(0.5, 1.0), flip=0.5, epochs=3, batch_size=200, eval_every=1, log_every=1,
+    ten_crop=True, drops=(1.0,),
+)  # fmt: skip
+
+
+def heads(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "heads.safetensors")
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    first, second = heads(one), heads(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert read_metrics(one) == read_metrics(other)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}

@@ -58,7 +58,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, world: World):
-        wide = x.double() if x.dtype == torch.float64 else x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         over = [0, *range(2, x.dim())]
         n = x.numel() // x.shape[1]
         mean = wide.sum(dim=over) / max(1, n)

@@ -117,7 +117,7 @@ def _learning(learner: Learner, aggregating: bool, held: tuple[int, int] | None)
         learner.fabric.backward(embedding, gradient=score(learner, batch, aggregating).gradient)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        learner.bank.update(*batch[::-1])
+        learner.bank.update(index, batch.embedding)
 
     batch = known(config.batch_size)
     if device.type == "cpu":

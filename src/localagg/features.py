@@ -13,6 +13,7 @@ the view, the precision, the device, and this package's version. What changed ha
 nothing that is found is stale.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -228,15 +229,11 @@ class FeatureCache:
             try:
                 if not self._make_room(sum(size[layer] for layer in missing), wanted):
                     return None
-                made = self._beside(missing)
-                try:
+                with self._beside(missing) as made:
                     _compute(made, extractor, source, pixels, index)
                     for layer in missing:
                         write_json(made[layer] / "facts.json", facts[layer])
                         _put(made[layer], self.folder / keys[layer])
-                finally:
-                    for folder in made.values():
-                        shutil.rmtree(folder, ignore_errors=True)
             except OSError as error:
                 raise UserError(
                     f"Features cannot be kept in '{self.folder}' ({error.strerror or error}); name"
@@ -284,9 +281,15 @@ class FeatureCache:
         fits = sum(held.values()) + needed <= self.budget
         return fits and needed <= shutil.disk_usage(self.folder).free / 2
 
-    def _beside(self, layers: list[str]) -> dict[str, Path]:
-        """A new unfinished entry for each layer."""
-        return {layer: Path(tempfile.mkdtemp(".tmp", ".", self.folder)) for layer in layers}
+    @contextlib.contextmanager
+    def _beside(self, layers: list[str]) -> Iterator[dict[str, Path]]:
+        """A new unfinished entry for each layer; what is unfinished at the end is removed."""
+        made = {layer: Path(tempfile.mkdtemp(".tmp", ".", self.folder)) for layer in layers}
+        try:
+            yield made
+        finally:
+            for folder in made.values():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compute(

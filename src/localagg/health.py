@@ -83,7 +83,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     dim = rows.shape[1]
     total, second = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
     for chunk in rows.split(65536):
-        part = chunk if chunk.dtype == torch.float64 else chunk.float()
+        part = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
         total += part.sum(dim=0).cpu()
         second += (part.T @ part).cpu()
     return total, second

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .objectives import aggregation_loss, background_neighbors, close_neighbors
+from .objectives import aggregation_loss, background_neighbors, close_neighbors, mixed_loss
 from .prepared import Prepared
 from .streaming import by_row, engine_note, nearest, search_bytes
 
@@ -74,9 +74,7 @@ def neighborhood_loss(
 ) -> Tensor:
     """The LA loss of a batch, given its neighborhood; see ``objectives.aggregation_loss``.
 
-    With an ``instance_share`` s it is (1 - s) LA + s IR, where IR is -mean_B log P(i | v_i) /
-    P(B_i | v_i): LA with the sample itself as its only close neighbor. Deviation: the paper has LA
-    alone. The wrong ones among the close neighbors weigh less so; docs/results.md has what it does.
+    With an ``instance_share`` it is ``objectives.mixed_loss``.
 
     Args:
         embedding: unit rows [B, D].
@@ -85,13 +83,11 @@ def neighborhood_loss(
         temperature: t > 0.
         instance_share: s in [0, 1].
     """
-    rows = bank.rows if isinstance(bank, Prepared) else bank
-
-    def loss(close: Tensor) -> Tensor:
-        options = {"similarity": found.similarity, "temperature": temperature}
-        return aggregation_loss(embedding, rows, found.rows, close, **options)
-
+    neighborhood = (
+        *(embedding, bank.rows if isinstance(bank, Prepared) else bank),
+        *(found.rows, found.close),
+    )
+    options = {"similarity": found.similarity, "temperature": temperature}
     if not instance_share:
-        return loss(found.close)
-    itself = loss(found.rows == found.index.unsqueeze(1))
-    return (1 - instance_share) * loss(found.close) + instance_share * itself
+        return aggregation_loss(*neighborhood, **options)
+    return mixed_loss(*neighborhood, found.index, instance_share=instance_share, **options)

@@ -185,6 +185,42 @@ def aggregation_loss(
     return loss_B.mean().to(embedding.dtype)
 
 
+def mixed_loss(
+    embedding: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    close: Tensor,
+    index: Tensor,
+    *,
+    instance_share: float,
+    similarity: Tensor | None = None,
+    temperature: float = 0.07,
+) -> Tensor:
+    """(1 - s) LA + s IR among the background: LA with the sample as its only close neighbor, ::
+
+        IR = -mean_B log( P(i | v_i) / P(B_i | v_i) + eps )
+
+    Deviation: the paper has LA alone. docs/results.md has what the mixture does.
+
+    Args:
+        embedding: as of :func:`aggregation_loss`, like all that is not named here.
+        bank: likewise.
+        rows: likewise.
+        close: likewise.
+        index: int64 [B], the bank row of each sample.
+        instance_share: s in [0, 1].
+        similarity: likewise.
+        temperature: likewise.
+
+    Returns:
+        Scalar mean loss, differentiable in ``embedding``.
+    """
+    options = {"similarity": similarity, "temperature": temperature}
+    apart = aggregation_loss(embedding, bank, rows, rows == index.unsqueeze(1), **options)
+    together = aggregation_loss(embedding, bank, rows, close, **options)
+    return (1 - instance_share) * together + instance_share * apart
+
+
 def local_aggregation(
     embedding: Tensor,
     bank: Tensor | Prepared,

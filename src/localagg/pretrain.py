@@ -86,7 +86,7 @@ def pretrain(
                 checkpoint.check_new(run)  # once more: another may have begun it meanwhile
                 checkpoint.begin_run(run, resolved, facts)
             _begin(learner, feed, facts)
-            return _learn(resolved, run, feed, learner, measurement, START)
+            return _learn(run, feed, learner, measurement, START)
 
 
 def resume(
@@ -164,7 +164,7 @@ def _go_on(
     else:
         learner.restore(newest)
     say(f"Going on with '{run}' after step {learner.step:,}.")
-    return _learn(config, run, feed, learner, measurement, progress)
+    return _learn(run, feed, learner, measurement, progress)
 
 
 def _way_out(run: Path) -> str:
@@ -188,7 +188,7 @@ def _check_ranks(config: PretrainConfig, world: World) -> None:
     if world.size == 1:
         return
     many, objective = f"{world.size} processes", config.objective
-    smallest = min(known(config.batch_size), config.ir_batch_size or known(config.batch_size))
+    smallest = min(size for size in (config.batch_size, config.ir_batch_size) if size)
     if smallest < world.size:
         raise UserError(f"A batch of {smallest} cannot be shared out to {many}; use fewer.")
     if objective.kmeans == "faiss":
@@ -250,16 +250,12 @@ def _feed(
 
 
 def _learn(
-    config: PretrainConfig,
-    run: Path,
-    feed: Feed,
-    learner: Learner,
-    measurement: OnlineNeighbors,
-    progress: dict[str, Any],
+    run: Path, feed: Feed, learner: Learner, measurement: OnlineNeighbors, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels: this rank's share of it
     up to the network, and all of it from there to the bank, of which this rank has some rows."""
-    objective, bank, device = config.objective, learner.bank, learner.device
+    config, bank, device = learner.config, learner.bank, learner.device
+    momentum = config.objective.bank_momentum
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     book = Book(config, run, feed, learner, schedule, progress)
@@ -273,9 +269,7 @@ def _learn(
                 with _new_labels(book):
                     learner.recluster(book.after_clustering)
 
-            size = known(config.batch_size)
-            if not aggregating and config.ir_batch_size:
-                size = config.ir_batch_size
+            size = schedule.batch(aggregating=aggregating)
             batches = on_device(feed.batches(epoch, first, size), device)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
@@ -299,7 +293,7 @@ def _learn(
                     learner.optimizer.step()
                     learner.optimizer.zero_grad()
                 with book.shares("bank"):
-                    bank.update(batch.index, batch.embedding, momentum=objective.bank_momentum)
+                    bank.update(batch.index, batch.embedding, momentum=momentum)
                 learner.step += 1
                 ends = learner.step == end
                 book.after_step(epoch, aggregating, batch.index, loss, gradient, notes, ends=ends)

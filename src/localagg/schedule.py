@@ -37,12 +37,17 @@ class Schedule:
     @property
     def la_steps(self) -> int:
         """Steps of an epoch of LA."""
-        return self.images // known(self.config.batch_size)
+        return self.images // self.batch(aggregating=True)
 
     @property
     def ir_steps(self) -> int:
         """Steps of an epoch of IR."""
-        return self.images // (self.config.ir_batch_size or known(self.config.batch_size))
+        return self.images // self.batch(aggregating=False)
+
+    def batch(self, *, aggregating: bool) -> int:
+        """Images of a step of LA, or of IR."""
+        batch = known(self.config.batch_size)
+        return batch if aggregating else self.config.ir_batch_size or batch
 
     @property
     def switch(self) -> int:
@@ -96,6 +101,5 @@ class Schedule:
 
 def images_seen(schedule: Schedule) -> int:
     """Images that go through the network in a run, repeats counted."""
-    batch = known(schedule.config.batch_size)
-    ir_batch = schedule.config.ir_batch_size or batch
-    return schedule.switch * ir_batch + (schedule.last - schedule.switch) * batch
+    of_ir = schedule.switch * schedule.batch(aggregating=False)
+    return of_ir + (schedule.last - schedule.switch) * schedule.batch(aggregating=True)

@@ -47,11 +47,13 @@ def candidate_of(value, row):
 
 @triton.jit
 def value_in(candidate):
+    """The float32 of a :func:`candidate_of`."""
     return value_of((candidate >> 32).to(tl.int32))
 
 
 @triton.jit
 def row_in(candidate):
+    """The row of a :func:`candidate_of`."""
     return (candidate & 0xFFFFFFFF) ^ LAST_ROW
 
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from localagg.config import Interrupted, UserError
-from localagg.data import open_images, pack_images
+from localagg.config import UserError
+from localagg.data import open_images
 from localagg.data.decode import decode
 from localagg.data.pack import pack, pack_rows
 from localagg.data.sources import stored_splits
-from packed_folder import contents
 from tables import embedded
 
 FORMATS = ("arrow", "tfrecord", "webdataset")
@@ -208,130 +207,6 @@ def test_free_space_is_checked_first(uris, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
     assert pack(uris["folder"], tmp_path / "deep" / "packed")["images"] == 60
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
-def test_a_pack_that_fails_goes_on_behind_its_finished_files(
-    pictures, tmp_path, monkeypatch, format, error, capsys
-):
-    """The first packs 15 of 48 images: one file of three is whole. The second decodes the rest."""
-    calls = []
-
-    def fail(image):
-        calls.append(image)
-        if len(calls) == 30:
-            raise error
-        return decode(image)
-
-    uri = str(pictures / "train")
-    how = {"format": format, "shard_bytes": 60_000 if format == "webdataset" else 25_000}
-    whole = pack(uri, tmp_path / "whole", **how)
-    each = [48 * n // len(whole["splits"]["train"]["files"]) for n in (1, 2)]
-    assert each[0] < 30
-    monkeypatch.setattr(pack_images, "decode", fail)
-    expected = UserError if isinstance(error, OSError) else Interrupted
-    with pytest.raises(expected, match=r"packed.partial': run the same command to go on"):
-        pack(uri, tmp_path / "packed", **how)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed.partial", "whole"]
-    monkeypatch.setattr(pack_images, "decode", decode)
-    with pytest.raises(UserError, match="an unfinished pack of other data or with other options"):
-        pack(uri, tmp_path / "packed", format=format, shard_bytes=10_000)
-    calls.clear()
-    monkeypatch.setattr(
-        pack_images, "decode", lambda image: (calls.append(image), decode(image))[1]
-    )
-    pack(uri, tmp_path / "packed", **how, verify=False)
-    assert 18 <= len(calls) < 48
-    assert "Going on behind" in " ".join(capsys.readouterr().err.split())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "whole"]
-    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
-
-
-def test_a_pack_that_finished_nothing_leaves_nothing(pictures, tmp_path, monkeypatch):
-    def stop(image):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pack_images, "decode", stop)
-    with pytest.raises(Interrupted, match="nothing was finished"):
-        pack(str(pictures), tmp_path / "packed")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_bytes_do_not_depend_on_the_workers(pictures, tmp_path, format):
-    for workers in (0, 1, 3):
-        pack(
-            str(pictures),
-            tmp_path / str(workers),
-            format=format,
-            shard_bytes=20_000,
-            workers=workers,
-            size=40,
-            verify=True,
-        )
-    alone = contents(tmp_path / "0")
-    assert len(alone) > 4
-    assert contents(tmp_path / "1") == contents(tmp_path / "3") == alone
-
-
-def test_another_process_is_not_disturbed(pictures, tmp_path):
-    from multiprocessing import get_context
-
-    from localagg.data.pack_state import Partial
-
-    def holds(ready, go):
-        with Partial(tmp_path / "packed", {}) as partial:
-            partial.finished.add("something")
-            ready.set()
-            go.wait(60)
-
-    fork = get_context("fork")
-    ready, go = fork.Event(), fork.Event()
-    other = fork.Process(target=holds, args=(ready, go))
-    other.start()
-    assert ready.wait(60)
-    with pytest.raises(UserError, match="Another process is packing into"):
-        pack(str(pictures), tmp_path / "packed")
-    go.set()
-    other.join()
-    assert (tmp_path / "packed.partial" / "data").is_dir()
-
-
-# --- Verification ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
-    pictures, tmp_path, monkeypatch, format
-):
-    """A bit of an image is flipped on the disk behind the back of the writer."""
-    from localagg.data.pack_state import Partial
-
-    source, real = open_images(pictures), Partial.add
-
-    def damage(self, name, facts, digests):
-        path = self.folder / name
-        data = bytearray(path.read_bytes())
-        if (at := data.find(source[7].image)) >= 0:
-            data[at + 100] ^= 1
-            path.write_bytes(data)
-        real(self, name, facts, digests)
-
-    how = {"format": format, "shard_bytes": 20_000}
-    uri = str(pictures / "train")
-    monkeypatch.setattr(Partial, "add", damage)
-    if format == "tfrecord":  # its checksums are verified in any case
-        with pytest.raises(UserError, match=r"damaged at byte .* the checksum .* just written"):
-            pack(uri, tmp_path / "packed", **how)
-    else:
-        pack(uri, tmp_path / "unverified", **how)
-        with pytest.raises(UserError, match=r"flower/07.jpg was read back differently"):
-            pack(uri, tmp_path / "packed", **how, verify=True)
-        assert not (tmp_path / "packed").exists()
-    monkeypatch.setattr(Partial, "add", real)
-    assert pack(uri, tmp_path / "packed", **how, verify=True)["verified"]
-    assert open_images(tmp_path / "packed")[7].image == source[7].image
 
 
 # --- What is reported -----------------------------------------------------------------------------

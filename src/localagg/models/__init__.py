@@ -65,7 +65,7 @@ class Encoder(nn.Module):
     def unnormalized(self, images: Tensor) -> Tensor:
         """float32 [B, dim]: what the head computes, before it is brought to unit length."""
         found = self.head(self.backbone.vector(self._normalized(images)))
-        return found if found.dtype == torch.float64 else found.float()
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     @property
     def layers(self) -> list[str]:
