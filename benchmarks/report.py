@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -62,7 +63,7 @@ def write(
     """Print a table and keep it as ``results/NAME.md``."""
     packages = ("torch", "torchvision", "lightning", "faiss-cpu", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     table = [columns, ["---"] * len(columns), *rows]
     lines = [
         f"# {title}",
