@@ -258,7 +258,8 @@ def _table(options: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
         f"{options.out.name}: peers on the same network, views, data and time",
         ["", "epochs", "minutes", "seeds", *(f"{column}, %" for column in columns)],
         rows,
-        f"Mean and 95 % interval (Student's t) over seeds. {torch.get_num_threads()} threads.",
+        "Mean and 95 % interval (Student's t) over seeds. A peer's minutes are processor time a"
+        " thread.",
     )
 
 
