@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import shutil
 import signal
@@ -5,13 +6,14 @@ import time
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from localagg.config import PretrainConfig, UserError, override
 from localagg.data.augment import Augment, evaluation_view, ten_crop_views
 from localagg.data.decode import decode
 from localagg.data.loader import Feed, Throttle, evaluation_batches, on_device, typical_side
 from localagg.data.sources import open_images
-from localagg.data.workers import told_of_deaths
+from localagg.data.workers import through_workers, told_of_deaths
 
 CONFIG = override(PretrainConfig(), batch_size=10, image_size=24, eval_crop=1.0, workers=0)
 
@@ -299,6 +301,14 @@ def test_many_headers_are_read_by_workers_and_the_same_are_found(pictures, tmp_p
 # --- Workers that die -----------------------------------------------------------------------------
 
 
+class Tensors(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((1000,), index)
+
+
 @pytest.mark.parametrize("position", [0, 25])
 def test_a_killed_worker_is_one_sentence_and_no_hang(pictures, position):
     source = open_images(pictures)
@@ -312,6 +322,29 @@ def test_a_killed_worker_is_one_sentence_and_no_hang(pictures, position):
     said = r"A worker process .* was killed, .* fewer --workers"
     with pytest.raises(UserError, match=said), told_of_deaths():
         learn()
+
+
+def test_a_worker_that_was_killed_with_its_items_not_fetched_is_one_sentence(monkeypatch):
+    # Sockets of a killed process close a little before it counts as dead, and torch looks once.
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "is_alive", lambda _: True)
+    items = through_workers(Tensors(), 1)
+    next(items)
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        time.sleep(1)  # until the next items are announced
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(UserError, match=r"A worker process .* was killed"):
+            next(items)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def test_a_lost_connection_while_all_workers_live_is_what_it_is():
+    items = through_workers(Tensors(), 1)
+    next(items)
+    with pytest.raises(ConnectionResetError):
+        items.throw(ConnectionResetError())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_other_errors_pass_through():

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -18,6 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import UserError
 
 Progress = Callable[[int, int], None]  # (done, of)
+
+DEATH = (
+    "A worker process that reads images was killed, most often because memory (or /dev/shm)"
+    " ran out; use fewer --workers, or 0 to read in the main process."
+)
 
 
 def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Iterator:
@@ -45,11 +51,25 @@ def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Itera
         )
         others = set(multiprocessing.active_children())
         made = iter(loader)
-    at_exit = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    started = set(multiprocessing.active_children()) - others
+    at_exit = functools.partial(_kill, started)
     atexit.register(at_exit)
     with told_of_deaths():
-        yield from made
+        try:
+            yield from made
+        except (ConnectionError, EOFError):
+            # An item that is announced lies with its worker until it is fetched; so a death can
+            # show here before torch tells of it.
+            if not _one_has_died(started):
+                raise
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in told_of_deaths
+            raise UserError(DEATH) from None
     atexit.unregister(at_exit)
+
+
+def _one_has_died(workers: Iterable[BaseProcess]) -> bool:
+    """Whether a worker is dead, or is within a second: sockets close a little before that."""
+    return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], 1))
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
@@ -100,10 +120,7 @@ def worker_death(error: RuntimeError) -> str | None:
     """What to say where torch tells of a worker's death; None where it tells of something else."""
     if not str(error).startswith(("DataLoader worker", "Pin memory thread exited")):
         return None
-    return (
-        "A worker process that reads images was killed, most often because memory (or /dev/shm)"
-        " ran out; use fewer --workers, or 0 to read in the main process."
-    )
+    return DEATH
 
 
 def cores() -> int:
