@@ -240,7 +240,7 @@ def _peer(options: argparse.Namespace, name: str, seed: int) -> tuple[Peer, dict
 def _run(path: Path) -> tuple[Peer, dict]:
     summary, encoder = read_progress(latest(path))["summary"], load_encoder(path)
     facts = {"epochs": summary["epochs"], "minutes": report.minutes(path)}
-    return Peer(encoder, encoder.head), facts
+    return Peer(encoder, nn.Sequential(encoder.hidden, encoder.head)), facts
 
 
 def _table(options: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from localagg import checkpoint
 from localagg.config import Interrupted, PretrainConfig, UserError, override
+from localagg.learner import make_encoder
 from localagg.logbook import read_metrics
 from localagg.pretrain import pretrain, resume
 from localagg.recipes import recipe
@@ -270,6 +271,18 @@ def test_nce_and_the_random_bank_run_as_in_the_reference(tmp_path):
     pretrain(config, "digits", tmp_path / "run")
     line = read_metrics(tmp_path / "run")[0]
     assert line["loss"] == pytest.approx(line["data_term"] + line["noise_term"], rel=1e-5)
+
+
+def test_a_run_with_a_head_of_two_layers_and_a_rate_that_falls_as_a_cosine(tmp_path):
+    config = override(QUICK, head_layers=2, rate_schedule="cosine", log_every=1)
+    pretrain(config, "digits", tmp_path / "run")
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert rates[0] == config.learning_rate
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.01 * rates[0]
+    start = make_encoder(config.encoder, config.seed).state_dict()
+    learned = checkpoint.load_encoder(tmp_path / "run").state_dict()
+    assert not torch.equal(learned["hidden.0.weight"], start["hidden.0.weight"])
 
 
 def test_ir_and_la_go_on_from_a_finished_run_of_ir_as_if_it_were_one(tmp_path, pictures):

@@ -56,6 +56,13 @@ def test_the_rate_drops_on_the_step_after_the_boundary():
     assert [s.learning_rate(step) for step in (7, 8, 59)] == pytest.approx([1, 0.1, 0.1])
 
 
+def test_a_cosine_takes_the_place_of_drops():
+    s = schedule(learning_rate=2.0, rate_schedule="cosine")
+    assert s.boundaries == []
+    rates = [s.learning_rate(step) for step in (0, 15, 30, 45, 59)]
+    assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0.00137], abs=1e-5)
+
+
 def test_clusters_are_made_when_la_starts_and_at_each_epoch():
     s = schedule()
     asked = [step for step in range(s.last) if s.reclusters(step, has_labels=step > 20)]

@@ -44,6 +44,11 @@ def test_what_was_set_stays_and_only_the_rest_is_told():
     assert {"batch_size", "clusters", "ir_epochs", "model"} <= set(told)
 
 
+def test_a_cosine_is_given_no_drops():
+    config = override(PretrainConfig(), rate_schedule="cosine")
+    assert "drops" not in derived(config, resolve(config, 1000, 32))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

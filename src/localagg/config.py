@@ -61,6 +61,8 @@ class EncoderConfig:
     """resnet18_small: residual blocks of each stage."""
     stem_stride: int = 1
     """resnet18_small: stride of the first convolution; 2 quarters the cost."""
+    head_layers: Literal[1, 2] = 1
+    """1: a linear head, the paper's; 2: with a hidden layer of the backbone's width, SimCLR's."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "dim", "width", "stem_stride")
@@ -193,6 +195,8 @@ class PretrainConfig:
     """Epochs after which the rate drops to a tenth. None: at 80 and 93 percent of the epochs."""
     drop_steps: tuple[int, ...] | None = None
     """The same in steps, instead of drops."""
+    rate_schedule: Literal["drops", "cosine"] = "drops"
+    """cosine: the rate falls to zero as half a cosine over the run, and drops are not read."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4

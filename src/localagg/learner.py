@@ -181,9 +181,9 @@ class Learner:
 
 def make_encoder(config: EncoderConfig, seed: int) -> Encoder:
     """The network of a configuration, with the random weights of a seed."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"head_layers": config.head_layers}
     if config.model == "resnet18_small":
-        options = {k: getattr(config, k) for k in ("width", "blocks", "stem_stride")}
+        options |= {k: getattr(config, k) for k in ("width", "blocks", "stem_stride")}
     return create_encoder(config.model or "resnet18", config.dim, seed=seed, **options)
 
 

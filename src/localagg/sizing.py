@@ -52,7 +52,9 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     if ir_epochs is None:
         ir_epochs = min(10, epochs) if large else round(0.4 * epochs)
     drops = config.drops
-    if drops is None:  # where the reference's ResNet-18 has them: 160 and 187 of 200
+    if (
+        drops is None and config.rate_schedule == "drops"
+    ):  # where the reference's ResNet-18 has them: 160 and 187 of 200
         drops = (round(0.8 * epochs, 2), round(0.935 * epochs, 2))
 
     objective = scaled(config, size).objective

@@ -63,6 +63,24 @@ def test_width_depth_and_stem_can_be_chosen():
     again.load_state_dict(encoder.state_dict())
 
 
+def test_a_head_of_two_layers():
+    encoder = create_encoder("resnet18_small", 6, head_layers=2, width=4, seed=0).eval()
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        pooled = encoder.features(images, ["4"])["4"].view(3, 32, 2, 2).mean(dim=(2, 3))
+        weights = encoder.state_dict()
+        inner = pooled @ weights["hidden.0.weight"].T + weights["hidden.0.bias"]
+        outer = inner.clamp(min=0) @ weights["head.weight"].T + weights["head.bias"]
+        assert weights["hidden.0.weight"].shape == (32, 32)
+        torch.testing.assert_close(encoder(images), torch.nn.functional.normalize(outer, dim=1))
+        again = encoder_from_json(spec_to_json(encoder)).eval()
+        again.load_state_dict(weights)
+        assert torch.equal(again(images), encoder(images))
+    assert "head_layers" not in create_encoder("resnet18_small", head_layers=1, width=4).spec
+    with pytest.raises(UserError, match="head_layers is 3"):
+        create_encoder("resnet18_small", head_layers=3)
+
+
 def test_weights_depend_on_the_seed_alone():
     before = torch.random.get_rng_state()
     one, two = (create_encoder("resnet18_small", width=8, seed=s).state_dict() for s in (1, 1))

@@ -27,7 +27,8 @@ _OURS: dict[str, Callable[..., Backbone]] = {
 
 
 class Encoder(nn.Module):
-    """A backbone, a linear embedding head with bias, and normalization at both ends.
+    """A backbone, an embedding head with bias (linear, as in the paper, unless its spec has two
+    ``head_layers``), and normalization at both ends.
 
     Pixels are normalized in here (ImageNet's mean and deviation, as in the reference), so that a
     user hands over images as they are and weights files are complete.
@@ -43,6 +44,9 @@ class Encoder(nn.Module):
         self.spec = spec
         self.compat: Compat | None = _checked(compat)
         self.backbone = backbone
+        self.hidden: nn.Module = nn.Identity()
+        if spec.get("head_layers", 1) == 2:
+            self.hidden = nn.Sequential(nn.Linear(backbone.channels, backbone.channels), nn.ReLU())
         self.head = nn.Linear(backbone.channels, dim)
         backbone.start_head(self.head)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
@@ -64,7 +68,7 @@ class Encoder(nn.Module):
 
     def unnormalized(self, images: Tensor) -> Tensor:
         """float32 [B, dim]: what the head computes, before it is brought to unit length."""
-        found = self.head(self.backbone.vector(self._normalized(images)))
+        found = self.head(self.hidden(self.backbone.vector(self._normalized(images))))
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     @property
@@ -123,6 +127,7 @@ def create_encoder(
     model: str,
     dim: int = 128,
     *,
+    head_layers: int = 1,
     seed: int | None = None,
     compat: Compat | None = None,
     **options: Any,
@@ -132,6 +137,8 @@ def create_encoder(
     Args:
         model: one of :func:`available_models`, or "timm:NAME" for any network of timm.
         dim: size of the embedding.
+        head_layers: 1, a linear head as in the paper; or 2, with a hidden layer and ReLU before
+            it, as in SimCLR (Chen et al. 2020, section 4.2).
         seed: of the weights; None takes torch's global generator as it stands.
         compat: the default of :meth:`Encoder.features`. It says how features are read and is no
             property of the weights: it is not saved with them.
@@ -144,6 +151,8 @@ def create_encoder(
     Raises:
         UserError: no such model (the nearest is suggested) or option.
     """
+    if head_layers not in (1, 2):
+        raise UserError(f"head_layers is {head_layers}; a head has 1 or 2.")
     make = _backbone(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -152,7 +161,10 @@ def create_encoder(
             backbone = make(**options)
         except TypeError as error:
             raise UserError(f"Model {model} does not take these options: {error}.") from None
-        return Encoder(backbone, dim, {"model": model, "dim": dim, **options}, compat)
+        spec = {"model": model, "dim": dim, **options}
+        if head_layers != 1:  # files of linear heads do not name it
+            spec["head_layers"] = head_layers
+        return Encoder(backbone, dim, spec, compat)
 
 
 def _backbone(model: str) -> Callable[..., Backbone]:
