@@ -13,7 +13,7 @@ def test_the_rule_fits_every_size(size, side):
     objective = config.objective
     assert 1 <= config.batch_size <= min(size, 128)
     assert 1 <= objective.neighbors <= min(size, 4096)
-    assert all(1 <= k <= size for k in objective.clusters)
+    assert all(min(2, size) <= k <= size for k in objective.clusters)
     assert 0 <= config.ir_epochs <= config.epochs
     assert config.epochs * (size // config.batch_size) >= 2200
     assert all(0 < drop < config.epochs for drop in config.drops)
@@ -44,6 +44,20 @@ def test_what_was_set_stays_and_only_the_rest_is_told():
     assert {"batch_size", "clusters", "ir_epochs", "model"} <= set(told)
 
 
+@pytest.mark.parametrize(
+    ("size", "clusters"), [(2, 2), (8, 2), (20, 5), (110, 8), (512, 8), (640, 10), (50_000, 781)]
+)
+def test_few_images_have_several_clusters(size, clusters):
+    assert resolve(PretrainConfig(), size, 32).objective.clusters == (clusters,) * 3
+    made = override(PretrainConfig(), clusters=(30_000,) * 3, sized_for=1_281_167)
+    assert resolve(made, size, 32).objective.clusters == (max(2, round(size * 0.023416)),) * 3
+
+
+def test_one_cluster_is_refused_where_la_would_read_it():
+    alone = override(PretrainConfig(), clusters=(1,), epochs=5, ir_epochs=5)
+    assert resolve(alone, 100, 32).objective.clusters == (1,)
+
+
 def test_a_cosine_is_given_no_drops():
     config = override(PretrainConfig(), rate_schedule="cosine")
     assert "drops" not in derived(config, resolve(config, 1000, 32))
@@ -56,6 +70,7 @@ def test_a_cosine_is_given_no_drops():
         ({"clusters": (5, 101)}, "--clusters 101 is more than the 100 images"),
         ({"batch_size": 101}, "--batch-size 101 is more than the 100 images"),
         ({"epochs": 3, "ir_epochs": 4}, "--ir-epochs 4 is more than --epochs 3"),
+        ({"clusters": (9, 1)}, "--clusters 1 makes all images close neighbors"),
     ],
 )
 def test_more_than_there_is_is_refused_with_the_numbers(options, message):

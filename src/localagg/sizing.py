@@ -11,6 +11,7 @@ from dataclasses import replace
 from .config import PretrainConfig, UserError, option, to_dict
 
 _IMAGENET_SCALE = 1_000_000  # from here on the reference's own settings
+_FEWEST = 2  # clusters: where all images share one, all are close and the loss is zero
 _SMALL_SIDE = 64  # pixels; up to here the network without a down-sampling stem
 
 
@@ -61,7 +62,7 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     objective = replace(
         objective,
         neighbors=objective.neighbors or max(1, min(4096, size // 2)),
-        clusters=objective.clusters or (max(1, size // 64),) * (10 if large else 3),
+        clusters=objective.clusters or (_clusters(size),) * (10 if large else 3),
     )
     resolved = replace(
         config,
@@ -78,6 +79,11 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     return resolved
 
 
+def _clusters(size: int) -> int:
+    """Some 64 images a cluster; few images still need several, as one alone says nothing."""
+    return max(min(_FEWEST, size), min(8, size // 4), size // 64)
+
+
 def scaled(config: PretrainConfig, size: int) -> PretrainConfig:
     """The configuration with K and clusters fitted to ``size`` images, if it was made for others.
 
@@ -88,7 +94,8 @@ def scaled(config: PretrainConfig, size: int) -> PretrainConfig:
     if made_for is None or made_for == size:
         return config
     if objective.clusters is not None:
-        clusters = tuple(max(1, round(k * size / made_for)) for k in objective.clusters)
+        least = min(_FEWEST, max(objective.clusters), size)
+        clusters = tuple(max(least, round(k * size / made_for)) for k in objective.clusters)
         objective = replace(objective, clusters=clusters)
     if objective.neighbors is not None:
         neighbors = min(objective.neighbors, max(1, size // 2))
@@ -100,9 +107,16 @@ def check(config: PretrainConfig, size: int) -> None:
     """Refuse settings that ``size`` images cannot have.
 
     Raises:
-        UserError: more neighbors, clusters or batch than images; more IR epochs than epochs.
+        UserError: more neighbors, clusters or batch than images; more IR epochs than epochs; one
+            cluster of all.
     """
     objective = config.objective
+    aggregates = config.ir_epochs != config.epochs
+    if aggregates and size > 1 and min(objective.clusters or (_FEWEST,)) < _FEWEST:
+        raise UserError(
+            "--clusters 1 makes all images close neighbors, of which LA learns nothing; name at"
+            f" least {_FEWEST}."
+        )
     limits = {
         "batch_size": config.batch_size,
         "ir_batch_size": config.ir_batch_size,

@@ -260,7 +260,8 @@ def pack_rows(report: dict[str, Any]) -> list[list[str]]:
     copies = sum(len(group) - 1 for group in report["duplicates"])
     rows.append(["identical to another image", f"{copies:,}"])
     for split, facts in report["splits"].items():
-        rows.append([split, f"{facts['images']:,} images in {len(facts['files']):,} files"])
+        files = f"{len(facts['files']):,} file{'s' if len(facts['files']) > 1 else ''}"
+        rows.append([split, f"{facts['images']:,} images in {files}"])
         formats = ", ".join(f"{n:,} {kind}" for kind, n in facts["formats"].items())
         rows.append(["  formats", formats or "none"])
         if report["size"] is not None:
