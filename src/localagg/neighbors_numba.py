@@ -106,7 +106,9 @@ class _Batch:
     def search(self, rows_Bk: np.ndarray, sim_Bk: np.ndarray) -> None:
         """Fill in the neighbors."""
         hold, k, B, N = self.hold, self.k, len(self.queries), len(self.bank.rows)
-        least_B = np.maximum(self._guess(), self.floor_B)
+        least_B = self.floor_B.copy()  # what ranks have agreed on beats a guess
+        if not np.isfinite(least_B).all():
+            least_B = np.maximum(self._guess(), least_B)
         least_SB = np.tile(least_B, (hold.lists, 1))
         count_SB = np.zeros((hold.lists, B), np.int64)
 
