@@ -250,6 +250,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     files = sorted(options.jpegs.glob("*.JPEG"))[: options.count]
+    batch = min(32, len(files))
+    files = files[: len(files) // batch * batch]  # no way may leave out what another does
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"
         for number, file in enumerate(files):  # ImageFolder asks for class folders
@@ -257,10 +259,8 @@ def main() -> None:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / file.name)
         rows = decoder_rows(files, options.runs)
-        batch = min(32, len(files))
-        whole = len(files) // batch * batch
         ways = jpeg_ways(folder, batch)
-        rows += rate_rows("JPEG files, 224", ways, whole, options.runs)
+        rows += rate_rows("JPEG files, 224", ways, len(files), options.runs)
     small = 16 * options.count
     for title, ways in cifar_ways(options.cifar10, small, 128).items():
         rows += rate_rows(f"CIFAR-10, {title}, 32", ways, small, options.runs)
