@@ -20,6 +20,7 @@ from localagg.data.augment import (
     contrast,
     crop_boxes,
     draw,
+    grayscale,
     evaluation_view,
     hue,
     resample,
@@ -88,6 +89,27 @@ def test_each_sample_has_its_own_order_of_jitter(images):
         torch.testing.assert_close(found[i], expected, atol=2e-4, rtol=0)
     untouched = color_jitter(views.clone(), factors, order, (0.0, 0.0, 0.0, 0.0))
     assert torch.equal(untouched, views)
+
+
+def test_a_gray_image_that_stands_alone_skips_what_would_not_change_it(images):
+    view = grayscale(images[:1].float() / 255).repeat(1, 3, 1, 1)
+    factors, order = torch.tensor([[0.7, 1.3, 0.6, 0.2]]), torch.tensor([[3, 0, 2, 1]])
+    asked = []
+
+    def spied(number, operation):
+        return lambda x, factor: asked.append(number) or operation(x, factor)
+
+    spies = [
+        spied(i, operation) for i, operation in enumerate((brightness, contrast, saturation, hue))
+    ]
+    arguments = factors, order, (0.4,) * 4, spies
+    in_full = color_jitter(view.clone(), *arguments)
+    assert asked == [3, 0, 2, 1]
+    asked.clear()
+    found = color_jitter(view.clone(), *arguments, gray=torch.tensor([True]))
+    assert asked == [0, 1]
+    torch.testing.assert_close(found, in_full, atol=1e-6, rtol=0)
+    assert color_jitter(view.clone(), *arguments, gray=torch.tensor([False])).equal(in_full)
 
 
 # --- Whole views with forced parameters -----------------------------------------------------------

@@ -13,7 +13,13 @@ import torchvision.transforms.v2.functional as V
 from PIL import Image, ImageOps, features
 
 from localagg.data import decode as module
-from localagg.data.decode import UnreadableImage, decode, decode_crops, image_size
+from localagg.data.decode import (
+    UnreadableImage,
+    decode,
+    decode_crops,
+    decoded_size,
+    image_size,
+)
 
 
 def encoded(image, kind, **options):
@@ -46,6 +52,8 @@ def fast_calls(monkeypatch):
     answered = []
 
     class Spied:
+        decode_jpeg_header = simplejpeg.decode_jpeg_header
+
         @staticmethod
         def decode_jpeg(data, **options):
             pixels = simplejpeg.decode_jpeg(data, **options)
@@ -67,6 +75,31 @@ def test_jpeg_pixels_are_pillows_to_the_level(odd_photo, fast_calls, subsampling
             data = encoded(image, "JPEG", quality=quality, subsampling=subsampling, **options)
             assert torch.equal(decode(data), levels(Image.open(io.BytesIO(data))))
     assert len(fast_calls) == 4
+
+
+def test_the_size_is_that_of_the_pixels_with_and_without_pillow(odd_photo, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    files = [
+        encoded(odd_photo.convert(mode), kind, exif=exif)
+        for kind, mode in [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")]
+    ]
+    for data in files:
+        for upright in (False, True):
+            size = tuple(decode(data, upright=upright).shape[1:])
+            assert decoded_size(data, upright=upright) == size
+            assert image_size(data, upright=upright)[:2] == size
+    monkeypatch.setattr(module, "_open", None)  # Pillow is not asked
+    assert [decoded_size(data) for data in files[:2]] == [(83, 117)] * 2
+
+
+def test_a_jpeg_of_too_many_pixels_is_refused_by_its_header(odd_photo):
+    data = encoded(odd_photo, "JPEG")
+    sides = data.index(b"\xff\xc0") + 5
+    bomb = data[:sides] + struct.pack(">HH", 60_000, 60_000) + data[sides + 4 :]
+    for refused in (decode, decoded_size, image_size):
+        with pytest.raises(UnreadableImage, match=r"more (pixels )?than the limit"):
+            refused(bomb)
 
 
 def test_a_gray_jpeg_is_repeated(photo, fast_calls):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..config import ViewConfig, known
 from .augment import draw
 from .crops import Boxes, crop_boxes, evaluation_boxes
-from .decode import Box, decode_crops, image_size
+from .decode import Box, decode_crops, decoded_size
 from .headers import FAULTS, reason
 from .nvjpeg import EncodedCrops, encoded_crops
 from .protocol import Source
@@ -98,7 +98,7 @@ def _read(
         try:
             data = source[i].image
             data = data if isinstance(data, bytes) else _encode(data)
-            sizes.append(image_size(data, upright=views.exif_orientation)[:2])
+            sizes.append(decoded_size(data, upright=views.exif_orientation))
             read.append((i, data))
             rows.append(row)
         except FAULTS as error:
