@@ -4,13 +4,21 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localagg import __version__
-from localagg.config import PretrainConfig, TransferConfig, UserError, ViewConfig
+from localagg.config import (
+    PretrainConfig,
+    TransferConfig,
+    UserError,
+    ViewConfig,
+    option_names,
+    override,
+)
 from localagg.models import create_encoder
 from localagg.recipes import readout_recipe
 from localagg.results import (
@@ -272,16 +280,70 @@ def test_published_numbers_stand_beside_the_same_protocol_and_data_alone(run):
     assert first[2][1] == [f"IR, ResNet-18 (published: {published[0]['source']})", "", "80.8%"]
 
 
-def test_the_published_linear_number_is_of_the_recipes_protocol():
+def of_the_recipe(**changes):
+    """The protocol of the published read-outs, resolved, with these options changed."""
     recipe = readout_recipe("trans_res50_LA").config
-    assert isinstance(recipe, TransferConfig)
     views = resolve(PretrainConfig(views=recipe.views), 1_281_167, 375).views
-    words = protocol(TransferConfig(views=views, epochs=recipe.epochs, ten_crop=recipe.ten_crop))
+    return protocol(override(replace(recipe, views=views), **changes))
+
+
+def test_the_published_linear_number_is_of_the_recipes_protocol():
     (number,) = [number for number in PUBLISHED if number.measure == "linear"]
-    assert number.protocol == words
+    assert number.protocol == of_the_recipe()
     layer, _, name = number.value.partition(" ")
     assert layer in create_encoder("preact_resnet50", seed=0).layers
     assert name == "ten_crop_top1"
+
+
+# Another value of each option of read-outs that decides what is measured.
+DECIDING = {
+    "compat": "reference",
+    "image_size": 96,
+    "augmentation": "torchvision",
+    "crop": "fixed",
+    "crop_area": (0.08, 1.0),
+    "crop_aspect": (1.0, 1.0),
+    "gray": 0.0,
+    "jitter": (0.4, 0.4, 0.4, 0.1),
+    "flip": 0.0,
+    "eval_crop": 1.0,
+    "exif_orientation": True,
+    "epochs": 71,
+    "drops": (30.0, 50.0),
+    "batch_size": 8,
+    "learning_rate": 1e-9,
+    "momentum": 0.0,
+    "weight_decay": 0.1,
+    "finetune": True,
+    "ten_crop": False,
+}
+ELSEWHERE = {"nvjpeg"}  # is refused with the reference's formulas
+HOW_IT_RUNS = {
+    *("layers", "seed", "precision", "device", "workers", "memory", "memory_gb", "cache"),
+    *("cache_gb", "unreadable", "eval_every", "log_every", "checkpoint_seconds"),
+}
+
+
+def test_no_run_that_deviates_from_the_recipe_stands_beside_the_published_number():
+    assert {*DECIDING} | ELSEWHERE | HOW_IT_RUNS == {*option_names(TransferConfig())}
+    lines = {name: of_the_recipe(**{name: value}) for name, value in DECIDING.items()}
+    assert len({of_the_recipe(), *lines.values()}) == 1 + len(DECIDING)
+    assert of_the_recipe(seed=1, workers=0, layers=("17",)) == of_the_recipe()
+    assert lines["learning_rate"] == of_the_recipe() + "; learning rate 1e-09 (not 0.01)"
+    both = of_the_recipe(batch_size=8, crop_area=(0.5, 1.0))
+    assert both.endswith("; crop area 0.5 1 (not 0.2 1); batch size 8 (not 128)")
+    assert " by the number of images (not 128)" in of_the_recipe(batch_size=None)
+
+
+def test_views_that_are_fixed_are_not_called_random():
+    fixed = {"crop": "center", "flip": 0.0, "gray": 0.0, "jitter": (0.0, 0.0, 0.0, 0.0)}
+    assert "70 epochs of the center crop (reference); center crop and" in of_the_recipe(**fixed)
+    assert "random views" in of_the_recipe(**{**fixed, "flip": 0.5})
+
+
+def test_fine_tuning_says_which_layers_teach_the_network():
+    lines = {of_the_recipe(finetune=True, layers=layers) for layers in (("17",), ("1", "17"))}
+    assert len(lines) == 2
 
 
 def test_data_sets_are_known_by_their_counts():

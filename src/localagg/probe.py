@@ -133,16 +133,18 @@ def resolve_transfer(
         len(source),
         typical_side(source),
     )
-    drops = config.drops
-    if drops is None:  # where the reference's ResNets have them: 30 and 60 of 70
-        drops = tuple(round(config.epochs * share / 7, 2) for share in (3, 6))
     return replace(
         config,
         views=general.views,
         layers=config.layers or tuple(encoder.layers),
         batch_size=general.batch_size,
-        drops=drops,
+        drops=usual_drops(config.epochs) if config.drops is None else config.drops,
     )
+
+
+def usual_drops(epochs: int) -> tuple[float, ...]:
+    """Where the reference's ResNets have them: after 30 and 60 of 70 epochs."""
+    return tuple(round(epochs * share / 7, 2) for share in (3, 6))
 
 
 class Probe:

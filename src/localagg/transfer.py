@@ -24,11 +24,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import check_new, save_weights, weights_digest, write_json
-from .config import TransferConfig, UserError, from_dict, to_dict
+from .config import TransferConfig, UserError, from_dict, option_names, option_value, to_dict
 from .data.workers import told_of_deaths
+from .features import is_fixed
 from .logbook import Metrics, progress_bar, say
 from .models import Encoder
-from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder
+from .probe import (
+    Labelled,
+    Probe,
+    open_labelled,
+    resolve_transfer,
+    take_encoder,
+    usual_drops,
+)
 from .readout import cross_entropies
 from .signals import Interrupt, interruptible
 
@@ -96,7 +104,7 @@ def read_out(
     say(
         f"Reading out {', '.join(resolved.layers or ())} of {len(labelled.source):,} images of"
         f" {labelled.classes:,} classes, measured on {len(labelled.held_out):,}:"
-        f" {protocol(resolved)}; batch {resolved.batch_size}."
+        f" {protocol(resolved)}."
     )
     probe = Probe(resolved, encoder, labelled, facts)
     if run is not None:
@@ -296,17 +304,73 @@ class _Record:
             self.metrics.write(self.probe.step, values)
 
 
+# Options that a protocol has words for of their own, and those that do not change what is measured.
+_IN_WORDS = frozenset(
+    {
+        *("layers", "compat", "epochs", "finetune", "ten_crop"),
+        *("image_size", "augmentation", "crop", "eval_crop"),
+    }
+)
+_NO_MATTER = frozenset(
+    {
+        *("seed", "precision", "device", "workers", "memory", "memory_gb", "cache", "cache_gb"),
+        *("unreadable", "eval_every", "log_every", "checkpoint_seconds"),
+    }
+)
+
+
 def protocol(config: TransferConfig) -> str:
-    """One line that says how a read-out was measured; numbers of unlike lines do not compare."""
+    """One line that says how a read-out was measured; numbers of unlike lines do not compare.
+
+    What is not told is as in the reference's read-outs of ResNets (``trans_res50_LA``); every
+    other option that matters stands at the end: "; learning rate 1e-09 (not 0.01)".
+    """
     views = config.views
-    what = "linear heads with the network fine-tuned" if config.finetune else "linear heads, frozen"
+    what = "linear heads, frozen"
+    if config.finetune:  # the network learns from all heads together
+        heads = "all layers" if config.layers is None else " ".join(config.layers)
+        what = f"linear heads on {heads} with the network fine-tuned"
     epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    seen = f"random views ({views.augmentation}, {views.crop} crops)"
+    if is_fixed(views):
+        seen = f"the center crop ({views.augmentation})"
     crops = "center crop" + (" and ten crops by mean softmax" if config.ten_crop else "")
     slip = "; features pooled as in the reference" if config.compat else ""
-    return (
-        f"{what}; {epochs} of random views ({views.augmentation}, {views.crop} crops);"
-        f" {crops} of {views.eval_crop} at {views.image_size} pixels{slip}"
-    )
+    measured = f"{crops} of {views.eval_crop} at {views.image_size} pixels{slip}"
+    unlike = "".join(f"; {words}" for words in _deviations(config))
+    return f"{what}; {epochs} of {seen}; {measured}{unlike}"
+
+
+def _deviations(config: TransferConfig) -> list[str]:
+    """What is unlike the reference's read-outs of ResNets: "learning rate 1e-09 (not 0.01)", ..."""
+    usual = replace(TransferConfig(), batch_size=128, drops=usual_drops(config.epochs))
+    told = _IN_WORDS | _NO_MATTER
+    if config.drops is None:
+        told |= {"drops"}
+    if config.views.crop != "resized":
+        told |= {"crop_area", "crop_aspect"}
+    if is_fixed(config.views):  # which says that all of these are 0
+        told |= {"flip", "gray", "jitter"}
+    found = {
+        name: (option_value(config, name), option_value(usual, name))
+        for name in option_names(config)
+        if name not in told
+    }
+    return [
+        f"{name.replace('_', ' ')} {_in_words(value)} (not {_in_words(other)})"
+        for name, (value, other) in found.items()
+        if value != other
+    ]
+
+
+def _in_words(value: Any) -> str:
+    if (
+        value is None
+    ):  # the batch alone may be left open, where parts of the images are learned from
+        return "by the number of images"
+    if isinstance(value, tuple):
+        return " ".join(map(_in_words, value))
+    return str(value) if isinstance(value, (bool, str)) else f"{value:g}"
 
 
 def _check_new(run: Path) -> None:
