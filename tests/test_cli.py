@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from localagg import cli
+from localagg.checkpoint import load_encoder, weights_digest
+from localagg.results import read_results
 
 SMALL = [
     *("--epochs", "2", "--ir-epochs", "1", "--width", "8", "--blocks", "1", "--neighbors", "64"),
@@ -269,6 +271,8 @@ def test_what_was_measured_stands_in_one_table(run, tmp_path, capsys):
     asked = "held-out images ask the memory bank; votes"
     vote = next(c["protocol"] for c in table["columns"] if c["protocol"].startswith(asked))
     assert row["values"][columns[vote, "knn1"]] == pytest.approx(told["accuracy"]["knn1"])
+    loaded = weights_digest(load_encoder(copy))
+    assert {entry["weights_digest"] for entry in read_results(copy)} == {loaded}
     top1 = heads["layers"]["1"]["top1"]
     assert row["values"][columns[heads["protocol"], "1 top1"]] == pytest.approx(top1)
 
@@ -290,7 +294,6 @@ def test_search_finds_what_embed_wrote(run, pictures, tmp_path, capsys):
 
 def test_readouts_that_were_stopped_are_noted_when_they_end(run, tmp_path, monkeypatch, capsys):
     from localagg.probe import Probe
-    from localagg.results import read_results
 
     copy, out = tmp_path / "copy", tmp_path / "heads"
     shutil.copytree(run, copy)
@@ -309,3 +312,8 @@ def test_readouts_that_were_stopped_are_noted_when_they_end(run, tmp_path, monke
         assert cli.main(["transfer", "--resume", str(out)]) == 0
     (entry,) = read_results(copy)
     assert set(entry["values"]) >= {"1 top1", "1 ten_crop_top1"}
+    (copy / "results.json").unlink()  # as if killed between its own results and this line
+    for _ in range(2):
+        assert cli.main(["transfer", "--resume", str(out)]) == 0
+    (again,) = read_results(copy)
+    assert {**again, "when": 0} == {**entry, "when": 0}

@@ -90,6 +90,15 @@ def test_without_held_out_images_the_others_are_asked(weights, pictures):
     assert result["notes"] == ["k = 48 is more than the 47 images to find: all of them vote."]
 
 
+@pytest.mark.parametrize("size", [4, 4999, 5000, 5001, 9999, 10_000, 10_001])
+def test_at_most_5000_images_evenly_spread_ask_the_others(pictures, size):
+    digits = open_images("digits")
+    digits.labels = torch.arange(size) % 2
+    choice = choose(str(pictures / "train"), digits, torch.arange(size))
+    assert min(size, 2500) <= len(choice.asking) <= 5000
+    assert len(choice.asking.diff().unique()) == 1
+
+
 def test_unreadable_images_are_left_out_and_counted(weights, pictures, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pictures, data)

@@ -145,6 +145,9 @@ def test_a_file_of_another_shape_is_never_touched(run, content):
         json.dumps({"results": [entry(values={"knn1": float("nan")})]}),
         json.dumps({"results": [entry(values={"knn1": True})]}),
         json.dumps({"results": [entry(images="12")]}),
+        json.dumps({"results": [entry(training_images="12")]}),
+        json.dumps({"results": [entry(intervals={"knn1": "0.5"})]}),
+        json.dumps({"results": [entry(intervals={"knn2": 0.5})]}),
         json.dumps({"results": [entry(dataset=["CIFAR-10"])]}),
         json.dumps({"results": [{k: v for k, v in ENTRY.items() if k != "data"}]}),
     ],
@@ -178,7 +181,12 @@ _ENTRIES = st.builds(
     protocol=st.sampled_from(["bank", "embeddings"]),
     data=st.sampled_from(["here", "there"]),
     fingerprint=st.sampled_from(["aa", "bb", None]),
+    dataset=st.sampled_from(["CIFAR-10", None]),
     images=st.sampled_from([12, 13]),
+    asked=st.sampled_from([11, 12]),
+    training_fingerprint=st.sampled_from(["cc", "dd"]),
+    training_images=st.sampled_from([48, 16]),
+    known=st.sampled_from([16, 15]),
     values=st.dictionaries(st.sampled_from(["knn1", "top1"]), st.floats(0, 1), min_size=1),
     weights_digest=st.sampled_from(["0123456789", "9876543210"]),
 )
@@ -215,7 +223,9 @@ def test_unlike_numbers_never_share_a_column(tmp_path_factory, runs):
 
 
 def _kind(e):
-    return e["measure"], e["protocol"], e["fingerprint"] or e["data"], e["images"]
+    counts = ("images", "asked", "training_fingerprint", "training_images", "known")
+    images = e["fingerprint"] or e["data"]
+    return e["measure"], e["protocol"], images, e["dataset"], *(e[name] for name in counts)
 
 
 def test_two_runs_on_other_images_have_tables_of_their_own(tmp_path):

@@ -83,12 +83,10 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
 
 
 def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
-    from .ledger import note_readouts
+    from .ledger import are_noted, note_readouts
     from .logbook import print_table
 
-    noted = False
     if options.resume is not None:
-        noted = (Path(options.resume) / "results.json").exists()  # when it ended
         result = _resume_transfer(options, run, typed)
     else:
         folder, data = _weights(run, options.data)
@@ -102,8 +100,10 @@ def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, 
     ]
     print_table(["layer", *columns], rows)
     print(f"{result['seconds']:.0f} s. {result['protocol']}")
-    if not noted:
-        note_readouts(Path(run or result["run"]), result)
+    where = run or result["run"]
+    # Ended read-outs may have been killed before they were noted. (None: an encoder from Python.)
+    if where is not None and not (options.resume and are_noted(Path(where), result)):
+        note_readouts(Path(where), result)
     return result
 
 

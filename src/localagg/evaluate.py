@@ -1,5 +1,6 @@
 """Measurements by neighbors and clusters: of a run while it learns, and of a finished one."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,9 +10,18 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from .checkpoint import latest, load_bank, load_encoder, load_views, read_progress, read_run
+from .checkpoint import (
+    latest,
+    load_bank,
+    load_encoder,
+    load_views,
+    read_progress,
+    read_run,
+    weights_digest,
+)
 from .clusters import cluster_scores
 from .config import PretrainConfig, UserError, ViewConfig
+from .data.class_names import translation
 from .data.loader import decoded, typical_side
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
@@ -24,7 +34,6 @@ from .shared_neighbors import shared_accuracy
 from .sizing import resolve
 
 _LEAVE_ONE_OUT = 5000  # bank rows asked about where nothing is held out
-_NAMED = 5  # classes in a message
 
 
 class Unmeasurable(UserError):
@@ -130,7 +139,7 @@ def _candidates(
     if held_out is not None:
         notes.append(f"The held-out images of '{data}' have no labels: training images ask.")
     size = len(known_labels)
-    images = torch.arange(0, size, max(1, size // _LEAVE_ONE_OUT))
+    images = torch.arange(0, size, math.ceil(size / _LEAVE_ONE_OUT))
     return None, images, known_labels[images], "training images that ask"
 
 
@@ -274,9 +283,10 @@ def measure_run(
             :func:`localagg.clusters.cluster_scores`.
 
     Returns:
-        {"accuracy": {name: 0-1}, "asked", "known": images, "against", "data", "run", "left_out":
-        {"known", "asking": {"unreadable", "unlabelled", "alone": images}}, "notes": sentences}, and
-        "retrieval", "clusters" where asked for.
+        {"accuracy": {name: 0-1}, "asked", "known": images, "held_out": whether held-out images
+        asked, "capped": {k: the lower number that votes}, "against", "data", "run",
+        "weights_digest", "left_out": {"known", "asking": {"unreadable", "unlabelled", "alone":
+        images}}, "notes": sentences}, and "retrieval", "clusters" where asked for.
 
     Raises:
         UserError: no labels, or none that tell anything; no bank of these images; no such run.
@@ -284,6 +294,7 @@ def measure_run(
     if min(k) < 1:
         raise UserError(f"--k is {' '.join(map(str, k))}; it must be at least 1.")
     encoder = load_encoder(run)
+    digest = weights_digest(encoder)
     facts = read_run(run)[1] if run.is_dir() else {}
     data = data or facts.get("data")
     if data is None:
@@ -297,15 +308,19 @@ def measure_run(
         result["retrieval"] = _named(choice, retrieval_scores(**found._asdict(), k=k))
     if clusters:
         result["clusters"] = cluster_scores(found.bank, found.bank_labels)
+    there = _neighbors_of(choice, found)
     return {
         **result,
         "asked": len(found.queries),
         "known": len(found.bank),
+        "held_out": choice.held_out is not None,
+        "capped": {str(count): there for count in k if count > there},
         "against": "the memory bank" if against == "bank" else "the training images",
         "left_out": choice.left_out,
         "notes": choice.notes,
         "data": data,
         "run": str(run),
+        "weights_digest": digest,
     }
 
 
@@ -341,10 +356,15 @@ def _more_notes(choice: Choice, found: Space, k: Sequence[int]) -> list[str]:
     for side, what in (("known", "training"), ("asking", "held-out")):
         if count := choice.left_out[side]["unreadable"]:
             notes.append(f"{count:,} {what} images cannot be read and are left out.")
-    there = len(found.bank) - (choice.held_out is None)
+    there = _neighbors_of(choice, found)
     if max(k) > there:
         notes.append(f"k = {max(k):,} is more than the {there:,} images to find: all of them vote.")
     return notes
+
+
+def _neighbors_of(choice: Choice, found: Space) -> int:
+    """How many images there are for each to find."""
+    return len(found.bank) - (choice.held_out is None)
 
 
 def _own_bank(run: Path, data: str, source: Source, facts: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -375,25 +395,3 @@ def _fresh_bank(
     bank = torch.zeros(len(source), found.rows.shape[1])
     bank[found.index] = found.rows.cpu()
     return bank, found.index
-
-
-def translation(data: str, source: Source, held_out: Source) -> Tensor:
-    """Held-out labels to training labels, by class name: int64 [held-out classes].
-
-    A name that no held-out image has may be missing in training; it becomes -1.
-
-    Raises:
-        UserError: held-out images of classes that the training images do not have.
-    """
-    number = {name: label for label, name in enumerate(source.classes or ())}
-    names = held_out.classes or []
-    used = set() if held_out.labels is None else set(held_out.labels.unique().tolist())
-    unknown = [name for label, name in enumerate(names) if name not in number and label in used]
-    if unknown:
-        more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
-        raise UserError(
-            f"The held-out images of '{data}' have classes that the training images lack:"
-            f" {', '.join(unknown[:_NAMED])}{more}; rename them or take them out (pretraining can"
-            " also do without: --eval-every 0)."
-        )
-    return torch.tensor([number.get(name, -1) for name in names])

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import check_new, write_json
+from .checkpoint import check_new, weights_digest, write_json
 from .config import TransferConfig, UserError, known
 from .data.protocol import Sample
 from .data.sources import Source
@@ -132,9 +132,9 @@ def few_labels(
     Returns:
         {"subsets": [{"few": share or "per_class": number, "images": labelled images, "linear":
         {layer: {"top1": M, "top5": M}}, "finetuned": the same, for one layer}], "seeds": [...],
-        "protocol": {"linear", "finetuned": one line each}, "data", "run", "measured", "unreadable",
-        "classes", "seconds"}, where M is {"mean", "interval": half its width, None of one seed,
-        "values": one a seed}.
+        "protocol": {"linear", "finetuned": one line each}, "data", "run", "weights_digest",
+        "measured", "unreadable", "classes", "seconds"}, where M is {"mean", "interval": half its
+        width, None of one seed, "values": one a seed}.
 
     Raises:
         UserError: as :func:`transfer.transfer`; or parts that cannot be drawn.
@@ -145,6 +145,7 @@ def few_labels(
     if run is not None:
         check_new(run)
     encoder, path = take_encoder(weights)
+    digest = weights_digest(encoder)
     layers = config.layers or (encoder.layers[-1],)
     labelled = open_labelled(data)
     frozen = freeze(replace(config, layers=layers), encoder, path, labelled)
@@ -165,6 +166,7 @@ def few_labels(
         "protocol": protocols,
         "data": data,
         "run": None if path is None else str(path),
+        "weights_digest": digest,
         "measured": len(frozen.held_out.index),
         "unreadable": frozen.unreadable,
         "classes": labelled.classes,

@@ -3,21 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_encoder, load_views, weights_digest
+from .checkpoint import load_views
 from .config import PretrainConfig, ViewConfig
 from .data.loader import typical_side
 from .data.sources import Source, open_evaluation, open_images
-from .results import append_result, dataset_name, knn_protocol
+from .results import append_result, dataset_name, knn_protocol, read_results
 from .sizing import resolve
 
 
 def note_neighbors(run: Path, result: dict[str, Any]) -> None:
     """What ``evaluate.measure_run`` found: the vote, and retrieval and clusters where asked for."""
-    facts, views, held_out = _facts(run, result["data"])
-    against = result["against"]
-    how = knn_protocol(against, views, held_out=held_out)
-    append_result(run, {**facts, "measure": "knn", "protocol": how, "values": result["accuracy"]})
+    source, facts = _facts(result, held_out=result["held_out"])
+    views = resolve(
+        PretrainConfig(views=load_views(run) or ViewConfig()), len(source), typical_side(source)
+    ).views
+    against, left_out = result["against"], result["left_out"]
+    how = knn_protocol(against, views, held_out=result["held_out"])
     crop = how.rsplit("; ", 1)[1]
+    facts |= {name: result[name] for name in ("asked", "known", "left_out", "capped")}
+    append_result(run, {**facts, "measure": "knn", "protocol": how, "values": result["accuracy"]})
     if "retrieval" in result:
         scores = {k: v for k, v in result["retrieval"].items() if isinstance(v, float)}
         how = f"{how.split(';')[0]}; mAP over the full ranking; {crop}"
@@ -29,53 +33,86 @@ def note_neighbors(run: Path, result: dict[str, Any]) -> None:
             f"k-means of {against} into {found['clusters']:,} clusters, the best of ten starts,"
             f" mean of {found['seeds']} seeds; {crop}"
         )
+        # Training images are clustered, whoever asks.
+        _, facts = _facts(result, held_out=False)
+        facts |= {"asked": found["images"], "left_out": {"known": left_out["known"]}}
         append_result(run, {**facts, "measure": "clusters", "protocol": how, "values": values})
 
 
 def note_readouts(run: Path, result: dict[str, Any]) -> None:
     """What ``transfer`` or ``quick_readout`` found."""
-    values = {
-        f"{layer} {k}": v for layer, found in result["layers"].items() for k, v in found.items()
-    }
-    facts, _, _ = _facts(run, result["data"])
-    entry = {"measure": "linear", "protocol": result["protocol"], "values": values}
-    append_result(run, {**facts, **entry})
+    _, facts = _facts(result)
+    facts |= {"known": result["images"], **_measured(result)}
+    append_result(run, {**facts, **_readouts(result)})
+
+
+def are_noted(run: Path, result: dict[str, Any]) -> bool:
+    """Whether these read-outs stand in the run's results.json already."""
+    own = {**_readouts(result), **{name: result[name] for name in ("data", "weights_digest")}}
+    return any(own == {name: entry.get(name) for name in own} for entry in read_results(run))
 
 
 def note_few_labels(run: Path, result: dict[str, Any]) -> None:
-    """What ``few_labels`` found: the means over its seeds."""
-    facts, _, _ = _facts(run, result["data"])
+    """What ``few_labels`` found: the means over its seeds, and half their 95 % intervals."""
+    _, facts = _facts(result)
+    facts |= _measured(result)
     for way, how in result["protocol"].items():
-        values = {
-            f"{subset_name(subset)} {layer} {name}": spread["mean"]
+        spreads = {
+            f"{subset_name(subset)} {layer} {name}": spread
             for subset in result["subsets"]
             for layer, found in subset.get(way, {}).items()
             for name, spread in found.items()
         }
-        if values:
+        if spreads:
             seeds = f"; mean of {len(result['seeds'])} draws of the labelled images"
-            entry = {"measure": "few labels", "protocol": how + seeds, "values": values}
+            halves = {name: spread["interval"] for name, spread in spreads.items()}
+            entry = {
+                "measure": "few labels",
+                "protocol": how + seeds,
+                "values": {name: spread["mean"] for name, spread in spreads.items()},
+                "intervals": {name: half for name, half in halves.items() if half is not None},
+            }
             append_result(run, {**facts, **entry})
 
 
 def subset_name(subset: dict[str, Any]) -> str:
-    """``1%`` or ``5 a class``."""
+    """``0.01`` or ``5 a class``."""
     return f"{subset['few']:.3g}" if "few" in subset else f"{subset['per_class']} a class"
 
 
-def _facts(run: Path, data: str) -> tuple[dict[str, Any], ViewConfig, bool]:
-    """What is the same of every entry, how images are shown, and whether held-out images ask."""
-    source, held_out = open_images(data), open_evaluation(data)
-    asking: Source = source if held_out is None else held_out
-    config = PretrainConfig(views=load_views(run) or ViewConfig())
+def _readouts(result: dict[str, Any]) -> dict[str, Any]:
+    """What of read-outs is their own."""
+    values = {
+        f"{layer} {k}": v for layer, found in result["layers"].items() for k, v in found.items()
+    }
+    return {"measure": "linear", "protocol": result["protocol"], "values": values}
+
+
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    """Of read-outs: how many held-out images were measured, and how many images of both splits
+    could not be read."""
+    return {"asked": result["measured"], "left_out": {"unreadable": result["unreadable"]}}
+
+
+def _facts(result: dict[str, Any], *, held_out: bool = True) -> tuple[Source, dict[str, Any]]:
+    """The training images, and what is the same of every entry.
+
+    Args:
+        result: of a measurement, with "data" and "weights_digest".
+        held_out: whether held-out images were measured; else training images were.
+    """
+    data = result["data"]
+    source, others = open_images(data), open_evaluation(data)
+    asked: Source = source if others is None or not held_out else others
     facts: dict[str, Any] = {
         "data": data,
-        "fingerprint": asking.fingerprint(),
-        "images": len(asking),
-        "weights_digest": weights_digest(load_encoder(run)),
+        "fingerprint": asked.fingerprint(),
+        "images": len(asked),
+        "training_fingerprint": source.fingerprint(),
+        "training_images": len(source),
+        "weights_digest": result["weights_digest"],
     }
-    known = dataset_name(len(source), len(asking), len(source.classes or ()))
-    if known is not None and held_out is not None:
+    known = dataset_name(len(source), len(others or ()), len(source.classes or ()))
+    if known is not None:
         facts["dataset"] = known
-    views = resolve(config, len(source), typical_side(source)).views
-    return facts, views, held_out is not None
+    return source, facts

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checkpoint import load_encoder, load_views
 from .config import PretrainConfig, TransferConfig, UserError, ViewConfig, known
 from .data.augment import Augment
+from .data.class_names import translation
 from .data.loader import (
     Feed,
     Throttle,
@@ -23,7 +24,6 @@ from .data.loader import (
 )
 from .data.sources import Source, open_evaluation, open_images
 from .device import make_fabric
-from .evaluate import translation
 from .features import Extractor, FeatureCache, Kept, is_fixed
 from .files import whole
 from .logbook import say, showing

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import check_new, write_json
+from .checkpoint import check_new, weights_digest, write_json
 from .config import TransferConfig, UserError, known
 from .data.loader import report_unreadable
 from .data.sources import Source
@@ -142,6 +142,7 @@ def quick_readout(
     if run is not None:
         check_new(run)
     encoder, path = take_encoder(weights)
+    digest = weights_digest(encoder)
     frozen = freeze(config, encoder, path, open_labelled(data))
     heads = fit_heads(frozen, frozen.train.index, config.seed)
     layers = frozen.measure(heads)
@@ -152,6 +153,7 @@ def quick_readout(
         "layers": layers,
         "data": data,
         "run": None if path is None else str(path),
+        "weights_digest": digest,
         "protocol": quick_protocol(frozen.config, ten_crop=ten_crop),
         "regularization": {layer: head.l2 for layer, head in heads.items()},
         "regularization_chosen": all(head.chosen for head in heads.values()),

@@ -6,9 +6,15 @@ file ``FILE.safetensors`` it is ``FILE/results.json``). An entry::
     {"measure": "knn",               what kind of number
      "protocol": "...",              exact words; other words are another protocol
      "values": {"knn1": 0.41},       numbers; shares of 1 where they are accuracies
-     "data": URI, "fingerprint": of the images measured, "images": how many,
+     "intervals": {"knn1": 0.01},    half of the 95 % intervals, where there are some
+     "data": URI, "fingerprint": of the split measured, "images": its size,
+     "training_fingerprint", "training_images": of the split learned from, or asked,
+     "asked": how many of the images were measured, "known": how many training images were there,
+     "left_out": {...: images}, "capped": {"200": neighbors that voted in their place},
      "dataset": a well-known name or absent, "weights_digest" and perhaps "step": of what,
      "when": UTC, "version": of this package}
+
+Of these, measure, protocol, data and values must be there.
 
 ``localagg demo`` and ``localagg transfer`` write a results.json of another shape into folders of
 their own. Such a file is refused in one sentence, when reading and when appending, and never
@@ -29,8 +35,10 @@ _FILE = "results.json"
 _WAIT = 60  # seconds for another process to end its line
 _NEEDED = ("measure", "protocol", "data")
 _OPTIONAL = {
-    **dict.fromkeys(("fingerprint", "dataset", "weights_digest", "when", "version"), str),
-    **dict.fromkeys(("images", "step"), int),
+    **dict.fromkeys(("fingerprint", "training_fingerprint", "dataset", "weights_digest"), str),
+    **dict.fromkeys(("when", "version"), str),
+    **dict.fromkeys(("images", "training_images", "asked", "known", "step"), int),
+    **dict.fromkeys(("intervals", "left_out", "capped"), dict),
 }
 
 # (training images, held-out images, classes) by which a data set of the literature is recognized.
@@ -199,7 +207,10 @@ def _fault(entry: Any) -> str | None:
     values = entry.get("values")
     if not isinstance(values, dict) or not values:
         return "no 'values'"
-    for name, value in values.items():
+    intervals = entry.get("intervals") or {}
+    if unknown := set(intervals) - set(values):
+        return f"an interval of '{min(unknown)}', which is no value"
+    for name, value in (*values.items(), *intervals.items()):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
             return f"a value '{name}' that is no finite number"
@@ -220,21 +231,23 @@ class _Row(NamedTuple):
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """Runs side by side, and the published numbers of the same protocols and data.
 
-    A column is one number under one protocol on the same images (by fingerprint and count), so
-    that unlike numbers never share one. A row is a run; one that was measured with several weights
-    has a row of each. Of a number measured again the last one counts.
+    A column is one number under one protocol on the same images, those measured and those of
+    training (by fingerprint and count), so that unlike numbers never share one. A row is a run; one
+    that was measured with several weights has a row of each. Of a number measured again the last
+    one counts.
 
     Returns:
-        {"columns": [{"measure", "protocol", "data", "dataset", "images", "name"}], "rows": [{"run",
+        {"columns": [{"measure", "protocol", "data", "dataset", "images", "fingerprint",
+        "training_images", "training_fingerprint", "asked", "known", "name"}], "rows": [{"run",
         "weights": or None, "published": bool, "source": or None, "values": [number or None, one a
-        column]}], "notes": [str]}.
+        column], "intervals": [likewise, half of the 95 % interval]}], "notes": [str]}.
 
     Raises:
         UserError: none of the runs has results, or one cannot be read.
     """
     kinds: dict[tuple, dict[str, Any]] = {}
     columns: dict[tuple, dict[str, Any]] = {}
-    cells: dict[_Row, dict[tuple, float]] = {}
+    cells: dict[_Row, dict[tuple, tuple[float, float | None]]] = {}
     notes = []
     for run in runs:
         entries = read_results(run)
@@ -246,7 +259,7 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
                 kind, key = _kind(entry), (*_kind(entry), name)
                 kinds.setdefault(kind, {field: entry.get(field) for field in _SHOWN})
                 columns.setdefault(key, {**kinds[kind], "name": name})
-                row[key] = value
+                row[key] = value, (entry.get("intervals") or {}).get(name)
     if not columns:
         raise UserError(
             f"Nothing was measured of {', '.join(map(str, runs))} yet; begin with localagg knn RUN."
@@ -256,7 +269,7 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
         beside = [key for key, column in columns.items() if _stands_in(number, column)]
         row = _Row(number.name, None, number.source)
         if beside:
-            cells.setdefault(row, {}).update(dict.fromkeys(beside, number.number))
+            cells.setdefault(row, {}).update(dict.fromkeys(beside, (number.number, None)))
         elif any(_of_same_kind(number, column) for column in columns.values()):
             notes.append(_elsewhere(number))
     rows = [
@@ -265,9 +278,10 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
             "weights": row.weights,
             "published": row not in measured,
             "source": row.source,
-            "values": [values.get(key) for key in columns],
+            "values": [found.get(key, _NOTHING)[0] for key in columns],
+            "intervals": [found.get(key, _NOTHING)[1] for key in columns],
         }
-        for row, values in cells.items()
+        for row, found in cells.items()
     ]
     return {"columns": [*columns.values()], "rows": rows, "notes": notes}
 
@@ -286,13 +300,14 @@ def tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
     for numbers in groups.values():
         column = comparison["columns"][numbers[0]]
         named = f" ({column['dataset']})" if column["dataset"] else ""
-        count = f", {column['images']:,} images" if column["images"] is not None else ""
-        title = f"{column['measure']} on {column['data']}{named}{count}: {column['protocol']}"
+        title = (
+            f"{column['measure']} on {column['data']}{named}{_counts(column)}: {column['protocol']}"
+        )
         rows = []
         for row in comparison["rows"]:
-            values = [row["values"][n] for n in numbers]
-            if any(value is not None for value in values):
-                rows.append([_row_name(row), *map(_shown, values)])
+            shown = [(row["values"][n], row["intervals"][n]) for n in numbers]
+            if any(value is not None for value, _ in shown):
+                rows.append([_row_name(row), *(_shown(*cell) for cell in shown)])
         columns = ["", *(comparison["columns"][n]["name"] for n in numbers)]
         found.append((title, columns, rows))
     return found
@@ -312,13 +327,30 @@ def _weights(entry: dict[str, Any]) -> str | None:
     return None if digest is None else f"weights {digest[:8]}"
 
 
-_SHOWN = ("measure", "protocol", "data", "dataset", "images", "fingerprint")
+_NOTHING = (None, None)
+# What two numbers must share to be compared, beside their images themselves.
+_COUNTS = ("images", "asked", "training_images", "known")
+_SHARED = ("measure", "protocol", "dataset", "training_fingerprint", *_COUNTS)
+_SHOWN = (*_SHARED, "data", "fingerprint")
 
 
 def _kind(entry: dict[str, Any]) -> tuple:
     """What two numbers must share to be compared."""
     images = entry.get("fingerprint") or entry["data"]
-    return entry["measure"], entry["protocol"], images, entry.get("images")
+    return images, *(entry.get(name) for name in _SHARED)
+
+
+def _counts(column: dict[str, Any]) -> str:
+    """How many images were measured, and how many others were learned from."""
+    images, asked, training = (column[name] for name in ("images", "asked", "training_images"))
+    words = ""
+    if images is not None:
+        some = "" if asked in (None, images) else f"{asked:,} of "
+        words = f", {some}{images:,} images"
+    if training is not None and column["training_fingerprint"] != column["fingerprint"]:
+        some = "" if column["known"] in (None, training) else f"{column['known']:,} of "
+        words += f", {some}{training:,} training images"
+    return words
 
 
 def _of_same_kind(number: Published, column: dict[str, Any]) -> bool:
@@ -343,9 +375,11 @@ def _row_name(row: dict[str, Any]) -> str:
     return row["run"] if row["weights"] is None else f"{row['run']}, {row['weights']}"
 
 
-def _shown(value: float | None) -> str:
+def _shown(value: float | None, interval: float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.1%}" if abs(value) <= 1 else f"{value:,.4g}"
+    if abs(value) > 1:
+        return f"{value:,.4g}"
+    return f"{value:.1%}" + ("" if interval is None else f" ± {100 * interval:.1f}")

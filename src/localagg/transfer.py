@@ -62,8 +62,8 @@ def transfer(
 
     Returns:
         {"layers": {layer: {"top1", "top5", "ten_crop_top1", "ten_crop_top5": 0-1}}, "data", "run",
-        "protocol", "epochs", "steps", "seconds", "images": learned from, "measured": held-out
-        images, "unreadable": images left out of both, "classes"}.
+        "weights_digest", "protocol", "epochs", "steps", "seconds", "images": learned from,
+        "measured": held-out images, "unreadable": images left out of both, "classes"}.
 
     Raises:
         UserError: no labels, no held-out split, one class, unlike classes, or options that do not
@@ -141,7 +141,8 @@ def resume_transfer(
     config, facts = _read_transfer(run)
     if (run / "results.json").exists():
         say(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
-        return json.loads((run / "results.json").read_text())
+        ended = json.loads((run / "results.json").read_text())
+        return {"weights_digest": facts["weights_digest"], **ended}
     weights = facts["weights"] if weights is None else weights
     if weights is None:
         raise UserError(f"'{run}' was given an encoder, not a file; resume it with weights.")
@@ -271,6 +272,7 @@ class _Record:
             "layers": layers,
             "data": labelled.data,
             "run": probe.facts["weights"],
+            "weights_digest": probe.facts["weights_digest"],
             "protocol": protocol(config),
             "epochs": config.epochs,
             "steps": probe.step,

@@ -1,17 +1,21 @@
-"""Names of classes beside data whose format stores their numbers only: ``classes-SPLIT.json``.
+"""Names of classes: beside data whose format stores their numbers only, and across splits.
 
-The split comes last: the reference's program looks for ``train-*`` and ``validation-*``.
+Of ``classes-SPLIT.json`` the split comes last: the reference's program looks for ``train-*`` and
+``validation-*``.
 """
 
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..config import UserError
+from .protocol import Source
 
 _FILE = "classes-{}.json"
 _LIMIT = 1 << 26  # bytes
+_NAMED = 5  # classes in a message
 
 
 def write_class_names(folder: Path, split: str, classes: list[str]) -> None:
@@ -53,3 +57,25 @@ def _read(path: Path) -> list[str] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"'{path}' is not a JSON list of class names; remove or mend it.")
     return names
+
+
+def translation(data: str, source: Source, held_out: Source) -> Tensor:
+    """Held-out labels to training labels, by class name: int64 [held-out classes].
+
+    A name that no held-out image has may be missing in training; it becomes -1.
+
+    Raises:
+        UserError: held-out images of classes that the training images do not have.
+    """
+    number = {name: label for label, name in enumerate(source.classes or ())}
+    names = held_out.classes or []
+    used = set() if held_out.labels is None else set(held_out.labels.unique().tolist())
+    unknown = [name for label, name in enumerate(names) if name not in number and label in used]
+    if unknown:
+        more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        raise UserError(
+            f"The held-out images of '{data}' have classes that the training images lack:"
+            f" {', '.join(unknown[:_NAMED])}{more}; rename them or take them out (pretraining can"
+            " also do without: --eval-every 0)."
+        )
+    return torch.tensor([number.get(name, -1) for name in names])
