@@ -7,6 +7,8 @@ from localagg.config import UserError
 from localagg.data import open_evaluation, open_images
 from localagg.data.decode import decode
 from localagg.data.sources import stored_splits
+from localagg.evaluate import choose
+from localagg.probe import open_labelled
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,46 @@ def test_a_folder_without_classes_has_no_labels(pictures):
     assert (len(source), source.labels, source.classes) == (24, None, None)
     assert source[0].label is None
     assert open_evaluation(pictures / "train") is None
+
+
+@pytest.fixture
+def copied(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_held_out_images_of_one_of_the_classes_are_labelled(copied):
+    shutil.rmtree(copied / "val" / "flower")
+    held_out = open_images(copied, "val")
+    assert (held_out.classes, held_out.labels.tolist()) == (["temple"], [0] * 6)
+    labelled = open_labelled(str(copied))
+    assert labelled.held_out_labels.tolist() == [1] * 6  # in training's numbers
+    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    assert choice.held_out is not None
+    assert choice.asking_labels.tolist() == [1] * 6
+
+
+def test_a_stray_held_out_image_has_no_label_and_the_others_keep_theirs(copied):
+    shutil.copy(copied / "val" / "temple" / "01.jpg", copied / "val" / "a.jpg")
+    held_out = open_images(copied, "val")
+    assert held_out.name(0) == "a.jpg"
+    assert held_out.labels.tolist() == [-1] + [0] * 6 + [1] * 6
+    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    assert choice.held_out is not None
+    assert len(choice.asking) == 12
+    assert choice.left_out["asking"]["unlabelled"] == 1
+    with pytest.raises(UserError, match=r"1 of the 13 held-out images of .* have no label; leave"):
+        open_labelled(str(copied))
+
+
+def test_one_held_out_folder_that_is_no_class_has_no_labels(copied):
+    """How the held-out images of a contest come."""
+    shutil.rmtree(copied / "val" / "flower")
+    (copied / "val" / "temple").rename(copied / "val" / "images")
+    assert open_images(copied, "val").labels is None
+    shutil.rmtree(copied / "train" / "flower")  # and training of one folder has no classes
+    (copied / "val" / "images").rename(copied / "val" / "temple")
+    assert open_images(copied, "val").labels is None
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

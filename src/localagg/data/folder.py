@@ -36,10 +36,18 @@ EXTENSIONS = frozenset(
 class Folder:
     """Image files under a root, sorted by relative path; the first folder of a path is its class.
 
-    Labels exist only where every file lies in a class folder and there are at least two of them.
+    Labels exist only where every file lies in a class folder and there are at least two of them; or
+    where one of them is among ``known``, the class folders of training. Then files outside of any
+    have the label -1.
     """
 
-    def __init__(self, uri: str, root: Path, files: list[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        root: Path,
+        files: list[tuple[str, int]],
+        known: frozenset[str] = frozenset(),
+    ) -> None:
         self.uri, self.root = uri, root
         self._sizes = [size for _, size in files]
         self.paths = [path for path, _ in files]
@@ -47,10 +55,10 @@ class Folder:
         self.labels: Tensor | None = None
         tops = [path.split("/")[0] if "/" in path else None for path in self.paths]
         names = sorted({top for top in tops if top is not None})
-        if len(names) > 1 and None not in tops:
+        if (len(names) > 1 and None not in tops) or not known.isdisjoint(names):
             number = {name: label for label, name in enumerate(names)}
             self.classes = names
-            self.labels = torch.tensor([number[top] for top in tops if top is not None])
+            self.labels = torch.tensor([-1 if top is None else number[top] for top in tops])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,17 +85,30 @@ class Folder:
 def find_folder(uri: str, root: Path) -> Stored:
     """Any folder is taken for one of images; :class:`~localagg.config.UserError` if it has none."""
     splits = [name for name in SPLIT_NAMES if (root / name).is_dir()]
-    if any(name in splits for name in ALIASES["train"]):
-        return Stored(splits, lambda split: _open(uri, root / split))
-    return Stored(["train"], lambda split: _open(uri, root))
+    train = next((name for name in ALIASES["train"] if name in splits), None)
+    if train is None:
+        return Stored(["train"], lambda split: _open(uri, root))
+
+    def open_split(split: str) -> Folder:
+        known = frozenset() if split == train else _class_folders(root / train)
+        return _open(uri, root / split, known)
+
+    return Stored(splits, open_split)
 
 
-def _open(uri: str, root: Path) -> Folder:
+def _class_folders(train: Path) -> frozenset[str]:
+    """The classes of training, from the names at its root alone; none where there are not two."""
+    with os.scandir(train) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    return frozenset(names if len(names) > 1 else ())
+
+
+def _open(uri: str, root: Path, known: frozenset[str] = frozenset()) -> Folder:
     files = sorted(_walk(root, ""))
     if not files:
         kinds = " ".join(sorted(EXTENSIONS))
         raise UserError(f"'{root}' holds no images (looked for {kinds}); is it the right folder?")
-    return Folder(uri, root, files)
+    return Folder(uri, root, files, known)
 
 
 def _walk(root: Path, prefix: str) -> Iterator[tuple[str, int]]:

@@ -151,6 +151,12 @@ def _splits(
     splits = []
     for name in names:
         source = open_images(uri, name, malformed=malformed)
+        if format != "arrow" and source.labels is not None and (source.labels < 0).any():
+            raise UserError(
+                f"{int((source.labels < 0).sum()):,} of the {len(source):,} {name} images of"
+                f" '{uri}' have no label, which {format} cannot say; leave them out, or pack as"
+                " arrow."
+            )
         target = "val" if format == "tfrecord" and name == "test" else name
         size = estimate(source, shrink) + len(source) * FORMATS[format].overhead
         files = max(1, min(len(source), -(-size // shard_bytes)))
