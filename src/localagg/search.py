@@ -171,14 +171,14 @@ def _embed_files(
     if weights is None and not place.exists():
         raise UserError(
             f"The weights that made '{table.path}' are no longer at '{place}'; name them with"
-            " --weights, or ask for images that are in the table."
+            " --run, or ask for images that are in the table."
         )
     fabric = make_fabric(precision=facts["precision"])
     encoder = load_encoder(place).to(fabric.device).eval()
     if weights_digest(encoder) != facts["weights_digest"]:
         raise UserError(
             f"'{place}' are not the weights that made '{table.path}' (did the run go on?); name"
-            " those with --weights, or embed the images again."
+            " those with --run, or embed the images again."
         )
     views = from_dict(ViewConfig, facts["views"])
     source: Any = _Files(files)
