@@ -158,11 +158,16 @@ def _weights(run: str | None, data: str | None) -> tuple[Path, str]:
 
 
 def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
-    from .few_labels import few_labels
+    from .few_labels import NOT_TUNING, OPTIONS, few_labels
     from .ledger import note_few_labels, subset_name
     from .logbook import print_table
 
-    config = options.options
+    config, asked = options.options, "--few" if options.few else "--per-class"
+    if options.quick:
+        raise UserError(f"{asked} fits quick heads as it is; leave out --quick.")
+    if unheeded := sorted(typed & NOT_TUNING if config.finetune else typed - OPTIONS):
+        tuning = "" if unheeded[0] in NOT_TUNING else " without --finetune"
+        raise UserError(f"{option(unheeded[0])} means nothing with {asked}{tuning}; leave it out.")
     result = few_labels(
         config,
         run,

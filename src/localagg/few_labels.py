@@ -23,8 +23,14 @@ from .logbook import say
 from .logistic import deal
 from .models import Encoder
 from .probe import Labelled, open_labelled, take_encoder
+from .quick import OPTIONS as QUICK_OPTIONS
 from .quick import Frozen, fit_heads, freeze, quick_protocol
 from .transfer import protocol, read_out
+
+OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
+"""Names of the options of :class:`TransferConfig` and its views that few labels heed."""
+NOT_TUNING = frozenset({"ten_crop", "eval_every", "checkpoint_seconds"})
+"""Names of those that mean nothing with fine-tuning either, which is measured once at its end."""
 
 
 class Subset:
