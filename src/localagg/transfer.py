@@ -366,9 +366,7 @@ def _deviations(config: TransferConfig) -> list[str]:
 
 
 def _in_words(value: Any) -> str:
-    if (
-        value is None
-    ):  # the batch alone may be left open, where parts of the images are learned from
+    if value is None:  # of the batch alone, where parts of the images are learned from
         return "by the number of images"
     if isinstance(value, tuple):
         return " ".join(map(_in_words, value))
