@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from localagg.config import override
 from localagg.learner import make_encoder
 from localagg.recipes import RECIPES, recipe
 from localagg.schedule import Schedule
@@ -20,6 +21,12 @@ def test_a_recipe_fits_the_images_it_was_made_for(name):
     assert 0 < schedule.switch <= schedule.last
     assert recipe(name).about
     assert recipe(name).cost
+
+
+def test_la_modern_is_the_run_of_the_tables():
+    options = {"width": 16, "epochs": 38, "ir_epochs": 8, "drops": (35.0, 37.0)}
+    options |= {"warm_clusters": True, "neighbors": 128, "instance_share": 0.5}
+    assert recipe("la_modern").config == override(recipe("cifar10").config, **options)
 
 
 def test_the_gpu_recipe_trains_the_network_of_the_published_figures():

@@ -101,6 +101,26 @@ CIFAR10_GPU = Recipe(
     cost="not measured",
 )
 
+# localagg pretrain la_modern --data CIFAR10 --out RUN
+# One CPU core, 13 minutes: LA as it does best at equal time (docs/results.md). Close neighbors are
+# looked for among few and near ones, and half of the loss stays IR's, so LA may begin early. 200-NN
+# of 57.9 ± 1.2 % over seeds 0, 1, 2, where IR alone has 55.7 ± 0.5 % after as long; but IR among the
+# same few neighbors (--instance-share 1) is as good, 58.5 ± 0.3 %.
+LA_MODERN = Recipe(
+    PretrainConfig(
+        encoder=EncoderConfig(model="resnet18_small", width=16, blocks=(1, 1, 1, 1), stem_stride=2),
+        views=ViewConfig(image_size=32),
+        objective=ObjectiveConfig(neighbors=128, instance_share=0.5, warm_clusters=True),
+        batch_size=128,
+        epochs=38,
+        ir_epochs=8,
+        drops=(35.0, 37.0),
+        eval_every=2,
+    ),
+    about="CIFAR-10 in minutes: LA from early on, among few neighbors, half of its loss IR's",
+    cost="13 minutes on a CPU core",
+)
+
 _NETWORK = {
     "alexnet": "AlexNet with batch-norm",
     "vggnet": "VGG16 with some batch-norm",
@@ -131,6 +151,7 @@ RECIPES: dict[str, Recipe] = {
     "digits": DIGITS,
     "cifar10": CIFAR10,
     "cifar10_gpu": CIFAR10_GPU,
+    "la_modern": LA_MODERN,
     **{name: _pretraining(name, config) for name, config in PRETRAINING.items()},
 }
 READOUT_RECIPES: dict[str, ReadoutRecipe] = {
