@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from localagg.config import UserError
 from localagg.data import open_evaluation, open_images
 from localagg.data.decode import decode
+from localagg.data.protocol import split_of
 from localagg.data.sources import stored_splits
 from localagg.evaluate import choose
 from localagg.probe import open_labelled
@@ -183,3 +185,113 @@ def test_links_that_lead_nowhere_or_back_are_no_trap(pictures, tmp_path):
     with pytest.raises(OSError, match="No such file"):
         source[gone]
     assert len(source.fingerprint()) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00012", "train"),
+        ("val_0", "val"),
+        ("test0", "test"),
+        ("validation.0", "validation"),
+        ("set-val-0", "val"),
+        ("VAL-0", "val"),
+        ("val2017", "val"),
+        ("my valid 3", "valid"),
+        ("TestSet", "test"),
+        ("trainset_test", "train"),  # the first counts
+        ("values", "train"),
+        ("latest-0", "train"),
+        ("0000", "train"),
+    ],
+)
+def test_a_file_is_of_the_split_that_a_part_of_its_name_says(name, split):
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize("held_out", ["val_0", "test0", "validation.0", "set-val-0", "VAL-0"])
+def test_no_held_out_table_is_learned_from(tmp_path, held_out):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, count in (("train_0", 3), (held_out, 2)):
+        table = pa.table({"image": [f"{name} {i}".encode() for i in range(count)]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(open_images(tmp_path)) == 3
+    assert open_evaluation(tmp_path)[1].image == f"{held_out} 1".encode()
+
+
+def test_split_folders_are_known_in_any_case(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "Train")
+    shutil.copytree(pictures / "val", tmp_path / "TEST")
+    assert stored_splits(tmp_path) == ["train", "test"]
+    source = open_images(tmp_path)
+    assert (len(source), source.classes) == (48, ["flower", "temple"])
+    assert len(open_evaluation(tmp_path)) == 12
+    shutil.copytree(pictures / "val", tmp_path / "train")
+    with pytest.raises(UserError, match="holds Train and train, both the split train"):
+        open_images(tmp_path)
+
+
+def test_folders_of_splits_alone_are_no_classes(pictures, tmp_path):
+    for split in ("val", "test"):
+        shutil.copytree(pictures / "val", tmp_path / split)
+    with pytest.raises(UserError, match="no split 'train'; it has val, test"):
+        open_images(tmp_path)
+
+
+def test_split_folders_beside_others_with_images_are_refused(pictures, tmp_path):
+    """Were ``train`` a class, the others would be lost; were it a split, nothing would tell."""
+    for name in ("train", "bus", "car"):
+        shutil.copytree(pictures / "val" / "temple", tmp_path / "a" / name)
+    with pytest.raises(UserError, match=r"images in train, called .* in bus, car, which are not"):
+        open_images(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").rename(tmp_path / "b" / "train")  # the way out that is named
+    assert open_images(tmp_path / "b").classes == ["bus", "car", "train"]
+    (tmp_path / "b" / "notes").mkdir()
+    (tmp_path / "b" / "notes" / "about.txt").write_text("no image")
+    (tmp_path / "b" / ".thumbnails").mkdir()
+    shutil.copy(pictures / "val" / "temple" / "00.png", tmp_path / "b" / ".thumbnails")
+    (tmp_path / "b" / "latest").symlink_to("train")
+    (tmp_path / "b" / "all").symlink_to(tmp_path)
+    assert len(open_images(tmp_path / "b")) == 18
+
+
+def test_links_to_each_other_end(pictures, tmp_path):
+    """Three folders, each with links to both others, and fifty in a ring."""
+    for name in "abc":
+        shutil.copytree(pictures / "val" / "temple", tmp_path / "3" / name)
+        for other in set("abc") - {name}:
+            (tmp_path / "3" / name / f"to_{other}").symlink_to(f"../{other}")
+    source = open_images(tmp_path / "3")
+    assert source.classes == ["a", "b", "c"]
+    assert len(source) == 3 * 3 * 6
+    assert len({source.paths[i] for i in range(54)}) == 54
+    for number in range(50):  # more than a path may pass through
+        (tmp_path / "50" / f"{number:02d}").mkdir(parents=True)
+        shutil.copy(pictures / "val" / "temple" / "00.png", tmp_path / "50" / f"{number:02d}")
+        (tmp_path / "50" / f"{number:02d}" / "next").symlink_to(f"../{(number + 1) % 50:02d}")
+    assert len(open_images(tmp_path / "50")) == 100
+
+
+def test_links_below_a_link_are_followed_once(pictures, tmp_path):
+    shutil.copytree(pictures / "val", tmp_path / "far" / "1")
+    (tmp_path / "far" / "2").mkdir()
+    (tmp_path / "far" / "2" / "more").symlink_to("../1")
+    (tmp_path / "far" / "1" / "back").symlink_to("../2")
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "b").symlink_to(tmp_path / "far" / "2")
+    assert len(open_images(tmp_path / "root")) == 12
+    assert all(path.startswith("a/b/more/") for path in open_images(tmp_path / "root").paths)
+
+
+def test_only_files_are_images(pictures, tmp_path):
+    shutil.copytree(pictures / "val" / "temple", tmp_path / "a")
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    (tmp_path / "a" / "link.jpg").symlink_to("pipe.jpg")
+    (tmp_path / "a" / "self").symlink_to("self")
+    (tmp_path / "a" / "again.jpg").symlink_to("00.png")
+    source = open_images(tmp_path)
+    assert [path for path in source.paths if path[:3] not in ("a/0", "a/1")] == ["a/again.jpg"]
+    assert len(source) == 7

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..logbook import say
-from .protocol import MOST_CLASSES, SPLIT_NAMES, Sample, Stored, fingerprint
+from .protocol import MOST_CLASSES, SPLIT_NAMES, Sample, Stored, fingerprint, split_folders
 
 PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
 _LINE_LIMIT = 8192  # characters; a longer line is no path
@@ -102,7 +102,7 @@ def _listings_of(folder: Path) -> dict[str, Path]:
         UserError: two of one split.
     """
     found: dict[str, Path] = {}
-    if any((folder / name).is_dir() for name in SPLIT_NAMES):
+    if split_folders(folder):
         return found
     for path in sorted(folder.glob("*.csv")):
         split, _, rest = path.stem.partition("_")

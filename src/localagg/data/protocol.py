@@ -1,7 +1,10 @@
 """What every source of images offers, and what the kinds of sources share."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -93,6 +96,37 @@ def choose(uri: str, available: Sequence[str], split: str) -> str:
     if list(available) == ["train"]:
         raise MissingSplit(f"'{uri}' has no split '{split}'; all of its images are 'train'.")
     raise MissingSplit(f"'{uri}' has no split '{split}'; it has {', '.join(available)}.")
+
+
+def split_of(stem: str) -> str:
+    """The split that a file's name (without its extension) says; train where it says none.
+
+    A part of it between digits, blanks and ``-_.`` is a split's name, in any case, as ``datasets``
+    takes it, or that name and ``set``: ``val_0``, ``test0``, ``imagenet-validation-00003``,
+    ``TestSet``, but not ``values``. The first such part counts.
+    """
+    parts = (part.removesuffix("set") for part in re.split(r"[-_. 0-9]+", stem.lower()))
+    return next((part for part in parts if part in SPLIT_NAMES), "train")
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The sub-folders that are called as splits are, in any case, by the split's name.
+
+    Raises:
+        UserError: two that differ by case alone.
+    """
+    found: dict[str, Path] = {}
+    for own in sorted(os.listdir(root)) if root.is_dir() else ():
+        name = own.lower()
+        if name not in SPLIT_NAMES or not (root / own).is_dir():
+            continue
+        if name in found:
+            raise UserError(
+                f"'{root}' holds {found[name].name} and {own}, both the split {name}; make them one"
+                " folder, or rename one."
+            )
+        found[name] = root / own
+    return {name: found[name] for name in SPLIT_NAMES if name in found}
 
 
 def fingerprint(source: Source, facts: Iterable[str | np.ndarray]) -> str:

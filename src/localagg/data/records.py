@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..logbook import say
-from .protocol import MOST_CLASSES, SPLIT_NAMES, Sample, Stored, fingerprint
+from .protocol import MOST_CLASSES, Sample, Stored, fingerprint, split_folders, split_of
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 _compute: Any = pyarrow.compute  # its functions are made at run time, unknown to type checkers
@@ -253,10 +253,9 @@ def find_parquet(uri: str, root: Path) -> Stored | None:
     if root.is_file() and root.suffix == ".parquet":
         tables["train"] = [root]
     for path in sorted(root.glob("*.parquet")):
-        stem = path.stem.split("-")[0]
-        tables.setdefault(stem if stem in SPLIT_NAMES else "train", []).append(path)
-    for name in SPLIT_NAMES:
-        if files := sorted((root / name).glob("*.parquet")):
+        tables.setdefault(split_of(path.stem), []).append(path)
+    for name, folder in split_folders(root).items():
+        if files := sorted(folder.glob("*.parquet")):
             tables.setdefault(name, []).extend(files)
     return Stored(list(tables), lambda split: _parquet(uri, tables[split])) if tables else None
 

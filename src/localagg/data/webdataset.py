@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import UserError
 from .class_names import class_names
 from .folder import EXTENSIONS
-from .protocol import SPLIT_NAMES, Record, Sample, Stored, fingerprint
+from .protocol import Record, Sample, Stored, fingerprint, split_folders, split_of
 from .tar_index import BLOCK, TarIndex, cached_index, damaged, member_name
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -105,11 +105,11 @@ def find_tars(uri: str, root: Path) -> Stored | None:
     if root.is_file():
         return _stored(uri, {"train": [root]}) if root.suffix == ".tar" else None
     tars: dict[str, list[Path]] = {}
-    for name in SPLIT_NAMES:
-        if (root / name).is_dir() and (files := _tars_alone(root / name)):
+    for name, folder in split_folders(root).items():
+        if files := _tars_alone(folder):
             tars[name] = files
     for path in () if tars else _tars_alone(root):
-        tars.setdefault(_split_of(path), []).append(path)
+        tars.setdefault(split_of(path.stem), []).append(path)
     return _stored(uri, tars) if tars else None
 
 
@@ -148,7 +148,7 @@ def find_tar_pattern(uri: str) -> Stored | None:
         paths += found
     tars: dict[str, list[Path]] = {}
     for path in paths:
-        tars.setdefault(_split_of(path), []).append(path)
+        tars.setdefault(split_of(path.stem), []).append(path)
     return _stored(uri, tars if len(tars) > 1 else {"train": paths})
 
 
@@ -166,12 +166,6 @@ def _expanded(pattern: str) -> list[str]:
         for number in range(first, last + 1)
         for whole in _expanded(f"{before}{number:0{width}d}{after}")
     ]
-
-
-def _split_of(path: Path) -> str:
-    """The split that a part of the name says; train where none does."""
-    parts = re.split(r"[-_.]", path.stem.lower())
-    return next((part for part in parts if part in SPLIT_NAMES), "train")
 
 
 def _stored(uri: str, tars: dict[str, list[Path]]) -> Stored:
