@@ -289,10 +289,11 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     workers = min(cores(), 16) if options.workers is None else options.workers
     result = inspect(options.data, workers=workers, decode_all=options.decode)
     for split, facts in result["splits"].items():
-        common = result["shared"] if split == "val" else None
-        print_table([split, ""], summary_rows(facts, common))
+        print_table([split, ""], summary_rows(facts))
     result["epoch"] = None
-    if base is not None:
+    if base is not None and "train" not in result["splits"]:
+        say(f"No epoch of {options.recipe} is timed: '{options.data}' has no split 'train'.")
+    elif base is not None:
         batch = base.batch_size if options.batch_size is None else options.batch_size
         base = override(base, workers=workers, batch_size=batch)
         facts = result["splits"]["train"]

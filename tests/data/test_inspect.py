@@ -12,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from localagg.cli import main
+from localagg.config import UserError
+from localagg.data import open_images
 from localagg.data.duplicates import digest, groups
 from localagg.data.headers import HEAD
 from localagg.data.inspect import inspect, nearly_empty, summary_rows
+from localagg.data.pack import pack, pack_rows
 
 
 def test_everything_is_counted_and_the_unreadable_are_named(pictures, tmp_path):
@@ -60,6 +64,53 @@ def test_many_unreadable_are_counted_and_few_printed(tmp_path):
     assert rows[-2] == ["  and 4 more", "all are in --json FILE"]
 
 
+@pytest.fixture
+def splits_of(pictures, tmp_path):
+    """A saved dataset of 12 pictures in each of some splits."""
+
+    def save(*names):
+        import datasets
+
+        source = open_images(pictures, "val")
+        rows = [{"image": {"bytes": image, "path": None}} for _, image, _ in source]
+        table = datasets.Dataset.from_list(rows)
+        folder = tmp_path / "-".join(names)
+        datasets.DatasetDict({name: table for name in names}).save_to_disk(folder)
+        return str(folder)
+
+    return save
+
+
+def test_every_split_is_looked_at_and_others_are_told(splits_of, capsys):
+    result = inspect(splits_of("train", "validation", "test", "extra"))
+    assert list(result["splits"]) == ["train", "val", "test"]
+    shared = [facts["shared"] and facts["shared"]["images"] for facts in result["splits"].values()]
+    assert shared == [None, 12, 12]
+    assert result["left_out_splits"] == ["extra"]
+    assert "also holds extra, left out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_held_out_images_alone_are_looked_at(splits_of, capsys):
+    uri = splits_of("test")
+    facts = inspect(uri)["splits"]
+    assert (list(facts), facts["test"]["images"], facts["test"]["shared"]) == (["test"], 12, None)
+    assert main(["inspect", uri]) == 0
+    assert "No epoch of folder is timed" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no split train, val or test; it has extra: rename one"):
+        inspect(splits_of("extra"))
+
+
+def test_pack_tells_of_splits_that_it_leaves_out(splits_of, tmp_path, capsys):
+    report = pack(splits_of("train", "extra", "val", "validation"), tmp_path / "packed")
+    assert list(report["splits"]) == ["train", "val"]
+    written = json.loads((tmp_path / "packed" / "pack-report.json").read_text())
+    assert written["left_out_splits"] == ["extra", "validation"]
+    assert ["splits left out", "extra, validation"] in pack_rows(report)
+    assert "also holds extra, validation, left out" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="no split train, val or test; it has extra"):
+        pack(splits_of("extra"), tmp_path / "none")
+
+
 # --- Duplicates -----------------------------------------------------------------------------------
 
 
@@ -101,8 +152,9 @@ def test_equal_bytes_are_found_within_and_across_splits(tmp_path):
         "named": [["a/0.jpg", "b/0.jpg"], ["b/1.jpg", "b/2.jpg"]],
     }
     assert result["splits"]["val"]["duplicates"]["images"] == 0
-    assert result["shared"] == {"images": 2, "named": ["a/0.jpg", "b/1.jpg"]}
-    told = summary_rows(result["splits"]["val"], result["shared"])
+    assert result["splits"]["train"]["shared"] is None
+    assert result["splits"]["val"]["shared"] == {"images": 2, "named": ["a/0.jpg", "b/1.jpg"]}
+    told = summary_rows(result["splits"]["val"])
     assert ["in train too", "2, byte for byte"] in told
     assert ["  a/0.jpg", ""] in told
     told = dict(summary_rows(result["splits"]["train"]))

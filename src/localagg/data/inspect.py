@@ -19,7 +19,7 @@ from .decode import _simplejpeg, decode
 from .duplicates import compare, digest, repetitions, shared
 from .headers import FAULTS, Header, read_ends, read_header, reason, stored_bytes
 from .metadata import broken_checksum, odd_metadata
-from .sources import Source, open_evaluation, open_images
+from .sources import Source, left_out_splits, open_images, stored_splits
 from .workers import Progress, Throttle, through_workers
 
 _CHUNK = 64  # images a worker looks at before it reports
@@ -131,10 +131,11 @@ def inspect(uri: str, *, workers: int = 0, decode_all: bool = False) -> dict[str
             that look suspicious (their end is missing, or their bytes are very few).
 
     Returns:
-        {"data": uri, "splits": {"train" | "val": facts}, "shared": images of val that are byte for
-        byte images of train, or None} with facts {"images", "bytes", "classes": {name: images} or
+        {"data": uri, "splits": {"train" | "val" | "test": facts}, "left_out_splits": [names of
+        others]} with facts {"images", "bytes", "classes": {name: images} or
         None, "height", "width": [smallest, median, largest], "formats", "modes": {name: images},
         "duplicates": {"images", "groups", "labels_differ", "named": up to 1,000 groups},
+        "shared": images that are byte for byte images of train, or None for train itself,
         "near_empty": names, "odd" and "unreadable": [{"name", "reason"}], "decoded": images whose
         pixels were looked at}.
 
@@ -142,9 +143,8 @@ def inspect(uri: str, *, workers: int = 0, decode_all: bool = False) -> dict[str
         UserError: the URI cannot be opened.
     """
     with showing(f"opening {uri}"):
-        splits = {"train": open_images(uri)}
-        if (held_out := open_evaluation(uri)) is not None:
-            splits["val"] = held_out
+        splits = {split: open_images(uri, split) for split in stored_splits(uri)}
+        left_out = left_out_splits(uri)
     tallies: dict[str, _Tally] = {}
     for split, source in splits.items():
         with showing(f"looking at {split}") as show:
@@ -153,11 +153,11 @@ def inspect(uri: str, *, workers: int = 0, decode_all: bool = False) -> dict[str
     with showing("comparing images that seem equal") as show:
         sizes = [tally.sizes for tally in tallies.values()]
         compare(list(splits.values()), list(digests.values()), sizes, Throttle(show))
-    common = None
-    if held_out is not None:
-        common = shared(held_out, digests["val"], digests["train"])
     found = {split: _facts(splits[split], tally) for split, tally in tallies.items()}
-    return {"data": uri, "splits": found, "shared": common}
+    for split in digests:
+        if "train" in digests and split != "train":
+            found[split]["shared"] = shared(splits[split], digests[split], digests["train"])
+    return {"data": uri, "splits": found, "left_out_splits": left_out}
 
 
 class _Tally:
@@ -220,6 +220,7 @@ def _facts(source: Source, tally: _Tally) -> dict[str, Any]:
         "formats": dict(tally.formats.most_common()),
         "modes": dict(tally.modes.most_common()),
         "duplicates": repetitions(source, tally.digests),
+        "shared": None,
         "near_empty": tally.near_empty,
         "odd": tally.odd,
         "unreadable": tally.unreadable,
@@ -235,8 +236,8 @@ def _spread(values: np.ndarray) -> list[int] | None:
     return [int(ordered[0]), int(ordered[len(ordered) // 2]), int(ordered[-1])]
 
 
-def summary_rows(facts: dict[str, Any], common: dict[str, Any] | None = None) -> list[list[str]]:
-    """The facts of a split, and what it shares with the training images, as rows of a table."""
+def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
+    """The facts of a split as rows of a table."""
     rows = [["images", f"{facts['images']:,}, {facts['bytes'] / 1e6:,.1f} MB as stored"]]
     if facts["classes"]:
         counts = facts["classes"].values()
@@ -256,7 +257,7 @@ def summary_rows(facts: dict[str, Any], common: dict[str, Any] | None = None) ->
         told += f"; {repeated['labels_differ']:,} times with another label"
     rows.append(["duplicates", told])
     rows += _named([[group[1], f"as {group[0]}"] for group in repeated["named"]])
-    if common is not None:
+    if (common := facts["shared"]) is not None:
         rows.append(["in train too", f"{common['images']:,}, byte for byte"])
         rows += _named([[name, ""] for name in common["named"]])
     rows.append(["near-empty", f"{len(facts['near_empty']):,}"])

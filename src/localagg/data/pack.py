@@ -22,7 +22,7 @@ from .pack_images import Shrink, digests, estimate, pack_images
 from .pack_state import Partial, check_destination, room
 from .protocol import Source
 from .shards import FORMATS
-from .sources import open_images, stored_splits
+from .sources import left_out_splits, open_images, stored_splits
 
 REPORT = "pack-report.json"
 _NAMED = 5  # unreadable images in the printed table
@@ -52,7 +52,8 @@ def pack(
     malformed: Literal["skip", "error"] = "skip",
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Copy all splits of a source into one folder; called again after a kill, go on with it.
+    """Copy the splits train, val and test of a source into one folder; called again after a kill,
+    go on with it.
 
     Images that cannot be decoded are copied like all others, and named in the report. Files that
     cannot even be read keep their index, as empty images, and are named too; they are tried again
@@ -78,8 +79,8 @@ def pack(
     Returns:
         What ``pack-report.json`` in the folder holds, and "destination" and "seconds": {"data",
         "format", "size", "quality" (or None), "images", "bytes", "verified", "duplicates":
-        [[{"split", "index", "name"}, ...]] (groups of identical images, over all splits), "splits":
-        {split: {"images", "bytes", "classes" (how many, or None), "formats": {name: images},
+        [[{"split", "index", "name"}, ...]] (groups of identical images, over all splits),
+        "left_out_splits": [names of splits that are none of train, val and test], "splits": {split: {"images", "bytes", "classes" (how many, or None), "formats": {name: images},
         "shrunk": images, "unreadable": [{"index", "name", "reason"}], "malformed_lines": [numbers],
         "files": [names]}}}.
 
@@ -194,6 +195,7 @@ def _pack(
         [{"split": splits[s].target, "index": i, "name": splits[s].source.name(i)} for s, i in same]
         for same in partial.duplicates([split.files for split in splits])
     ]
+    report["left_out_splits"] = left_out_splits(uri)
     report["splits"] = facts
     (partial.folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -263,6 +265,8 @@ def pack_rows(report: dict[str, Any]) -> list[list[str]]:
         ["seconds", f"{seconds:,.1f} ({report['images'] / seconds:,.0f} images/s)"],
         ["read back and compared", "yes" if report["verified"] else "no"],
     ]
+    if report["left_out_splits"]:
+        rows.append(["splits left out", ", ".join(report["left_out_splits"])])
     copies = sum(len(group) - 1 for group in report["duplicates"])
     rows.append(["identical to another image", f"{copies:,}"])
     for split, facts in report["splits"].items():

@@ -8,6 +8,7 @@ URI.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError, nearest
+from ..logbook import say
 from .folder import EXTENSIONS, find_folder
 from .hub import find_hub
 from .listing import find_listing
@@ -30,6 +32,7 @@ __all__ = [
     "MissingSplit",
     "Sample",
     "Source",
+    "left_out_splits",
     "open_evaluation",
     "open_images",
     "stored_splits",
@@ -78,11 +81,33 @@ def stored_splits(uri: str | os.PathLike[str]) -> list[str]:
     """Which of "train", "val" and "test" the data really hold (val is not taken for test here).
 
     Raises:
-        UserError: no such path, or nothing that can be read in it.
+        UserError: no such path, nothing that can be read in it, or splits of other names alone.
     """
     stored = _find(os.fspath(uri), "skip").splits
+    if not (named := _named(stored)):
+        raise UserError(
+            f"'{uri}' has no split train, val or test; it has {', '.join(stored)}: rename one."
+        )
+    return list(named)
+
+
+def left_out_splits(uri: str | os.PathLike[str]) -> list[str]:
+    """Splits that the data hold under other names (``extra``), which nothing reads; says so."""
+    stored = _find(os.fspath(uri), "skip").splits
+    others = [name for name in stored if name not in _named(stored).values()]
+    if others:
+        say(
+            f"'{uri}' also holds {', '.join(others)}, left out: train, val and test are read, each"
+            " under one name."
+        )
+    return others
+
+
+def _named(stored: Sequence[str]) -> dict[str, str]:
+    """The stored name of each of train, val and test that is there."""
     own = {"train": ALIASES["train"], "val": ("val", "validation", "valid"), "test": ("test",)}
-    return [split for split, names in own.items() if any(name in stored for name in names)]
+    found = {split: [name for name in names if name in stored] for split, names in own.items()}
+    return {split: names[0] for split, names in found.items() if names}
 
 
 def _find(uri: str, malformed: Literal["skip", "error"]) -> Stored:
