@@ -2,7 +2,8 @@
 
 What the decoders tolerate, so that it stays unseen: a flipped bit in the data of JPEG, WebP, GIF
 and BMP files, which have no checksum (the pixels before the damage are right even then), and a
-progressive JPEG that lost whole scans, which is a coarser picture.
+progressive JPEG that lost whole scans, which is a coarser picture. So too the images of a Parquet
+file that was written without checksums.
 """
 
 import io
@@ -258,7 +259,7 @@ def test_strange_files_are_named_with_their_reason(tmp_path, decode_all):
 
 
 def test_a_damaged_table_is_one_sentence_wherever_it_is_cut(tmp_path):
-    """A Parquet file that was cut, or whose bits were flipped, opens whole or not at all."""
+    """A Parquet file that was cut is not opened."""
     import datasets
 
     records = [{"image": {"bytes": image.data, "path": None}} for image in intact()]
@@ -270,6 +271,43 @@ def test_a_damaged_table_is_one_sentence_wherever_it_is_cut(tmp_path):
         with pytest.raises(UserError, match="cannot be read as Parquet") as caught:
             open_images(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_flipped_bit_in_a_table_is_one_sentence_or_seen_by_its_checksum(tmp_path, checksums):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images, labels = [image.data for image in intact()], [n % 2 for n in range(len(intact()))]
+    table = pa.table(
+        {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    )
+    # What ``datasets`` writes about types: damaged, they are types that there are not.
+    told = '{"info": {"features": {"image": {"_type": "Image"}, "label": {"dtype": "int64", '
+    table = table.replace_schema_metadata({"huggingface": told + '"_type": "Value"}}}}'})
+    parquet.write_table(table, tmp_path / "good.parquet", write_page_checksum=checksums)
+    data = (tmp_path / "good.parquet").read_bytes()
+    kind = data.index(b'"dtype"') + 1
+    draws, sentences = np.random.RandomState(0), []
+    outcomes = {"same": 0, "refused": 0, "other": 0}
+    for flip in range(FLIPS):  # half of them in the footer
+        first = len(data) - 1500 if flip % 2 else 0
+        position = int(draws.randint(first, len(data))) if flip else kind
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << draws.randint(8)
+        path = tmp_path / f"{flip}.parquet"
+        path.write_bytes(damaged)
+        try:
+            source = open_images(path)
+            same = [source[i].image for i in range(len(source))] == images
+            same = same and source.labels is not None and source.labels.tolist() == labels
+            outcomes["same" if same else "other"] += 1
+        except UserError as error:
+            outcomes["refused"] += 1
+            sentences.append(str(error))
+    assert not [said for said in sentences if "\n" in said]
+    assert min(outcomes["same"], outcomes["refused"]) > 10
+    assert (outcomes["other"] == 0) == checksums
 
 
 def test_a_damaged_tar_is_refused_at_its_byte_or_reads_as_before(tmp_path):

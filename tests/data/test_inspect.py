@@ -75,7 +75,7 @@ def splits_of(pictures, tmp_path):
         rows = [{"image": {"bytes": image, "path": None}} for _, image, _ in source]
         table = datasets.Dataset.from_list(rows)
         folder = tmp_path / "-".join(names)
-        datasets.DatasetDict({name: table for name in names}).save_to_disk(folder)
+        datasets.DatasetDict(dict.fromkeys(names, table)).save_to_disk(folder)
         return str(folder)
 
     return save

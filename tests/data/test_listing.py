@@ -1,5 +1,6 @@
 """Listings: Places205's CSV over real images."""
 
+import os
 import pickle
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 
 from localagg.config import UserError
 from localagg.data import open_evaluation, open_images
+from localagg.data.inspect import inspect
 from localagg.data.listing import PLACES_FOLDER
 
 
@@ -175,6 +177,15 @@ def test_a_csv_that_is_no_listing_is_refused(tree, content, message):
     (tree / "images" / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         open_images(tree / "images" / "a.csv")
+
+
+def test_a_pipe_is_one_unreadable_image(tree):
+    os.mkfifo(tree / "images" / "pipe.jpg")
+    source = open_images(write(tree / "images" / "a.csv", *LINES, "pipe.jpg 1"))
+    with pytest.raises(OSError, match="Not a regular file"):
+        source[3]
+    facts = inspect(str(tree / "images" / "a.csv"))["splits"]["train"]
+    assert facts["unreadable"] == [{"name": "pipe.jpg", "reason": "Not a regular file"}]
 
 
 def test_an_image_that_is_gone_is_one_unreadable_image(tree):

@@ -1,5 +1,6 @@
 """Tables of images: what ``datasets`` and pyarrow write, and damage."""
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 
 from localagg.config import UserError
 from localagg.data import open_images, records
+from localagg.data.inspect import inspect
+from localagg.data.pack import pack
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fuzz
 
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 IMAGES = [b"zero", b"one" * 99, b"", b"three"]
 
 
@@ -101,6 +105,55 @@ def test_plain_binary_columns_and_missing_images(tmp_path, kind):
     pyarrow.parquet.write_table(pa.table({"n": [1, 2, 3], "jpeg": images}), tmp_path / "t.parquet")
     source = open_images(tmp_path / "t.parquet")
     assert contents(source) == [(b"a", None), (b"", None), (b"ccc", None)]
+
+
+def test_paths_in_a_table_may_name_anything(tmp_path):
+    """What cannot be read is one unreadable image; a pipe is not waited for."""
+    (tmp_path / "0.jpg").write_bytes(b"zero")
+    os.mkfifo(tmp_path / "1.jpg")
+    paths = [*(str(tmp_path / f"{i}.jpg") for i in range(3)), "x\0y", "/dev/zero", str(tmp_path)]
+    table = pa.table({"image": [{"bytes": None, "path": path} for path in paths]})
+    table = table.set_column(0, "image", table["image"].cast(STRUCT))
+    (tmp_path / "t").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "t" / "t.parquet")
+    source = open_images(tmp_path / "t")
+    assert source[0].image == b"zero"
+    for i in range(1, 6):
+        with pytest.raises(OSError, match=r"file|path|directory"):
+            source[i]
+    assert len(source.fingerprint()) == 64
+    report = pack(tmp_path / "t", tmp_path / "packed")
+    told = {bad["index"]: bad["reason"] for bad in report["splits"]["train"]["unreadable"]}
+    assert told.keys() == {0, 1, 2, 3, 4, 5}
+    assert (told[1], told[3]) == ("Not a regular file", "Not a path")
+    found = inspect(str(tmp_path / "t"))["splits"]["train"]
+    assert {bad["reason"]: bad["name"][:8] for bad in found["unreadable"]}[
+        "Not a path"
+    ] == "record 3"
+
+
+def test_a_column_of_paths_that_are_no_text_is_not_followed(tmp_path):
+    table = pa.table({"image": [{"bytes": b"a", "path": 7}, {"bytes": None, "path": 7}]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert contents(open_images(tmp_path / "t.parquet")) == [(b"a", None), (b"", None)]
+
+
+def test_files_without_records_are_passed_over(tmp_path):
+    table = pa.table({"image": [b"a", b"b"]})
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=r"holds no records in 0\.parquet"):
+        open_images(tmp_path)
+    pyarrow.parquet.write_table(table, tmp_path / "1.parquet")
+    assert contents(open_images(tmp_path)) == [(b"a", None), (b"b", None)]
+
+
+def test_files_that_do_not_fit_together_are_told_once(tmp_path, capfd):
+    """Not by ``datasets`` too, on stderr."""
+    pyarrow.parquet.write_table(pa.table({"image": [b"a"]}), tmp_path / "0.parquet")
+    pyarrow.parquet.write_table(pa.table({"other": [b"a"]}), tmp_path / "1.parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_images(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_fingerprint_knows_sizes_labels_and_order(tmp_path):

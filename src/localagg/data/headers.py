@@ -17,7 +17,7 @@ from ..config import UserError
 from .decode import UnreadableImage, _open, decode
 from .folder import Folder
 from .listing import Listing
-from .protocol import Source
+from .protocol import Source, open_file
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a header that is longer is read whole
 _TAIL = 1024  # and from its end, which may be padded with zeros
@@ -59,7 +59,7 @@ def read_ends(source: Source, index: int) -> Ends | Tensor:
     if not isinstance(source, (Folder, Listing)):
         image = source[index].image
         return image if isinstance(image, Tensor) else Ends(image, image[-_TAIL:], len(image))
-    with open(source.root / source.paths[index], "rb", buffering=0) as file:
+    with open_file(source.root / source.paths[index]) as file:
         size = os.fstat(file.fileno()).st_size
         head = tail = file.read(HEAD)
         if size > len(head):

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ..config import UserError
 from ..logbook import say
-from .protocol import MOST_CLASSES, SPLIT_NAMES, Sample, Stored, fingerprint, split_folders
+from .protocol import (
+    MOST_CLASSES,
+    SPLIT_NAMES,
+    Sample,
+    Stored,
+    fingerprint,
+    read_file,
+    split_folders,
+)
 
 PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
 _LINE_LIMIT = 8192  # characters; a longer line is no path
@@ -44,7 +52,7 @@ class Listing:
 
     def __getitem__(self, index: int) -> Sample:
         assert self.labels is not None
-        image = (self.root / self.paths[index]).read_bytes()
+        image = read_file(self.root / self.paths[index])
         return Sample(index, image, int(self.labels[index]))
 
     def name(self, index: int) -> str:

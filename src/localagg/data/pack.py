@@ -80,7 +80,8 @@ def pack(
         What ``pack-report.json`` in the folder holds, and "destination" and "seconds": {"data",
         "format", "size", "quality" (or None), "images", "bytes", "verified", "duplicates":
         [[{"split", "index", "name"}, ...]] (groups of identical images, over all splits),
-        "left_out_splits": [names of splits that are none of train, val and test], "splits": {split: {"images", "bytes", "classes" (how many, or None), "formats": {name: images},
+        "left_out_splits": [names of splits that are none of train, val and test], "splits":
+        {split: {"images", "bytes", "classes" (how many, or None), "formats": {name: images},
         "shrunk": images, "unreadable": [{"index", "name", "reason"}], "malformed_lines": [numbers],
         "files": [names]}}}.
 

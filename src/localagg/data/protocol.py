@@ -1,8 +1,11 @@
 """What every source of images offers, and what the kinds of sources share."""
 
+import errno
 import hashlib
+import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -149,6 +152,33 @@ def fingerprint(source: Source, facts: Iterable[str | np.ndarray]) -> str:
             image = b"\0missing"
         digest.update(image if isinstance(image, bytes) else image.numpy().tobytes())
     return digest.hexdigest()
+
+
+def open_file(path: str | os.PathLike[str]) -> io.FileIO:
+    """A file that foreign data name, open for reading.
+
+    Raises:
+        OSError: it cannot be opened; or it is a pipe, of which one would wait without end, a device
+            or a folder.
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        file = open(path, "rb", buffering=0, opener=at_once)  # noqa: SIM115 - handed out
+    except ValueError:
+        raise OSError(errno.EINVAL, "Not a path", os.fspath(path)) from None  # a NUL in it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """All of a file that foreign data name; see :func:`open_file`."""
+    with open_file(path) as file:
+        return file.readall()
 
 
 def encoded(image: bytes | Tensor) -> bytes:

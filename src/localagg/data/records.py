@@ -8,6 +8,7 @@ the opening of a million records.
 import bisect
 import itertools
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from ..config import UserError
 from ..logbook import say
-from .protocol import MOST_CLASSES, Sample, Stored, fingerprint, split_folders, split_of
+from .protocol import (
+    MOST_CLASSES,
+    Sample,
+    Stored,
+    fingerprint,
+    read_file,
+    split_folders,
+    split_of,
+)
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 _compute: Any = pyarrow.compute  # its functions are made at run time, unknown to type checkers
@@ -112,7 +121,7 @@ class Records:
         row = index - self._starts[chunk]
         image = None if images is None else images[row].as_py()
         if image is None and paths is not None and (path := paths[row].as_py()):
-            image = Path(path).read_bytes()
+            image = read_file(path)
         label = None if self.labels is None else int(self.labels[index])
         return Sample(index, image or b"", label)
 
@@ -134,8 +143,16 @@ class Records:
             total += int(sizes[sizes > 0].sum())
             if paths is not None:
                 named = paths.filter(pa.array(sizes < 0)).to_pylist()
-                total += sum(os.path.getsize(path) for path in named if path)
+                total += sum(_size(path) for path in named if path)
         return total
+
+
+def _size(path: str) -> int:
+    """Of a file that a table names; 0 where there is none: to read it tells so."""
+    try:
+        return os.path.getsize(path)
+    except (OSError, ValueError):  # ValueError: a NUL in it
+        return 0
 
 
 def _parts(chunk: Any) -> tuple[Any, Any]:
@@ -150,6 +167,8 @@ def _parts(chunk: Any) -> tuple[Any, Any]:
         names = [field.name for field in chunk.type]
         images = chunk.field("bytes") if "bytes" in names else None
         paths = chunk.field("path") if "path" in names else None
+        if paths is not None and not _is_text(paths.type):
+            paths = None
     elif not _is_binary(chunk.type):
         images, paths = None, chunk
     if images is not None:
@@ -172,6 +191,10 @@ def _sizes(images: Any, paths: Any) -> np.ndarray:
 
 def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _image_column(uri: str, table: Any, features: dict[str, Any]) -> str:
@@ -203,7 +226,7 @@ def _labels(
         column = column.cast(kind.value_type)
         kind = column.type
     integers = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-    if not (integers or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not (integers or _is_text(kind)):
         say(f"The column '{name}' of '{uri}' holds {kind}, no classes; it is left out.")
         return None
     column.validate(full=True)
@@ -261,20 +284,30 @@ def find_parquet(uri: str, root: Path) -> Stored | None:
 
 
 def _parquet(uri: str, paths: list[Path]) -> Records:
+    """Files of one split as ``datasets`` copies them to its cache; checksums of their pages are
+    verified where they have any."""
     import datasets
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import parquet
+    from pyarrow import dataset, parquet
 
-    for path in paths:  # named one by one, before any is copied to the cache of datasets
+    files: Any = []
+    for path in paths:  # named one by one, before any is copied
         try:
-            parquet.read_metadata(path)
+            if parquet.read_metadata(path).num_rows:
+                files.append(str(path))
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"'{path}' cannot be read as Parquet: {_line(error)}.") from None
-    files: Any = [str(path) for path in paths]
+    if not files:
+        raise UserError(f"'{uri}' holds no records in {paths[0].name}; is it the right file?")
     datasets.disable_progress_bars()
+    logger = logging.getLogger("datasets.packaged_modules.parquet")  # it tells errors a second time
+    logger.setLevel(logging.CRITICAL)
+    verified = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     try:
-        return from_datasets(uri, datasets.Dataset.from_parquet(files))
-    except (OSError, ValueError, DatasetGenerationError) as error:
+        table = datasets.Dataset.from_parquet(files, fragment_scan_options=verified)
+        return from_datasets(uri, table)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the readers raise where types or features are damaged
         raise UserError(f"'{uri}' cannot be read as Parquet: {_line(error)}.") from None
 
 
