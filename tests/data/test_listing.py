@@ -1,5 +1,6 @@
 """Listings: Places205's CSV over real images."""
 
+import csv
 import os
 import pickle
 import shutil
@@ -68,6 +69,39 @@ def test_names_with_blanks_and_other_bytes_than_text(tree):
     assert [source[i].image for i in range(3)] == [picture] * 3
     assert source.labels.tolist() == [1, 2, 3]
     assert len(source.fingerprint()) == 64
+
+
+@pytest.mark.parametrize("separator", [",", "\t", " ", ", "])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_what_pythons_csv_writes_is_read(tree, separator, quoting):
+    """Names with every separator and with quotes; of the minimal way some lines only are quoted."""
+    names = ["a b.jpg", "c,d.jpg", "e\tf.jpg", 'g"h.jpg', '"i".jpg', "7.jpg", "j, 5"]
+    for name in names:
+        shutil.copy(tree / "images" / "temple" / "01.jpg", tree / "images" / name)
+    with open(tree / "images" / "a.csv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter=separator[0], quoting=quoting)
+        for label, name in enumerate(names):
+            if len(separator) > 1:
+                quoted = name.replace('"', '""')
+                file.write(f'"{quoted}", {label}\r\n')
+            else:
+                writer.writerow([name, label])
+    source = open_images(tree / "images" / "a.csv")
+    assert (source.paths, source.labels.tolist()) == (names, list(range(len(names))))
+    assert len({source[i].image for i in range(len(names))}) == 1
+
+
+def test_a_quoted_number_behind_a_path_with_blanks(tree):
+    shutil.copy(tree / "images" / "temple" / "01.jpg", tree / "images" / "a b.jpg")
+    source = open_images(write(tree / "images" / "a.csv", *LINES, 'a b.jpg,"5"'))
+    assert (source.paths[3], source.labels[3].item()) == ("a b.jpg", 5)
+
+
+@pytest.mark.parametrize(
+    "line", ['"x.jpg 1', '"x.jpg" y 1', '"x.jpg",1,2', '"x.jpg"', '"x.jpg","z"']
+)
+def test_quotes_that_do_not_end_are_malformed(tree, line):
+    assert open_images(write(tree / "images" / "a.csv", *LINES, line)).malformed == [4]
 
 
 def test_a_pair_in_a_folder_is_its_splits(tree, capsys):

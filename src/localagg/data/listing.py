@@ -5,6 +5,7 @@ archive of Places205 unpacks into a long folder that its lists leave out; the re
 to the root, so it is looked for here. The index is the order of the lines.
 """
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, TextIO
@@ -28,6 +29,7 @@ PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
 _LINE_LIMIT = 8192  # characters; a longer line is no path
 _DIGITS = "0123456789"
 _SEPARATORS = " \t,"
+_QUOTE = '"'
 _NAMED = 8  # line numbers in a message
 _PROBED = 64  # paths looked for before a root is said to be the wrong one
 
@@ -134,7 +136,9 @@ def _stored(uri: str, files: dict[str, Path], root: Path, malformed: Malformed) 
 
 
 def read_listing(uri: str, table: Path, root: Path, malformed: Malformed = "skip") -> Listing:
-    """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma.
+    """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma. Either may stand in
+    double quotes, as Python's ``csv`` writes a path with a comma; a path without holds any blanks
+    and commas.
 
     A path that begins with a slash is taken within the root if it lies there or if the root has its
     first folder (Places205's own lists write ``/a/abbey/...``).
@@ -183,13 +187,31 @@ def _short_lines(file: TextIO) -> Iterator[str]:
 def _entry(line: str) -> tuple[str, int] | None:
     """(path, label) of a line, or None where it is malformed."""
     line = line.strip()
-    before = line.rstrip(_DIGITS)
-    label, path = line[len(before) :], before.rstrip(_SEPARATORS)
-    if not label or not path or path == before or "\0" in path:
+    if _QUOTE in (line[:1], line[-1:]):
+        path, label = _quoted(line) or ("", "")
+    else:
+        before = line.rstrip(_DIGITS)
+        label, path = line[len(before) :], before.rstrip(_SEPARATORS)
+        if path == before:
+            return None
+    if not path or "\0" in path or not label or label.strip(_DIGITS):
         return None
     if len(label) > len(str(MOST_CLASSES)) or int(label) >= MOST_CLASSES:
         return None
     return path, int(label)
+
+
+def _quoted(line: str) -> list[str] | None:
+    """The two fields of a line in which one is in double quotes, by the rules of Python's ``csv``;
+    None where it has others than a path and a number."""
+    for separator in _SEPARATORS:
+        try:
+            (fields,) = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
+        except csv.Error:  # a quote that does not end, or goes on behind its end
+            continue
+        if len(fields) == 2 and not fields[1].strip(_DIGITS):
+            return fields
+    return None
 
 
 def _inside(path: str, root: Path, table: Path, number: int) -> str:
