@@ -21,6 +21,7 @@ from .commands import (
     Transfer,
 )
 from .config import PretrainConfig, TransferConfig, UserError, known, option, override
+from .printable import visible
 from .recipes import READOUT_RECIPES, RECIPES, REFERENCE, recipe
 
 
@@ -267,7 +268,7 @@ def _results(options: Results) -> dict[str, Any]:
         raise UserError("Name runs to compare: localagg results RUN...")
     result = compare([Path(run) for run in options.runs])
     for title, columns, rows in tables(result):
-        print(title)
+        print(visible(title))
         print_table(columns, rows)
     for note in result["notes"]:
         say(note)
@@ -347,7 +348,7 @@ def _import_tf(options: ImportTf) -> dict[str, Any]:
     for what in ("left", "missing"):
         if result[what]:
             named = ", ".join(result[what][:5]) + (" ..." if len(result[what]) > 5 else "")
-            print(f"{what}: {len(result[what])} ({named})")
+            print(f"{what}: {len(result[what])} ({visible(named)})")
     return result
 
 

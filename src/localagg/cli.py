@@ -24,6 +24,7 @@ from .config import (
 )
 from .migrate import overlay, readout_overlay
 from .parse import parse
+from .printable import visible
 from .recipes import readout_recipe, recipe
 
 
@@ -47,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
 
         if (sentence := worker_death(error)) is None:
             raise
-        print(f"localagg: {sentence}", file=sys.stderr)
+        print(f"localagg: {visible(sentence)}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         if error.filename is None:
             raise
-        print(f"localagg: {error.filename}: {error.strerror}.", file=sys.stderr)
+        print(f"localagg: {visible(str(error.filename))}: {error.strerror}.", file=sys.stderr)
         return 2
     return 0
 
@@ -118,7 +119,7 @@ def _base(kind: type, named: str | None, words: list[str]) -> PretrainConfig | T
         return base or default
     config, notes = translate(spec, base)  # type: ignore[arg-type]
     for note in notes:
-        print(f"--config {spec}: {note}", file=sys.stderr)
+        print(visible(f"--config {spec}: {note}"), file=sys.stderr)
     return config
 
 

@@ -1,6 +1,6 @@
 """What can be set: frozen dataclasses, one line an option, every check in one place.
 
-Imports only the standard library, so that help and wrong options answer at once.
+Imports little but the standard library, so that help and wrong options answer at once.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+from .printable import visible
 
 T = TypeVar("T")
 
@@ -19,12 +21,15 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
+
 
 class Interrupted(Exception):
     """Ctrl-C, or a scheduler's signal: the work was saved. ``status``: see localagg.signals."""
 
     def __init__(self, message: str, *, status: int = 130) -> None:
-        super().__init__(message)
+        super().__init__(visible(message))
         self.status = status
 
 

@@ -25,6 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .printable import visible
+
 if TYPE_CHECKING:  # it takes seconds to load, and a bar can be seen meanwhile
     import torch
 
@@ -34,17 +36,22 @@ console = Console(stderr=True)  # results go to stdout and files, everything els
 
 def say(message: str) -> None:
     """One line to the user, on stderr."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout: the first column to the left, the others to the right."""
     table = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(_plain(column), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_plain, row))
     Console().print(table)
+
+
+def _plain(text: str) -> str:
+    """Text that a terminal and rich's markup leave as it is."""
+    return escape(visible(text))
 
 
 class _Rate(ProgressColumn):
@@ -75,7 +82,7 @@ def progress_bar() -> Progress:
 def showing(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that reports ``(done, of)``; off a terminal, a line every ten seconds."""
     with progress_bar() as bar:
-        task = bar.add_task(what, total=None, note="")
+        task = bar.add_task(_plain(what), total=None, note="")
         last = time.monotonic()
 
         def show(done: int, of: int) -> None:
