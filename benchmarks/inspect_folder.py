@@ -2,7 +2,7 @@
 
 The command runs as a user runs it, on a terminal, on small JPEG files made here from photographs
 (64 x 64 pixels in 100 class folders). Told are the seconds from its start until something is seen,
-until images are counted, and until its end, with the timing of an epoch left out and put in.
+until files are counted, and until its end, with the timing of an epoch left out and put in.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def make(root: Path, count: int) -> int:
 
 
 def watch(words: list[str]) -> tuple[float, float, float]:
-    """Seconds until something is seen, until images are counted, and until the end."""
+    """Seconds until something is seen, until files are counted, and until the end."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def watch(words: list[str]) -> tuple[float, float, float]:
             break
         now = time.perf_counter() - started
         seen = seen or now
-        counted = counted or now * (b"looking at" in shown)
+        counted = counted or now * (b"files of images" in shown)
     child.wait()
     ended = time.perf_counter() - started
     if child.returncode:
@@ -92,7 +92,7 @@ def main() -> None:
     report.write(
         "inspect_folder",
         f"localagg inspect on {options.files:,} JPEG files",
-        ["what is done", "something is seen", "images are counted", "end"],
+        ["what is done", "something is seen", "files are counted", "end"],
         rows,
         f"{size / 1e6:,.0f} MB, {SIDE} x {SIDE} pixels each, in the page cache. Medians of"
         f" {options.runs} interleaved runs of the whole command, the start of Python included.",

@@ -3,6 +3,7 @@
 An action returns what ``--json`` writes.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .commands import (
     Transfer,
 )
 from .config import PretrainConfig, TransferConfig, UserError, known, option, override
+from .image_files import walk
 from .printable import visible
 from .recipes import READOUT_RECIPES, RECIPES, REFERENCE, recipe
 
@@ -280,7 +282,7 @@ def _inspect(options: Inspect) -> dict[str, Any]:
 
     base = None if options.recipe == "none" else recipe(options.recipe).config
     say(f"Looking at {options.data}.")
-    with showing("starting"):  # torch takes seconds to load
+    with showing(_counted(options.data)):  # torch takes seconds to load
         from .data.inspect import inspect, summary_rows
         from .data.sheet import check_sheet
         from .data.workers import cores
@@ -302,6 +304,23 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     if options.augmented is not None:
         result["sheet"] = _sheet(options, base or PretrainConfig())
     return result
+
+
+def _counted(data: str) -> str:
+    """How many files of images lie in a folder, or how many were found in a second, shown as they
+    are counted: all that can be told while torch loads."""
+    from .logbook import showing
+
+    folder, start, count = Path(data).expanduser(), time.monotonic(), 0
+    if not folder.is_dir():
+        return "starting"
+    with showing("counting") as show:
+        for count, _ in enumerate(walk(folder), 1):
+            if count % 1000 == 0:
+                show(count, 0)
+                if time.monotonic() - start > 1:
+                    return f"starting: more than {count:,} files of images"
+    return f"starting: {count:,} files of images" if count else "starting"
 
 
 def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:

@@ -80,14 +80,15 @@ def progress_bar() -> Progress:
 
 @contextlib.contextmanager
 def showing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports ``(done, of)``; off a terminal, a line every ten seconds."""
+    """A bar for work that reports ``(done, of)``, with 0 where nobody knows of how many; off a
+    terminal, a line every ten seconds."""
     with progress_bar() as bar:
         task = bar.add_task(_plain(what), total=None, note="")
         last = time.monotonic()
 
         def show(done: int, of: int) -> None:
             nonlocal last
-            bar.update(task, completed=done, total=of)
+            bar.update(task, completed=done, total=of or None)
             if bar.disable and time.monotonic() - last >= _LINE_SECONDS:
                 last = time.monotonic()
                 say(f"{what}: {done:,} of {of:,}")

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,3 +260,39 @@ def test_progress_is_told_while_images_are_looked_at(pictures, monkeypatch):
     monkeypatch.setattr(module, "Throttle", lambda call: lambda done, of: told.append((done, of)))
     inspect(str(pictures / "train"))
     assert [done for done, of in told if of == 48] == [7, 14, 21, 28, 35, 42, 48]
+
+
+TERMINAL = """
+import sys
+from localagg import logbook
+from localagg.cli import main
+shown = logbook.showing
+def showing(what):
+    print(what, "torch" in sys.modules, file=sys.stderr)
+    return shown(what)
+logbook.showing = showing
+sys.exit(main(["inspect", sys.argv[1], "--recipe", "none"]))
+"""
+
+
+def test_files_are_counted_before_torch_is_loaded(tmp_path, pictures):
+    """Which takes seconds."""
+    (tmp_path / "a").symlink_to(pictures / "train" / "temple")
+    for number in range(2000):
+        (tmp_path / f"{number}.txt").touch()
+    (tmp_path / "b").symlink_to(pictures / "train" / "temple")
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINAL, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    lines = done.stderr.splitlines()
+    assert lines[1:3] == ["counting False", "starting: 48 files of images False"]
+    assert next(line for line in lines if "looking" in line) == "looking at train True"
+
+
+def test_counting_ends_after_a_second(pictures, monkeypatch):
+    from localagg import actions
+
+    files = ((f"{number}.jpg", 0) for number in range(10**9))
+    monkeypatch.setattr(actions, "walk", lambda folder: files)
+    said = actions._counted(str(pictures))
+    assert re.fullmatch(r"starting: more than [\d,]+000 files of images", said)

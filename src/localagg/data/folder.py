@@ -5,33 +5,14 @@ as the reference's packing script does.
 """
 
 import os
-import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..image_files import EXTENSIONS, is_folder, walk
 from .protocol import ALIASES, Sample, Stored, fingerprint, split_folders
-
-EXTENSIONS = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".avif",
-    ]
-)
 
 _NAMED = 5  # folders in a message
 
@@ -96,7 +77,7 @@ def find_folder(uri: str, root: Path) -> Stored:
         return Stored(["train"], lambda split: _open(uri, root))
     named = {folder.name for folder in splits.values()}
     with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if e.name[0] != "." and _is_folder(e))
+        folders = sorted(e.name for e in entries if e.name[0] != "." and is_folder(e))
     if others := [name for name in folders if name not in named and _holds_own(root, name)]:
         more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
         raise UserError(
@@ -118,7 +99,7 @@ def find_folder(uri: str, root: Path) -> Stored:
 def _class_folders(train: Path) -> frozenset[str]:
     """The classes of training, from the names at its root alone; none where there are not two."""
     with os.scandir(train) as entries:
-        names = [entry.name for entry in entries if entry.name[0] != "." and _is_folder(entry)]
+        names = [entry.name for entry in entries if entry.name[0] != "." and is_folder(entry)]
     return frozenset(names if len(names) > 1 else ())
 
 
@@ -127,63 +108,12 @@ def _holds_own(root: Path, name: str) -> bool:
     folder, home = root / name, root.resolve()
     target = folder.resolve()
     back = home.is_relative_to(target) or target.is_relative_to(home)
-    return not (folder.is_symlink() and back) and any(_walk(folder))
+    return not (folder.is_symlink() and back) and any(walk(folder))
 
 
 def _open(uri: str, root: Path, known: frozenset[str] = frozenset()) -> Folder:
-    files = sorted(_walk(root))
+    files = sorted(walk(root))
     if not files:
         kinds = " ".join(sorted(EXTENSIONS))
         raise UserError(f"'{root}' holds no images (looked for {kinds}); is it the right folder?")
     return Folder(uri, root, files, known)
-
-
-def _walk(
-    root: Path, prefix: str = "", linked: set[str] | None = None
-) -> Iterator[tuple[str, int]]:
-    """(relative path with '/', size) of every image file.
-
-    Hidden files and folders are left out, and what is neither file nor folder: to open a pipe would
-    wait without end. Links that lead nowhere count as images of no size: to read one tells so.
-
-    A link to a folder is followed unless it leads to one that holds it. Below such a link
-    (``linked``: where it and those below it lead) a further one is followed only out of the root,
-    and once: links to each other would else be followed until no path is long enough.
-    """
-    with os.scandir(root / prefix) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        path = prefix + entry.name
-        if entry.name.startswith("."):
-            continue
-        if not _is_folder(entry):
-            known = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            if known and (size := _size(entry)) is not None:
-                yield path, size
-        elif not entry.is_symlink():
-            yield from _walk(root, path + "/", linked)
-        else:
-            target = Path(entry.path).resolve()
-            again = (root / prefix).resolve().is_relative_to(target)
-            if linked is not None:
-                again |= str(target) in linked or target.is_relative_to(root.resolve())
-            if not again:
-                followed = set() if linked is None else linked
-                followed.add(str(target))
-                yield from _walk(root, path + "/", followed)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _size(entry: os.DirEntry[str]) -> int | None:
-    """Of a file in bytes; 0 where a link leads to none, None where it is something else."""
-    try:
-        found = entry.stat()
-    except OSError:
-        return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
