@@ -104,8 +104,8 @@ CIFAR10_GPU = Recipe(
 # localagg pretrain la_modern --data CIFAR10 --out RUN
 # One CPU core, 13 minutes: LA as it does best at equal time (docs/results.md). Close neighbors are
 # looked for among few and near ones, and half of the loss stays IR's, so LA may begin early. 200-NN
-# of 57.9 ± 1.2 % over seeds 0, 1, 2, where IR alone has 55.7 ± 0.5 % after as long; but IR among the
-# same few neighbors (--instance-share 1) is as good, 58.5 ± 0.3 %.
+# of 57.9 ± 1.2 % over seeds 0, 1, 2, where IR alone has 55.7 ± 0.5 % after as long; but IR among
+# the same few neighbors (--instance-share 1) is as good, 58.5 ± 0.3 %.
 LA_MODERN = Recipe(
     PretrainConfig(
         encoder=EncoderConfig(model="resnet18_small", width=16, blocks=(1, 1, 1, 1), stem_stride=2),
