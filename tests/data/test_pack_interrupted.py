@@ -1,6 +1,7 @@
 """pack that fails, is stopped, or does not give back what was put in: nothing is lost or left."""
 
 import errno
+import os
 
 import pytest
 
@@ -8,6 +9,7 @@ from localagg.config import Interrupted, UserError
 from localagg.data import open_images, pack_images
 from localagg.data.decode import decode
 from localagg.data.pack import pack
+from localagg.data.pack_state import Partial
 from packed_folder import contents
 
 FORMATS = ("arrow", "tfrecord", "webdataset")
@@ -81,10 +83,9 @@ def test_the_bytes_do_not_depend_on_the_workers(pictures, tmp_path, format):
 def test_another_process_is_not_disturbed(pictures, tmp_path):
     from multiprocessing import get_context
 
-    from localagg.data.pack_state import Partial
-
     def holds(ready, go):
-        with Partial(tmp_path / "packed", {}) as partial:
+        key = {"data": "", "format": "", "shrink": None, "splits": {}}
+        with Partial(tmp_path / "packed", key) as partial:
             partial.finished.add("something")
             ready.set()
             go.wait(60)
@@ -101,6 +102,65 @@ def test_another_process_is_not_disturbed(pictures, tmp_path):
     assert (tmp_path / "packed.partial" / "data").is_dir()
 
 
+@pytest.mark.parametrize(
+    "name", ["photo.jpg", "data/photo.jpg", "state/key.json", "lock", "state/er"]
+)
+@pytest.mark.parametrize("packed_before", [False, True])
+def test_a_folder_that_no_pack_has_made_is_left_alone(pictures, tmp_path, name, packed_before):
+    """It has the name that the unfinished pack would have."""
+    uri, destination = str(pictures / "val"), tmp_path / "packed"
+    if packed_before:
+        pack(uri, destination)
+    mine = tmp_path / "packed.partial" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"data": "mine"}')
+    told = "exists and is not empty" if packed_before else r"packed\.partial' .*no pack has made it"
+    with pytest.raises(UserError, match=told):
+        pack(uri, destination)
+    assert mine.read_text() == '{"data": "mine"}'
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
+    assert packed_before == destination.exists()
+
+
+def test_what_was_put_beside_a_pack_at_work_stays(pictures, tmp_path, monkeypatch):
+    mine, real = tmp_path / "packed.partial" / "notes.txt", Partial.add
+
+    def put(self, *arguments):
+        mine.write_text("mine")
+        real(self, *arguments)
+
+    monkeypatch.setattr(Partial, "add", put)
+    pack(str(pictures / "val"), tmp_path / "packed")
+    assert list(mine.parent.iterdir()) == [mine]
+
+
+@pytest.mark.parametrize("killed_before", [0, 3, 4, 5])  # of six files
+def test_what_a_kill_left_while_it_cleared_up_is_cleared(
+    pictures, tmp_path, monkeypatch, killed_before
+):
+    """In whichever order the files are removed, what is left is still known for a pack's."""
+    uri, calls, real = str(pictures), [], os.unlink
+
+    def unlink(path, *arguments, **options):
+        if len(calls) >= killed_before:
+            raise KeyboardInterrupt
+        calls.append(path)
+        real(path, *arguments, **options)
+
+    def finish(self):
+        os.rename(self.folder, self.destination)
+        monkeypatch.setattr(os, "unlink", unlink)
+
+    monkeypatch.setattr(Partial, "finish", finish)
+    with pytest.raises(KeyboardInterrupt):
+        pack(uri, tmp_path / "packed")
+    monkeypatch.undo()
+    assert (tmp_path / "packed.partial").exists()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        pack(uri, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
 # --- Verification ---------------------------------------------------------------------------------
 
 
@@ -109,8 +169,6 @@ def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
     pictures, tmp_path, monkeypatch, format
 ):
     """A bit of an image is flipped on the disk behind the back of the writer."""
-    from localagg.data.pack_state import Partial
-
     source, real = open_images(pictures), Partial.add
 
     def damage(self, name, facts, digests):

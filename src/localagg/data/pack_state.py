@@ -6,9 +6,11 @@
     state/NAME.sha256  the hashes of its images, 32 bytes each
     lock             held by the process that packs
 
-The last step gives ``data/`` its name; what is left then can go.
+The last step gives ``data/`` its name; what is left then can go. A folder of that name that no
+pack has made is neither written to nor removed.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,23 +29,72 @@ _ROOM = 1.02  # what is written, over what the images take; and a little
 _ROOM_BYTES = 1 << 24
 _HASH = 32  # bytes
 _EMPTY = hashlib.sha256(b"").digest()
+_KEY = {"data", "format", "shrink", "splits"}  # what stands in key.json
 
 
 def check_destination(destination: Path) -> None:
-    """That the destination does not exist yet, or is an empty folder.
+    """That the destination does not exist yet, or is an empty folder, and that there is room beside
+    it for the folder of an unfinished pack.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or a folder that no pack has made has the name of that.
     """
+    root = _root(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        left = _root(destination)
-        if left.is_dir() and not (left / "data").exists():  # killed in the last moment
-            shutil.rmtree(left, ignore_errors=True)
+        if root.is_dir() and not (root / "data").exists() and _is_ours(root):
+            _remove(root)  # killed in the last moment
         raise UserError(f"'{destination}' exists and is not empty; name another folder.")
+    _check_ours(root)
 
 
 def _root(destination: Path) -> Path:
     return destination.with_name(f"{destination.name}.partial")
+
+
+def _check_ours(root: Path) -> None:
+    if root.exists() and not _is_ours(root):
+        raise UserError(
+            f"'{root}' is where this pack would work, but no pack has made it; move it, or name"
+            " another destination."
+        )
+
+
+def _is_ours(root: Path) -> bool:
+    """Whether a pack has made a folder: its key tells, or it is as empty as before its key was
+    written, and after it was removed."""
+    key = root / "state" / "key.json"
+    if key.is_file():
+        try:
+            told = json.loads(key.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(told, dict) and told.keys() == _KEY
+    return root.is_dir() and all(map(_is_bare, root.rglob("*")))
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether it may be in a pack's folder that has no key."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name in ("data", "state")
+    return path.name == ".key.json.tmp" or (path.name == "lock" and path.stat().st_size == 0)
+
+
+def _remove(root: Path) -> None:
+    """Remove what a pack has made, and nothing that was put beside it. The key goes last, so that
+    what a kill leaves is still known for its own."""
+    state = root / "state"
+    shutil.rmtree(root / "data", ignore_errors=True)
+    with contextlib.suppress(OSError):  # of a folder that cannot be written; or is not empty
+        for path in list(state.glob("*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "key.json":
+                path.unlink()
+        shutil.rmtree(state, ignore_errors=True)
+        (root / "lock").unlink(missing_ok=True)
+        root.rmdir()
 
 
 def room(folder: Path, size: int) -> None:
@@ -68,10 +119,11 @@ class Partial:
 
     Args:
         destination: the folder that it becomes.
-        key: what is packed, and how; JSON.
+        key: what is packed, and how; JSON with the keys data, format, shrink and splits.
 
     Raises:
-        UserError: another process packs there now, or another pack was begun there.
+        UserError: another process packs there now, another pack was begun there, or no pack has
+            made the folder that is there.
     """
 
     def __init__(self, destination: Path, key: dict[str, Any]) -> None:
@@ -88,6 +140,7 @@ class Partial:
         return f"what is finished is kept in '{self.root}': run the same command to go on."
 
     def __enter__(self) -> "Partial":
+        _check_ours(self.root)
         try:
             for folder in (self.folder, self._state):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +192,7 @@ class Partial:
         trace: TracebackType | None,
     ) -> None:
         if not self.finished or not self.folder.exists():
-            shutil.rmtree(self.root, ignore_errors=True)
+            _remove(self.root)
         self._lock.close()
 
     # --- Files ---
