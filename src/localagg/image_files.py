@@ -20,6 +20,7 @@ EXTENSIONS = frozenset(
         ".tiff",
         ".webp",
         ".avif",
+        ".jp2",
     ]
 )
 

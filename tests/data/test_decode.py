@@ -139,7 +139,7 @@ def test_without_simplejpeg_pixels_are_the_same_and_it_is_said_once(odd_photo, m
         module._simplejpeg.cache_clear()
 
 
-# --- CMYK, of which only Pillow knows -------------------------------------------------------------
+# --- CMYK, whose colors are Pillow's --------------------------------------------------------------
 
 
 def components(data):
@@ -162,11 +162,9 @@ def without_adobe(data):
 
 
 @pytest.fixture
-def cmyk_jpeg(photo, fast_calls):
+def cmyk_jpeg(photo):
     """Written as Adobe does: inverted."""
-    data = encoded(photo.convert("CMYK"), "JPEG", quality=100, subsampling="4:4:4")
-    yield data
-    assert not fast_calls
+    return encoded(photo.convert("CMYK"), "JPEG", quality=100, subsampling="4:4:4")
 
 
 def ink(cmyk):
@@ -185,10 +183,23 @@ def test_cmyk_without_adobes_marker_is_not_inverted(cmyk_jpeg):
     assert (found - ink(components(cmyk_jpeg))).abs().max() <= 1
 
 
+def ycck(data):
+    """What says that the first three components are YCbCr."""
+    start, length = adobe(data)
+    return data[: start + length - 1] + b"\2" + data[start + length :]
+
+
+def test_cmyk_is_never_filled_with_gray(cmyk_jpeg):
+    """Where data are missing but the end is there, as in color."""
+    for data in (cmyk_jpeg, without_adobe(cmyk_jpeg), ycck(cmyk_jpeg)):
+        third = len(data) // 3
+        hole = data[:third] + bytes(third) + data[2 * third :]
+        for damaged in (data[: 2 * third] + b"\xff\xd9", hole):
+            with pytest.raises(UnreadableImage, match="its data end before the image does"):
+                decode(damaged)
+
+
 def test_ycck(cmyk_jpeg):
-    start, length = adobe(cmyk_jpeg)
-    data = bytearray(cmyk_jpeg)
-    data[start + length - 1] = 2  # says that the first three components are YCbCr
     luma, blue, red, black = np.moveaxis(components(cmyk_jpeg), 2, 0)
     inverted = [  # JFIF's formula; what it gives is ink, inverted, as black is
         luma + 1.402 * (red - 128),
@@ -196,7 +207,7 @@ def test_ycck(cmyk_jpeg):
         luma + 1.772 * (blue - 128),
     ]
     expected = ink(np.stack([*(v.clip(0, 255) for v in inverted), 255 - black], axis=2))
-    assert (decode(bytes(data)) - expected).abs().max() <= 2
+    assert (decode(ycck(cmyk_jpeg)) - expected).abs().max() <= 2
 
 
 # --- Other formats and modes ----------------------------------------------------------------------

@@ -6,7 +6,8 @@ transform, smooth upsampling), in four fifths of the time. torchvision's decoder
 takes two seconds to load and writes libjpeg's warnings to stderr. Pillow reads all other formats
 and CMYK, and has the last word on whatever simplejpeg finds fault with, so every pixel is the same
 without simplejpeg. One fault is final: data that end before the image does, though the file's end
-is in place, are refused; libjpeg would fill in gray, and Pillow does not hear its warning.
+is in place, are refused; libjpeg would fill in gray, and Pillow does not hear its warning. For that
+simplejpeg is asked about CMYK files too, which are rare enough to be decoded twice.
 """
 
 import io
@@ -46,6 +47,10 @@ FORMATS = (
     "PPM",
     "JPEG2000",
 )
+
+# Pillow's modes of JPEG files -> what simplejpeg is asked for. Of CMYK only its judgment counts:
+# Pillow knows whether it is inverted, and what color it is.
+JPEG_COLORS = {"RGB": "RGB", "L": "RGB", "CMYK": "CMYK"}
 
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -104,11 +109,8 @@ def on_gpu(data: bytes, *, upright: bool = False) -> bool:
     """
     image = _open(data)
     turned = upright and _orientation(image) > 1
-    return _is_plain_jpeg(image) and not turned and data.rstrip(b"\0").endswith(b"\xff\xd9")
-
-
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    return plain and not turned and data.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
@@ -233,15 +235,17 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 def _pixels(data: bytes, upright: bool) -> np.ndarray:
     """uint8 [H, W, 3], RGB. Truncated data is an error, never gray pixels (as libjpeg gives)."""
     image = None if not upright and _plain_jpeg_size(data) else _open(data)
-    pixels = None
-    if (image is None or _is_plain_jpeg(image)) and (jpeg := _simplejpeg()) is not None:
+    pixels, colors = None, "RGB"
+    if image is not None:
+        colors = JPEG_COLORS.get(image.mode) if image.format in ("JPEG", "MPO") else None
+    if colors is not None and (jpeg := _simplejpeg()) is not None:
         try:
-            pixels = jpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            pixels = jpeg.decode_jpeg(data, colorspace=colors, strict=True)
         except ValueError as error:  # or something odd that Pillow may put up with
             if "premature end" in str(error).lower() and data.rstrip(b"\0").endswith(b"\xff\xd9"):
                 raise UnreadableImage("its data end before the image does") from None
             pixels = None
-    if pixels is None:
+    if pixels is None or colors == "CMYK":
         pixels = np.array(_rgb(image or _open(data)))
     if upright and image is not None:
         pixels = np.ascontiguousarray(_TURNS[_orientation(image)](pixels))

@@ -1,8 +1,8 @@
 """What an image tells before it is decoded: its header, and whether its end is there.
 
 Of a file only the first 32 KB and the last bytes are read, so that a million files take minutes.
-An image whose end is not that of its format is decoded to be sure; damage in its middle shows only
-when it is decoded.
+An image whose end is not that of its format, or not where its header tells, is decoded to be sure;
+damage in its middle shows only when it is decoded.
 """
 
 import os
@@ -10,6 +10,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +22,7 @@ from .protocol import Source, open_file
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a header that is longer is read whole
 _TAIL = 1024  # and from its end, which may be padded with zeros
+_TIFF_PARTS = ((273, 279), (324, 325))  # tags of offsets and byte counts, of strips and tiles
 _CHUNK = 256  # images a worker looks at before it reports
 # What a source or a decoder raises about one image (a damaged record is a UserError).
 FAULTS = (UnreadableImage, OSError, UserError)
@@ -83,8 +85,10 @@ def read_header(source: Source, index: int, ends: Ends) -> tuple[Header, bool, d
             raise
         # The header is longer, or the format wants all of it.
         image = _open(stored_bytes(source, index, ends))
+    if image.format == "TIFF" and not ends.whole and _tiff_end(image) == 0:
+        image = _open(stored_bytes(source, index, ends))  # its tags lie behind
     header = Header(image.height, image.width, image.format or "?", image.mode)
-    cut = _is_cut(header.format, ends)
+    cut = _is_cut(image, ends)
     if cut:
         decode(stored_bytes(source, index, ends))
     return header, cut, image.info
@@ -103,10 +107,10 @@ def stored_bytes(source: Source, index: int, ends: Ends) -> bytes:
     return image
 
 
-def _is_cut(kind: str, ends: Ends) -> bool:
-    """Whether the end of the format is missing; formats other than these five show none."""
+def _is_cut(image: Image.Image, ends: Ends) -> bool:
+    """Whether the end of the format is missing. PPM written as text shows none."""
     tail = ends.tail.rstrip(b"\0")
-    match kind:
+    match image.format:
         case "JPEG" | "MPO":
             return not tail.endswith(b"\xff\xd9")
         case "PNG":
@@ -118,7 +122,54 @@ def _is_cut(kind: str, ends: Ends) -> bool:
         case "BMP":
             told = int.from_bytes(ends.head[2:6], "little")
             return not 0 < told <= ends.size
+        case "TIFF":
+            return _tiff_end(image) > ends.size
+        case "PPM":
+            return _ppm_end(image) > ends.size
+        case "JPEG2000":
+            end = _box_end(ends.head, b"jp2c")
+            return not tail.endswith(b"\xff\xd9") if end is None else end > ends.size
+        case "AVIF":
+            return (_box_end(ends.head, b"mdat") or 0) > ends.size
     return False
+
+
+def _tiff_end(image: Image.Image) -> int:
+    """Where the last strip or tile of a TIFF ends, as far as its tags tell."""
+    tags: Any = getattr(image, "tag_v2", {})
+    ends = [0]
+    try:
+        for offsets, counts in _TIFF_PARTS:
+            ends += map(sum, zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False))
+        return int(max(ends))
+    except (TypeError, ValueError, ArithmeticError):  # damaged tags: text, or a ratio by zero
+        return 0
+
+
+def _ppm_end(image: Image.Image) -> int:
+    """Where the pixels of a PPM end; 0 where they are written as text."""
+    codec, _, start, arguments = image.tile[0]
+    if codec == "ppm_plain":
+        return 0
+    deep = image.mode == "I" or (codec == "ppm" and arguments[1] > 255)
+    bits = 1 if image.mode == "1" else 32 if image.mode == "F" else 16 if deep else 8
+    return start + (image.width * len(image.getbands()) * bits + 7) // 8 * image.height
+
+
+def _box_end(head: bytes, pixels: bytes) -> int | None:
+    """Where the box of the pixels ends in a JPEG 2000 or AVIF file; None where it goes on to the
+    end of the file or is not to be seen, and in bare JPEG 2000, which has no boxes."""
+    start = 0
+    while head[:4] != b"\xff\x4f\xff\x51" and start + 16 <= len(head):
+        length, kind = int.from_bytes(head[start : start + 4]), head[start + 4 : start + 8]
+        if length == 1:
+            length = int.from_bytes(head[start + 8 : start + 16])
+        if length < 8:
+            return None
+        start += length
+        if kind == pixels:
+            return start
+    return None
 
 
 class Checked(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..logbook import showing
-from .decode import _simplejpeg, decode
+from .decode import JPEG_COLORS, _simplejpeg, decode
 from .duplicates import compare, digest, repetitions, shared
 from .headers import FAULTS, Header, read_ends, read_header, reason, stored_bytes
 from .metadata import broken_checksum, odd_metadata
@@ -85,14 +85,16 @@ def _look(source: Source, index: int, whole: bool) -> _Look:
 
 def _decoded(data: bytes, header: Header) -> tuple[Tensor, str | None]:
     """The pixels, and what speaks against them although they can be decoded."""
-    if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
+    if header.format in ("JPEG", "MPO") and header.mode in JPEG_COLORS:
         if (jpeg := _simplejpeg()) is None:
             return decode(data), None
+        colors = JPEG_COLORS[header.mode]
         try:
-            pixels = jpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            pixels = jpeg.decode_jpeg(data, colorspace=colors, strict=True)
         except ValueError:
             return decode(data), "libjpeg warns that its data are damaged"
-        return torch.from_numpy(pixels).permute(2, 0, 1), None
+        if colors != "CMYK":
+            return torch.from_numpy(pixels).permute(2, 0, 1), None
     pixels = decode(data)
     wrong = header.format == "PNG" and broken_checksum(data)
     return pixels, "a checksum in it is wrong" if wrong else None

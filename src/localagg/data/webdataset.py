@@ -27,7 +27,8 @@ from .tar_index import BLOCK, TarIndex, cached_index, damaged, member_name
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 1_000_000
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others are their format's name
+# Others are their format's name.
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 
 class WebDataset:
