@@ -3,8 +3,8 @@
 What the decoders tolerate, so that it stays unseen: a flipped bit or zeros in the data of JPEG,
 WebP, GIF, BMP, TIFF, PPM, JPEG 2000 and AVIF files, which have no checksum (the one inside TIFF's
 deflate is not always come to), but not zeros in a baseline JPEG; and a progressive JPEG that lost
-whole scans, which is a coarser picture. In JPEG and GIF the pixels before the damage are right even
-then. So too the images of a Parquet file that was written without checksums.
+whole scans, which is a coarser picture. In JPEG and GIF the pixels before the damage are right.
+So too the images of a Parquet file that was written without checksums.
 """
 
 import io

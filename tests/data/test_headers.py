@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from localagg.data.headers import HEAD, Headers, read_ends, read_header
+from localagg.data.headers import HEAD, Ends, Headers, read_ends, read_header
 from localagg.data.sources import open_images
 
 PHOTO = Image.fromarray(load_sample_images().images[0][100:228, 200:360])
@@ -70,16 +70,20 @@ if features.check("avif"):
     WHOLE["AVIF"] = encoded(PHOTO, "AVIF", quality=100, subsampling="4:4:4")
 
 
+def is_cut(source, index):
+    ends = read_ends(source, index)
+    assert isinstance(ends, Ends)
+    return read_header(source, index, ends)[1]
+
+
 @pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE)
 def test_the_scan_knows_where_an_image_ends(data, stored):
     lengths = [len(data) // 10, len(data) // 2, len(data) * 9 // 10, len(data) - 1, len(data)]
     source = stored(*(data[:length] for length in lengths))
-    header, cut, _ = read_header(source, 4, read_ends(source, 4))
-    assert header.height >= 128
-    assert not cut
+    assert not is_cut(source, 4)
     failed = Headers(source)[0].failed.keys()
-    # The last byte of these is none of their pixels'.
-    assert failed == ({0, 1, 2} if header.format in ("PNG", "GIF") else {0, 1, 2, 3})
+    last_is_no_pixel = data[:4] in (b"\x89PNG", b"GIF8")
+    assert failed == ({0, 1, 2} if last_is_no_pixel else {0, 1, 2, 3})
 
 
 def test_most_are_longer_than_what_is_read_of_them():
@@ -88,5 +92,4 @@ def test_most_are_longer_than_what_is_read_of_them():
 
 def test_what_follows_the_pixels_does_not_count(stored):
     source = stored(WHOLE["JPEG2000"] + BOX, WHOLE["PPM"] + b"\n", WHOLE["TIFF"] + b"more")
-    for index in range(3):
-        assert not read_header(source, index, read_ends(source, index))[1]
+    assert not any(is_cut(source, index) for index in range(3))
