@@ -249,6 +249,22 @@ def test_sixteen_bits_keep_their_upper_eight(photo):
     assert torch.equal(decode(png(photo.size, 16, 2, rows)), levels(photo))
 
 
+def test_twelve_bits_keep_their_upper_eight_where_the_file_says_twelve(photo):
+    """A TIFF that packs two samples into three bytes, and PPM, whose brightest level is told."""
+    deep = np.array(photo.convert("L"))[:, :40].astype(int) * 16 + 9
+    height, width = deep.shape
+    packed = bytes.fromhex("".join(f"{level:03x}" for level in deep.flat))
+    entries = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1)]
+    entries += [(278, height), (279, len(packed))]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    place = struct.pack("<I", 8 + len(packed))
+    tiff = b"II*\0" + place + packed + struct.pack("<H", len(entries)) + tags + bytes(4)
+    ppm = b"P5 %d %d 4095\n" % (width, height) + deep.astype(">u2").tobytes()
+    expected = levels(photo.convert("L"))[:, :, :40]
+    assert torch.equal(decode(tiff), expected)
+    assert (decode(ppm).int() - expected.int()).abs().max() <= 1  # scaled by 65535 / 4095
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_samples_of_no_agreed_range_are_refused(photo, mode):
     with pytest.raises(UnreadableImage, match="32 bits a sample have no agreed range"):

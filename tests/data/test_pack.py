@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from localagg.config import UserError
 from localagg.data import open_images
@@ -127,6 +126,30 @@ def test_without_labels_and_splits(pictures, tmp_path):
         assert (packed.labels, packed.classes, packed[0].label) == (None, None, None)
         assert list(report["splits"]) == stored_splits(tmp_path / format) == ["train"]
         assert packed[5].image == (pictures / "train" / "temple" / "05.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_some_labels_are_packed_or_refused_before_anything_is_written(pictures, tmp_path, format):
+    import datasets
+
+    image = (pictures / "val" / "temple" / "01.jpg").read_bytes()
+    kinds = datasets.ClassLabel(names=["a", "b"])
+    table = datasets.Dataset.from_list(
+        [{"image": {"bytes": image, "path": None}, "label": label} for label in (0, -1, 1)],
+        features=datasets.Features({"image": datasets.Image(), "label": kinds}),
+    )
+    table.save_to_disk(tmp_path / "some")
+    uri, folder = str(tmp_path / "some"), tmp_path / "packed"
+    if format == "arrow":
+        pack(uri, folder, format=format, verify=True)
+        assert open_images(folder).labels.tolist() == [0, -1, 1]
+        return
+    told = (
+        f"1 of 3 images in the split train of '.*some' have no label, and in {format} .* as arrow"
+    )
+    with pytest.raises(UserError, match=told):
+        pack(uri, folder, format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
 def test_a_test_split_keeps_its_name_where_the_format_has_one(pictures, tmp_path):
@@ -278,54 +301,6 @@ def test_a_vanished_disk_is_no_folder_of_unreadable_images(pictures, tmp_path, m
         UserError, match=r"flower/00.png and the 15 images behind it cannot be read"
     ):
         pack(str(pictures), tmp_path / "packed")
-
-
-# --- Smaller images -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_larger_images_become_jpegs_of_the_size_asked_for(pictures, tmp_path, format):
-    shutil.copytree(pictures / "val", tmp_path / "data")
-    wide = Image.open(pictures / "val" / "temple" / "01.jpg").resize((300, 100))
-    wide.save(tmp_path / "data" / "temple" / "wide.png")
-    (tmp_path / "data" / "temple" / "x.jpg").write_bytes(b"<html>")
-    uri = str(tmp_path / "data")
-    report = pack(uri, tmp_path / "p", format=format, size=50, quality=80, verify=True)
-    source, packed = open_images(uri), open_images(tmp_path / "p")
-    facts = report["splits"]["train"]
-    assert [bad["name"] for bad in facts["unreadable"]] == ["temple/x.jpg"]
-    shrunk = 0
-    for i in range(len(source)):
-        if source.name(i) == "temple/x.jpg":
-            assert packed[i].image == b"<html>"
-            continue
-        before = Image.open(io.BytesIO(source[i].image))
-        if min(before.size) <= 50:
-            assert packed[i].image == source[i].image
-            continue
-        shrunk += 1
-        after = Image.open(io.BytesIO(packed[i].image))
-        assert (after.format, min(after.size)) == ("JPEG", 50)
-        scale = 50 / min(before.size)
-        assert after.size == tuple(round(side * scale) for side in before.size)
-        due = io.BytesIO()
-        before.convert("RGB").resize(after.size, Image.Resampling.LANCZOS).save(
-            due, "JPEG", quality=80
-        )
-        assert packed[i].image == due.getvalue()
-    assert 1 < shrunk == facts["shrunk"] < 12
-    names = {source.name(i): i for i in range(len(source))}
-    assert decode(packed[names["temple/wide.png"]].image).shape == (3, 50, 150)
-
-
-def test_the_space_that_smaller_images_take_is_estimated(pictures, tmp_path, monkeypatch):
-    from localagg.data.pack_images import Shrink, estimate
-
-    source = open_images(pictures)
-    whole, small = estimate(source, None), estimate(source, Shrink(24, 50))
-    report = pack(str(pictures / "train"), tmp_path / "p", size=24, quality=50)
-    assert whole == source.stored_bytes()
-    assert report["bytes"] < small < 1.3 * report["bytes"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ FORMATS = (
 # Pillow knows whether it is inverted, and what color it is.
 JPEG_COLORS = {"RGB": "RGB", "L": "RGB", "CMYK": "CMYK"}
 
-_ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF's tag
+_BITS_PER_SAMPLE = 0x0102  # TIFF's
 
 
 class UnreadableImage(Exception):
@@ -157,13 +158,22 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if plain else None
 
 
+def orientation(data: bytes) -> int:
+    """How ``upright`` turns an image: EXIF's number, 1 (not at all) to 8.
+
+    Raises:
+        UnreadableImage: the header is not an image's.
+    """
+    return _orientation(_open(data))
+
+
 def decode(data: bytes, *, upright: bool = False) -> Tensor:
     """All pixels.
 
     Gray images are repeated to three channels; alpha is dropped, which shows the color beneath it;
-    of 16 bits a sample the upper 8 are kept; of an animation the first frame is taken; color
-    profiles are not applied. The EXIF orientation is ignored, as in the reference; TIFF's own is
-    heeded, as Pillow does.
+    of 16 bits a sample the upper 8 are kept, and of 12 where the file says that it has 12; of an
+    animation the first frame is taken; color profiles are not applied. The EXIF orientation is
+    ignored, as in the reference; TIFF's own is heeded, as Pillow does.
 
     Args:
         data: encoded image.
@@ -261,7 +271,8 @@ def _rgb(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")
             image.load()
         if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to white
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            upper = np.asarray(image) >> (_bits(image) - 8)
+            return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
         if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
             image = ImageChops.invert(image)  # Pillow takes all to be inverted, as Adobe's are
         if image.mode in ("P", "PA", "RGBa"):  # alpha of a palette, or multiplied into the color
@@ -271,12 +282,18 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise _unreadable(error) from None
 
 
+def _bits(image: Image.Image) -> int:
+    """Of a sample in 16: TIFF's BitsPerSample, which may be 12; Pillow scales those of PPM."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read."""
     if image.format == "TIFF":  # its own tag, by which Pillow turns it
         return 1
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, OSError, LookupError, TypeError, struct.error):
         return 1
     return orientation if orientation in _TURNS else 1

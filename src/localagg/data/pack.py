@@ -69,7 +69,7 @@ def pack(
         size: make images smaller whose shorter side is longer than this (Pillow's Lanczos filter
             over the area), as JPEG; None keeps all bytes.
         quality: of these JPEGs (1-100; 95 where not given), with color at half the resolution and
-            without metadata.
+            without metadata but the EXIF orientation.
         workers: processes that read, check and shrink; 0 does it in this one.
         shard_bytes: about how large one file may become.
         malformed: lines of a listing that are not ``path label``: left out and named in the report,
@@ -86,8 +86,9 @@ def pack(
         "files": [names]}}}.
 
     Raises:
-        UserError: the source cannot be opened or read, the destination is not empty, another pack
-            was begun there, too little space, or (``verify``) what was read back differs.
+        UserError: the source cannot be opened or read, only some of its images have labels though
+            the format is not Arrow, the destination is not empty, another pack was begun there, too
+            little space, or (``verify``) what was read back differs.
         Interrupted: Ctrl-C; what is finished is kept.
     """
     start, uri = time.monotonic(), os.fspath(uri)
@@ -154,10 +155,10 @@ def _splits(
     for name in names:
         source = open_images(uri, name, malformed=malformed)
         if format != "arrow" and source.labels is not None and (source.labels < 0).any():
+            bare = int((source.labels < 0).sum())
             raise UserError(
-                f"{int((source.labels < 0).sum()):,} of the {len(source):,} {name} images of"
-                f" '{uri}' have no label, which {format} cannot say; leave them out, or pack as"
-                " arrow."
+                f"{bare:,} of {len(source):,} images in the split {name} of '{uri}' have no label,"
+                f" and in {format} all images have one or none has; pack it as arrow."
             )
         target = "val" if format == "tfrecord" and name == "test" else name
         size = estimate(source, shrink) + len(source) * FORMATS[format].overhead

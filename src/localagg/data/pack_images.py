@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ..config import UserError
 from ..files import whole
-from .decode import UnreadableImage, decode, image_size
+from .decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
 from .loader import Throttle, through_workers
 from .pack_state import Partial
 from .protocol import Record, Source, encoded
@@ -99,7 +99,7 @@ def _item(source: Source, index: int, shrink: Shrink | None) -> _Item:
         try:
             format = image_size(image)[2]
             pixels = decode(image)
-            smaller = shrink and _shrunk(pixels.permute(1, 2, 0).numpy(), shrink)
+            smaller = shrink and _shrunk(pixels.permute(1, 2, 0).numpy(), shrink, image)
             if smaller:
                 image, format, shrunk = smaller, "JPEG", True
         except UnreadableImage as error:
@@ -107,8 +107,9 @@ def _item(source: Source, index: int, shrink: Shrink | None) -> _Item:
     return _Item(image, label, format, fault, lost, shrunk, hashlib.sha256(image).digest())
 
 
-def _shrunk(pixels: np.ndarray, shrink: Shrink) -> bytes | None:
-    """Pixels [H, W, 3] as a smaller JPEG; None where they are small enough."""
+def _shrunk(pixels: np.ndarray, shrink: Shrink, image: bytes) -> bytes | None:
+    """Pixels [H, W, 3] as a smaller JPEG, with the EXIF orientation of the image that they are of;
+    None where they are small enough."""
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     to = [max(1, round(side * shrink.size / shorter)) for side in (width, height)]
@@ -116,7 +117,9 @@ def _shrunk(pixels: np.ndarray, shrink: Shrink) -> bytes | None:
         return None
     file = io.BytesIO()
     smaller = Image.fromarray(pixels).resize((to[0], to[1]), Image.Resampling.LANCZOS)
-    smaller.save(file, "JPEG", quality=shrink.quality)
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn = orientation(image)
+    smaller.save(file, "JPEG", quality=shrink.quality, exif=exif if turn > 1 else b"")
     return file.getvalue()
 
 
