@@ -148,7 +148,8 @@ def _tiff_end(image: Image.Image) -> int:
 
 def _ppm_end(image: Image.Image) -> int:
     """Where the pixels of a PPM end; 0 where they are written as text."""
-    codec, _, start, arguments = image.tile[0]
+    opened: Any = image
+    codec, _, start, arguments = opened.tile[0]
     if codec == "ppm_plain":
         return 0
     deep = image.mode == "I" or (codec == "ppm" and arguments[1] > 255)
