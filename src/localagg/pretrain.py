@@ -270,7 +270,7 @@ def _learn(
                     learner.recluster(book.after_clustering)
 
             size = schedule.batch(aggregating=aggregating)
-            batches = on_device(feed.batches(epoch, first, size), device)
+            batches = on_device(feed.batches(epoch, first, size), device, feed.fail)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
                 book.shares.next_step()

@@ -250,7 +250,7 @@ class Probe:
         """
         feed, device = self.feed, self.device
         if self.kept is None:
-            for index, images in on_device(feed.batches(epoch, first), device):
+            for index, images in on_device(feed.batches(epoch, first), device, feed.fail):
                 views = self.augment(images, epoch, index)
                 yield index, views.contiguous(memory_format=torch.channels_last)
             return

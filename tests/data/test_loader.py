@@ -353,7 +353,7 @@ def test_other_errors_pass_through():
 
 
 def test_batches_move_to_the_device_as_they_are(feed):
-    moved = list(on_device(feed.batches(0), torch.device("cpu")))
+    moved = list(on_device(feed.batches(0), torch.device("cpu"), feed.fail))
     for one, two in zip(feed.batches(0), moved, strict=True):
         assert torch.equal(one.index, two.index)
         assert torch.equal(one.images, two.images)
@@ -363,9 +363,8 @@ def test_batches_move_to_the_device_as_they_are(feed):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_right_on_cuda_while_it_computes(pictures, workers):
     feed = Feed(open_images(pictures), override(SKIP, workers=workers), quiet)
-    for one, two in zip(
-        feed.batches(0), on_device(feed.batches(0), torch.device("cuda")), strict=True
-    ):
+    moved = on_device(feed.batches(0), torch.device("cuda"), feed.fail)
+    for one, two in zip(feed.batches(0), moved, strict=True):
         torch.randn(2000, 2000, device="cuda") @ torch.randn(2000, 2000, device="cuda")
         assert torch.equal(two.images.cpu(), one.images)
         assert torch.equal(two.index.cpu(), one.index)

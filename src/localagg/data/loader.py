@@ -4,7 +4,7 @@ The order of an epoch is a function of (seed, epoch), so any batch can be had ag
 whole: the last N mod B images of an order are left out, other ones each epoch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ..draws import ORDER, permutation
 from .cropping import Crops, Measured
 from .decode import decode, image_size
 from .headers import FAULTS, Headers, reason
+from .nvjpeg import EncodedCrops
 from .sources import Source
 from .workers import Progress, Throttle, through_workers
 
@@ -41,7 +42,11 @@ class Batch(NamedTuple):
     """int64 [B], on the CPU."""
     images: Tensor
     """uint8 [B, 3, H, W]: whole images from memory, or crops from workers. Ten crops:
-    [B, 10, 3, S, S]."""
+    [B, 10, 3, S, S]. With ``--nvjpeg``, until they are on the device: EncodedCrops."""
+
+
+Fail = Callable[[dict[int, str]], None]
+"""Called with {index: reason} of images that cannot be read."""
 
 
 class Feed:
@@ -129,11 +134,18 @@ class Feed:
         crops = Crops(self.source, self.config.views, self.config.seed, epoch, chunks)
         pin = self.config.device in ("auto", "cuda") and torch.cuda.is_available()
         for index, images, failed in through_workers(crops, self.config.workers, pin=pin):
-            self.unreadable.update(failed)
-            if failed:
-                report_unreadable(self.source, failed, self.config.unreadable)
+            self.fail(failed)
             again = _filled(torch.arange(len(index)), size)
             yield Batch(index[again], images[again])
+
+    def fail(self, failed: dict[int, str]) -> None:
+        """Images {index: reason} turned out to be unreadable: refuse them, or read them no more.
+
+        Raises:
+            UserError: they are not to be skipped.
+        """
+        self.unreadable.update(failed)
+        report_unreadable(self.source, failed, self.config.unreadable)
 
     def _readable(self, chunk: Tensor) -> Tensor:
         """Those of a batch that are not known to be unreadable."""
@@ -157,21 +169,43 @@ def _filled(index: Tensor, size: int) -> Tensor:
     return index[torch.arange(size) % len(index)]
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches moved to a device, on CUDA by a stream of its own, while the last one is computed."""
+def on_device(batches: Iterable[Batch], device: torch.device, fail: Fail) -> Iterator[Batch]:
+    """Batches moved to a device, on CUDA by a stream of its own, while the last one is computed.
+
+    Args:
+        batches: of a feed.
+        device: where to.
+        fail: the feed's; called with images that turn out to be unreadable on the device.
+    """
     if device.type != "cuda":
         for batch in batches:
-            yield Batch(*(part.to(device) for part in batch))
+            yield _moved(batch, device, fail)
         return
     copying = torch.cuda.Stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):
-            moved = Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
+            moved = _moved(batch, device, fail)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copying)
         for part in moved:
             part.record_stream(computing)  # its memory is not given away before it has been used
         yield moved
+
+
+def _moved(batch: Batch, device: torch.device, fail: Fail) -> Batch:
+    """A batch on a device, where readable images stand in for what cannot be decoded there."""
+    index, images = batch
+    if isinstance(images, EncodedCrops):
+        crops, failed = images.decoded(device)
+        if failed:
+            fail({int(index[row]): why for row, why in failed.items()})
+            good = torch.tensor([row for row in range(len(index)) if row not in failed])
+            rows = _filled(good.long(), len(index))
+            index, crops = index[rows], crops[rows.to(device)]
+        return Batch(index.to(device), crops)
+    if device.type != "cuda":
+        return Batch(index.to(device), images.to(device))
+    return Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
 
 
 def report_unreadable(source: Source, failed: dict[int, str], policy: str) -> None:

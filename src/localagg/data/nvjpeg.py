@@ -2,8 +2,10 @@
 
 Workers read and send the encoded bytes with their boxes; decoding, cropping and resizing happen
 where the batch is moved to. nvJPEG's transform and upsampling are not libjpeg-turbo's, so levels
-differ a little; measurements (``evaluation_batches``) never use it. On a CPU the same path runs
-through torchvision's libjpeg-turbo, which is how it is tested: no measurement on a GPU was made.
+differ a little; measurements (``evaluation_batches``) never use it. What nvJPEG refuses is decoded
+by the processor, which says why if it cannot be. What nvJPEG does not notice stays unnoticed: data
+that end early though the end marker is there. On a CPU the same path runs through torchvision's
+libjpeg-turbo, which is how it is tested: no measurement on a GPU was made.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..config import UserError, ViewConfig, known
+from ..config import ViewConfig, known
 from .decode import Box, UnreadableImage, decode, on_gpu
 from .headers import FAULTS, reason
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class EncodedCrops:
-    """Stands in a batch where uint8 crops [B, 3, S, S] will be: ``to`` makes them.
+    """Stands in a batch where uint8 crops [B, 3, S, S] will be: ``decoded`` makes them.
 
     Args:
         images: encoded bytes, or decoded pixels uint8 [3, H, W] of what nvJPEG does not read.
@@ -40,47 +42,52 @@ class EncodedCrops:
         images, boxes = [self.images[i] for i in chosen], [self.boxes[i] for i in chosen]
         return EncodedCrops(images, boxes, self.size)
 
-    def pin_memory(self) -> "EncodedCrops":
-        """Itself: bytes are not pinned."""
-        return self
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
-        """The crops on a device, uint8 [B, 3, S, S].
-
-        Raises:
-            UserError: an image cannot be decoded.
-        """
-        device = torch.device(device)
-        crops = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8, device=device)
-        for crop, image, box in zip(crops, self._decoded(device), self.boxes, strict=True):
+    def decoded(self, device: torch.device | str) -> tuple[Tensor, dict[int, str]]:
+        """The crops on a device, uint8 [B, 3, S, S], and {row: why it cannot be decoded}, of rows
+        that hold nothing."""
+        device, failed = torch.device(device), {}
+        crops = torch.zeros(len(self), 3, self.size, self.size, dtype=torch.uint8, device=device)
+        for row, (image, box) in enumerate(zip(self._pixels(device), self.boxes, strict=True)):
+            if isinstance(image, str):
+                failed[row] = image
+                continue
             left, top, right, bottom = box
-            part = image[None, :, top:bottom, left:right].float()
+            part = image[None, :, top:bottom, left:right].to(device).float()
             resized = interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)
-            crop.copy_(resized[0].round_().clamp_(0, 255))
-        return crops
+            crops[row] = resized[0].round_().clamp_(0, 255)
+        return crops, failed
 
-    def _decoded(self, device: torch.device) -> list[Tensor]:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
+    def _pixels(self, device: torch.device) -> list[Tensor | str]:
+        """Of each image, or why it cannot be decoded."""
+        found: dict[int, Tensor | str] = {
+            i: image for i, image in enumerate(self.images) if isinstance(image, Tensor)
+        }
         encoded = {i: image for i, image in enumerate(self.images) if isinstance(image, bytes)}
-        pixels = {i: image for i, image in enumerate(self.images) if isinstance(image, Tensor)}
-        data = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in encoded.values()]
         try:
-            found = decode_jpeg(data, mode=ImageReadMode.RGB, device=device) if data else []
-        except RuntimeError:  # one of them; libjpeg-turbo says which, or reads what nvJPEG does not
-            found = [_alone(image) for image in encoded.values()]
-        pixels |= dict(zip(encoded, found, strict=True))
-        return [pixels[i].to(device) for i in range(len(self))]
+            together = _nvjpeg(list(encoded.values()), device) if encoded else []
+        except RuntimeError:  # one of them
+            together = [_alone(image, device) for image in encoded.values()]
+        found |= dict(zip(encoded, together, strict=True))
+        return [found[i] for i in range(len(self))]
 
 
-def _alone(data: bytes) -> Tensor:
+def _nvjpeg(images: list[bytes], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    data = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
+    return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
+
+
+def _alone(image: bytes, device: torch.device) -> Tensor | str:
+    """As in a batch, or else by the processor, which reads more, and has the last word."""
     try:
-        return decode(data)
+        return _nvjpeg([image], device)[0]
+    except RuntimeError:
+        pass
+    try:
+        return decode(image)
     except UnreadableImage as error:
-        raise UserError(
-            f"An image of a batch cannot be decoded ({error}); localagg inspect --decode names it,"
-            " and without --nvjpeg it can be left out by --unreadable skip."
-        ) from None
+        return reason(error)
 
 
 def encoded_crops(read: "Read", views: ViewConfig) -> tuple[Tensor, EncodedCrops, dict[int, str]]:

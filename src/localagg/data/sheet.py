@@ -14,6 +14,7 @@ from ..sizing import resolve
 from .augment import Augment
 from .cropping import Crops, Measured
 from .loader import report_unreadable, typical_side
+from .nvjpeg import EncodedCrops
 from .protocol import Source
 
 _COLUMNS = 8  # the measured view, and those of seven epochs
@@ -68,7 +69,9 @@ def _views(
         augment = Augment(views, seed, cropped=True)
         for epoch in range(_COLUMNS - 1):
             _, crops, _ = Crops(source, views, seed, epoch, [index])[0]
-            columns.append(augment(crops.to("cpu"), epoch, index))
+            if isinstance(crops, EncodedCrops):
+                crops, _ = crops.decoded("cpu")
+            columns.append(augment(crops, epoch, index))
     return index, torch.stack(columns, dim=1), failed
 
 
