@@ -223,17 +223,6 @@ def test_a_destination_that_is_not_empty_is_refused_untouched(uris, tmp_path):
     assert pack(uris["folder"], tmp_path / "empty")["images"] == 60
 
 
-def test_images_without_a_label_among_others_go_where_that_can_be_said(pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "data")
-    shutil.copy(pictures / "val" / "temple" / "01.jpg", tmp_path / "data" / "val" / "a.jpg")
-    for kind in ("tfrecord", "webdataset"):
-        with pytest.raises(UserError, match=f"1 of the 13 val images .* which {kind} cannot say;"):
-            pack(str(tmp_path / "data"), tmp_path / kind, format=kind)
-        assert not list(tmp_path.glob(f"{kind}*"))
-    pack(str(tmp_path / "data"), tmp_path / "arrow", verify=True)
-    assert open_images(tmp_path / "arrow", "val").labels.tolist() == [-1] + [0] * 6 + [1] * 6
-
-
 def test_free_space_is_checked_first(uris, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
     with pytest.raises(UserError, match=r"Packing needs .* GiB, but '.*' has 0\.02 GiB free"):
