@@ -262,6 +262,17 @@ def test_weights_of_a_run_that_went_on_have_rows_of_their_own(run):
     assert table[2] == [[f"{run}, step 1,000", "25.0%"], [f"{run}, step 2,000", "75.0%"]]
 
 
+def test_more_numbers_than_a_line_holds_go_down_the_page(tmp_path, run):
+    names = [f"{layer} top{k}" for layer in range(5) for k in (1, 5)]
+    append_result(run, entry(values={name: 0.25 for name in names}))
+    other = tmp_path / "other"
+    other.mkdir()
+    append_result(other, entry(values={"0 top1": 0.5}))
+    ((_, columns, rows),) = tables(compare([run, other]))
+    assert columns == ["", str(run), str(other)]
+    assert rows == [["0 top1", "25.0%", "50.0%"], *([name, "25.0%", ""] for name in names[1:])]
+
+
 def test_counts_and_large_numbers_are_printed_as_they_are(run):
     append_result(run, entry(values={"classes": 1000, "inertia": 12345.678, "ari": -0.01}))
     ((_, _, rows),) = tables(compare([run]))

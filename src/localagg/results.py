@@ -290,7 +290,8 @@ def tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
     """What :func:`compare` found, to print: a table for each protocol and data.
 
     Returns:
-        (title, columns, rows) of each; accuracies and other shares of 1 in percent.
+        (title, columns, rows) of each; accuracies and other shares of 1 in percent. More numbers
+        than runs, and than a line has room for, go down the page, each run in a column.
     """
     groups: dict[tuple, list[int]] = {}
     for number, column in enumerate(comparison["columns"]):
@@ -309,6 +310,8 @@ def tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
             if any(value is not None for value, _ in shown):
                 rows.append([_row_name(row), *(_shown(*cell) for cell in shown)])
         columns = ["", *(comparison["columns"][n]["name"] for n in numbers)]
+        if len(numbers) > max(_ACROSS, len(rows)):
+            columns, *rows = (list(line) for line in zip(columns, *rows, strict=True))
         found.append((title, columns, rows))
     return found
 
@@ -327,6 +330,7 @@ def _weights(entry: dict[str, Any]) -> str | None:
     return None if digest is None else f"weights {digest[:8]}"
 
 
+_ACROSS = 6  # numbers that stand beside each other in a line
 _NOTHING = (None, None)
 # What two numbers must share to be compared, beside their images themselves.
 _COUNTS = ("images", "asked", "training_images", "known")
