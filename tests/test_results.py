@@ -264,7 +264,7 @@ def test_weights_of_a_run_that_went_on_have_rows_of_their_own(run):
 
 def test_more_numbers_than_a_line_holds_go_down_the_page(tmp_path, run):
     names = [f"{layer} top{k}" for layer in range(5) for k in (1, 5)]
-    append_result(run, entry(values={name: 0.25 for name in names}))
+    append_result(run, entry(values=dict.fromkeys(names, 0.25)))
     other = tmp_path / "other"
     other.mkdir()
     append_result(other, entry(values={"0 top1": 0.5}))
