@@ -91,25 +91,28 @@ def test_each_sample_has_its_own_order_of_jitter(images):
     assert torch.equal(untouched, views)
 
 
-def test_a_gray_image_that_stands_alone_skips_what_would_not_change_it(images):
-    view = grayscale(images[:1].float() / 255).repeat(1, 3, 1, 1)
-    factors, order = torch.tensor([[0.7, 1.3, 0.6, 0.2]]), torch.tensor([[3, 0, 2, 1]])
+def test_gray_images_skip_what_would_not_change_them(images):
+    views = images[:3].float() / 255
+    views[1:] = grayscale(views[1:])
+    factors = torch.tensor([[0.7, 1.3, 0.6, 0.2]]).expand(3, -1)
+    order = torch.tensor([[0, 1, 2, 3], [3, 0, 2, 1], [1, 3, 0, 2]])
     asked = []
 
     def spied(number, operation):
-        return lambda x, factor: asked.append(number) or operation(x, factor)
+        return lambda x, factor: asked.extend([number] * len(x)) or operation(x, factor)
 
-    spies = [
-        spied(i, operation) for i, operation in enumerate((brightness, contrast, saturation, hue))
-    ]
-    arguments = factors, order, (0.4,) * 4, spies
-    in_full = color_jitter(view.clone(), *arguments)
-    assert asked == [3, 0, 2, 1]
-    asked.clear()
-    found = color_jitter(view.clone(), *arguments, gray=torch.tensor([True]))
-    assert asked == [0, 1]
+    spies = [spied(i, call) for i, call in enumerate((brightness, contrast, saturation, hue))]
+    in_full = color_jitter(views.clone(), factors, order, (0.4,) * 4)
+    gray = torch.tensor([False, True, True])
+    found = color_jitter(views.clone(), factors, order, (0.4,) * 4, spies, gray)
+    assert sorted(asked) == [0, 0, 0, 1, 1, 1, 2, 3]
     torch.testing.assert_close(found, in_full, atol=1e-6, rtol=0)
-    assert color_jitter(view.clone(), *arguments, gray=torch.tensor([False])).equal(in_full)
+    for i in range(3):  # the same bits in any company
+        one = slice(i, i + 1)
+        alone = color_jitter(
+            views[one].clone(), factors[one], order[one], (0.4,) * 4, gray=gray[one]
+        )
+        assert torch.equal(alone[0], found[i])
 
 
 # --- Whole views with forced parameters -----------------------------------------------------------

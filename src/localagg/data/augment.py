@@ -169,7 +169,7 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 _JITTER = (brightness, contrast, saturation, hue)
-_OF_COLOR = (2, 3)  # which of them a gray image has nothing for
+_NOTHING = 4  # a fifth, of gray images
 
 
 def color_jitter(
@@ -188,16 +188,19 @@ def color_jitter(
         order: int64 [B, 4], on the CPU.
         strength: of the configuration, to know what is switched off.
         operations: the four, in the order of ``strength``.
-        gray: bool [B], on the CPU: images whose channels are equal. Saturation and hue leave them
-            as they are, up to rounding, which saves an image that stands alone half of its time.
+        gray: bool [B], on the CPU: images whose channels are equal. Saturation and hue, which are
+            half of the time, would change no more than their rounding and are left out.
     """
     if not any(strength):
         return images
     factors = factors.to(images.device)
+    if gray is not None:
+        of_color = (order == 2) | (order == 3)
+        order = order.masked_fill(of_color & gray.unsqueeze(1), _NOTHING)
+    strength = *strength, 0.0
     if len(images) == 1:
-        left_out = _OF_COLOR if gray is not None and gray[0] else ()
         for number in order[0].tolist():
-            if strength[number] and number not in left_out:
+            if strength[number]:
                 images.copy_(operations[number](images, factors[:, number]))
         return images
     # In each turn samples of the same operation are moved beside each other; no sample is picked.
@@ -207,7 +210,7 @@ def color_jitter(
         sample = order[:, turn].argsort(stable=True)
         sorted_images = sorted_images.index_select(0, place[sample].to(images.device))
         place[sample] = torch.arange(len(images))
-        counts = order[:, turn].bincount(minlength=4).tolist()
+        counts = order[:, turn].bincount(minlength=5).tolist()
         parts = zip(
             sorted_images.split(counts), sample.to(images.device).split(counts), strict=True
         )
