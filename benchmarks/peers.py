@@ -164,7 +164,7 @@ def _last(views: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure(peer: Peer, config: PretrainConfig, data: str) -> dict[str, float]:
-    """1-NN and 200-NN of the embedding and of the pooled features, and the classifier's top-1."""
+    """1-NN and 200-NN of the embedding (supervised: the logits) and of the pooled features."""
     peer.eval()
     rows: dict[str, list[Tensor]] = {}
     labels = []

@@ -146,7 +146,8 @@ class ObjectiveConfig:
     bank_start: Literal["embedding", "random"] = "embedding"
     """First rows of the bank: the untrained network's embeddings, or random as in the reference."""
     instance_loss: Literal["softmax", "nce"] = "softmax"
-    """IR's loss: the exact softmax over the bank, or the reference's sampled NCE."""
+    """IR's loss: the exact softmax over the bank, or the reference's sampled NCE, which needs
+    bank_start random."""
     noise: int = 4096
     """nce: noise draws a sample."""
     neighbors: int | None = None
