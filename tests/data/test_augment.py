@@ -1,6 +1,7 @@
 """Batched views against torchvision, image by image, with its random draws replaced by ours."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from localagg.data.augment import (
     crop_boxes,
     draw,
     evaluation_view,
-    grayscale,
     hue,
     resample,
     saturation,
@@ -91,28 +91,25 @@ def test_each_sample_has_its_own_order_of_jitter(images):
     assert torch.equal(untouched, views)
 
 
-def test_gray_images_skip_what_would_not_change_them(images):
-    views = images[:3].float() / 255
-    views[1:] = grayscale(views[1:])
-    factors = torch.tensor([[0.7, 1.3, 0.6, 0.2]]).expand(3, -1)
-    order = torch.tensor([[0, 1, 2, 3], [3, 0, 2, 1], [1, 3, 0, 2]])
+def test_gray_views_skip_what_would_not_change_them(images, monkeypatch):
     asked = []
 
     def spied(number, operation):
         return lambda x, factor: asked.extend([number] * len(x)) or operation(x, factor)
 
     spies = [spied(i, call) for i, call in enumerate((brightness, contrast, saturation, hue))]
-    in_full = color_jitter(views.clone(), factors, order, (0.4,) * 4)
-    gray = torch.tensor([False, True, True])
-    found = color_jitter(views.clone(), factors, order, (0.4,) * 4, spies, gray)
-    assert sorted(asked) == [0, 0, 0, 1, 1, 1, 2, 3]
-    torch.testing.assert_close(found, in_full, atol=1e-6, rtol=0)
-    for i in range(3):  # the same bits in any company
-        one = slice(i, i + 1)
-        alone = color_jitter(
-            views[one].clone(), factors[one], order[one], (0.4,) * 4, gray=gray[one]
-        )
-        assert torch.equal(alone[0], found[i])
+    monkeypatch.setattr(module.color_jitter, "__defaults__", (spies,))
+    augment, index = Augment(replace(CONFIG, gray=0.5), 0), torch.arange(12)
+    gray = draw(augment.config, 0, 0, index).gray
+    views = augment(images, 0, index)
+    assert [asked.count(number) for number in range(4)] == [12, 12, *[int((~gray).sum())] * 2]
+    assert 0 < gray.sum() < 12
+    assert (views.amax(dim=1) - views.amin(dim=1)).amax(dim=(1, 2))[gray].max() == 0
+    monkeypatch.setattr(module, "_spared", lambda chosen: chosen)
+    torch.testing.assert_close(views, augment(images, 0, index), atol=1e-6, rtol=0)
+    monkeypatch.undo()
+    for i in range(12):  # the same bits in any company
+        assert torch.equal(augment(images[i : i + 1], 0, index[i : i + 1])[0], views[i])
 
 
 # --- Whole views with forced parameters -----------------------------------------------------------

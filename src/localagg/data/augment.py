@@ -132,18 +132,16 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Distance from the mean luma scaled, clipped."""
+    factor = factor.view(-1, 1, 1, 1)
     mean = grayscale(images.mean(dim=(2, 3), keepdim=True))
-    return _blend(images, mean, factor)
+    return images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Distance from each pixel's luma scaled, clipped."""
-    return _blend(images, grayscale(images), factor)
-
-
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     factor = factor.view(-1, 1, 1, 1)
-    return images.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
+    luma = grayscale(images).mul_(1 - factor)
+    return torch.addcmul(luma, images, factor, out=images).clamp_(0, 1)
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -162,14 +160,14 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
     # A channel lacks all chroma within a sixth of a turn of its opposite color, none from two on.
     opposite = torch.tensor([3 / 6, 5 / 6, 1 / 6], device=images.device).view(1, 3, 1, 1)
     away = angle + (turns.view(-1, 1, 1, 1) - opposite + 2.5)  # positive, and a half too much
-    away = away.frac_().sub_(0.5).abs_().clamp_(1 / 6, 2 / 6)
-    torch.addcmul(torch.sub(value, chroma, alpha=2), away, sixfold, out=images)
-    return images.clamp_(0, 1)
+    # A little less than a sixth each way keeps rounding within 0-1, where clipping costs a tenth.
+    away = away.frac_().sub_(0.5).abs_().clamp_(1 / 6 + 1e-7, 2 / 6 - 1e-7)
+    return torch.addcmul(torch.sub(value, chroma, alpha=2), away, sixfold, out=images)
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 _JITTER = (brightness, contrast, saturation, hue)
-_NOTHING = 4  # a fifth, of gray images
+_NOTHING = 4  # a fifth
 
 
 def color_jitter(
@@ -178,25 +176,19 @@ def color_jitter(
     order: Tensor,
     strength: Sequence[float],
     operations: Sequence[Operation] = _JITTER,
-    gray: Tensor | None = None,
 ) -> Tensor:
     """The four color operations, in each sample's own order; those of strength 0 are left out.
 
     Args:
         images: float [B, 3, H, W] in 0-1, overwritten.
         factors: float [B, 4].
-        order: int64 [B, 4], on the CPU.
+        order: int64 [B, 4] of numbers 0-3, or 4 for none of the four; on the CPU.
         strength: of the configuration, to know what is switched off.
         operations: the four, in the order of ``strength``.
-        gray: bool [B], on the CPU: images whose channels are equal. Saturation and hue, which are
-            half of the time, would change no more than their rounding and are left out.
     """
     if not any(strength):
         return images
     factors = factors.to(images.device)
-    if gray is not None:
-        of_color = (order == 2) | (order == 3)
-        order = order.masked_fill(of_color & gray.unsqueeze(1), _NOTHING)
     strength = *strength, 0.0
     if len(images) == 1:
         for number in order[0].tolist():
@@ -240,7 +232,9 @@ class Augment:
         chosen = draw(self.config, self.seed, epoch, index)
         size = known(self.config.image_size)
         views = torch.empty(len(images), 3, size, size, device=images.device)
-        make = self._reference if self.config.augmentation == "reference" else self._torchvision
+        make = self._reference
+        if self.config.augmentation == "torchvision":
+            make, chosen = self._torchvision, _spared(chosen)
         for part in _parts(views):
             make(images[part], Parameters(*(drawn[part] for drawn in chosen)), views[part])
         return views
@@ -253,8 +247,7 @@ class Augment:
             views.copy_(resample(images, boxes, views.shape[2], chosen.flip)).div_(255)
         if self.config.gray:
             _apply_gray(views, chosen.gray, grayscale)
-        strength = self.config.jitter
-        color_jitter(views, chosen.factors, chosen.order, strength, gray=chosen.gray)
+        color_jitter(views, chosen.factors, chosen.order, self.config.jitter)
 
     def _reference(self, images: Tensor, chosen: Parameters, views: Tensor) -> None:
         """The same by the reference's formulas: levels throughout, 0-1 only at the end."""
@@ -274,6 +267,12 @@ class Augment:
         return crop_boxes(self.config, chosen.crop, height, width)
 
 
+def _spared(chosen: Parameters) -> Parameters:
+    """Without saturation and hue for gray views: half of the time, to change their rounding."""
+    of_color = (chosen.order >= 2) & chosen.gray.unsqueeze(1)
+    return chosen._replace(order=chosen.order.masked_fill(of_color, _NOTHING))
+
+
 def _parts(views: Tensor) -> list[slice]:
     """The runs of samples that are worked on together; the views are the same for any."""
     if views.device.type != "cpu":
@@ -285,6 +284,8 @@ def _parts(views: Tensor) -> list[slice]:
 
 def _mirrored(images: Tensor, flip: Tensor) -> Tensor:
     """The images, those to flip mirrored; of their type."""
+    if len(images) == 1:
+        return images.flip(3) if flip[0] else images
     if not flip.any():
         return images
     if flip.all():
@@ -293,7 +294,10 @@ def _mirrored(images: Tensor, flip: Tensor) -> Tensor:
 
 
 def _apply_gray(views: Tensor, gray: Tensor, luma: Callable[[Tensor], Tensor]) -> None:
-    if len(rows := gray.nonzero().squeeze(1)):
+    if len(views) == 1:  # no need to pick it
+        if gray[0]:
+            views.copy_(luma(views))
+    elif len(rows := gray.nonzero().squeeze(1)):
         rows = rows.to(views.device)
         views.index_copy_(0, rows, luma(views.index_select(0, rows)).expand(-1, 3, -1, -1))
 
