@@ -40,8 +40,8 @@ def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Itera
     Raises:
         UserError: a worker has died.
     """
-    # As in Augment: glibc then keeps freed memory, here and in workers, which inherit that. Else the
-    # pages of every decoded image are fetched anew, a fifth of the time.
+    # As in Augment: glibc then keeps freed memory, here and in workers, which inherit that. Else
+    # the pages of every decoded image are fetched anew, a fifth of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are fewer cores: workers wait for disks too
