@@ -9,6 +9,8 @@ import tarfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 DTYPES = {
     "float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "complex64": 8,
     "int64": 9, "bool": 10, "uint16": 17, "complex128": 18, "float16": 19, "uint32": 22,
@@ -171,3 +173,20 @@ def archive(members: dict[str, bytes], compression: str = "") -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return out.getvalue()
+
+
+# --- What tests write ---
+
+SMALL = {"a/kernel": np.arange(6, dtype="float32").reshape(2, 3), "b": np.array([1, -2], "int64")}
+
+
+def put(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def entry_of(message, shards=1, data=b"abcd"):
+    """Files of a checkpoint with one variable, "x", whose BundleEntryProto is given."""
+    return files([(b"", header(shards)), (b"x", message)], [data] * shards)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ from localagg.config import TransferConfig, override
 from localagg.data.sources import open_images
 from localagg.logbook import read_metrics
 from localagg.models import create_encoder
+from localagg.transfer import _Record, transfer
 
 
 def network(seed=0):
@@ -75,6 +77,21 @@ def heads(out: Path) -> dict[str, torch.Tensor]:
 
 class Killed(Exception):
     """Stands for the end of the process."""
+
+
+def killed_after_ten_steps(monkeypatch: pytest.MonkeyPatch, config: TransferConfig, out: Path):
+    """Read-outs of digits that die after their tenth step."""
+    original, calls = _Record.after_step, []
+
+    def die(self, *arguments):
+        original(self, *arguments)
+        calls.append(1)
+        if len(calls) == 10:
+            raise Killed
+
+    monkeypatch.setattr(_Record, "after_step", die)
+    with pytest.raises(Killed):
+        transfer(config, network(), "digits", out)
 
 
 def assert_same_end(one: Path, other: Path) -> None:

@@ -13,7 +13,7 @@ SRC = Path(localagg.__file__).parent
 # Ground first. A module imports from its own floor and below (data and models not each other).
 FLOORS = [
     {"config", "objectives", "draws", "crc32c", "files", "runlock", "distributed", "ragged"}
-    | {"printable", "image_files"}
+    | {"printable", "image_files", "allocation"}
     | {"streaming", "prepared", "threads", "triton_search", "triton_losses"}
     | {"neighbors_torch", "neighbors_numba", "neighbors_kernels", "neighbors_triton"},
     {

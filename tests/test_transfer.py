@@ -15,8 +15,17 @@ from localagg.config import TransferConfig, UserError, override
 from localagg.features import Extractor
 from localagg.models import create_encoder
 from localagg.readout import linear_head
-from localagg.transfer import _Record, resume_transfer, transfer
-from readouts import MOVING, STILL, Killed, assert_same_end, digits, heads, network, saved_dataset
+from localagg.transfer import resume_transfer, transfer
+from readouts import (
+    MOVING,
+    STILL,
+    assert_same_end,
+    digits,
+    heads,
+    killed_after_ten_steps,
+    network,
+    saved_dataset,
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,17 +204,7 @@ def test_features_that_do_not_fit_are_computed_anew(tmp_path, capsys):
 def test_a_transfer_on_kept_features_resumes(tmp_path, monkeypatch):
     config = override(FIXED, checkpoint_seconds=0.0, cache=str(tmp_path / "cache"))
     transfer(config, network(), "digits", tmp_path / "whole")
-    original, calls = _Record.after_step, []
-
-    def die(self, *arguments):
-        original(self, *arguments)
-        calls.append(1)
-        if len(calls) == 10:
-            raise Killed
-
-    monkeypatch.setattr(_Record, "after_step", die)
-    with pytest.raises(Killed):
-        transfer(config, network(), "digits", tmp_path / "broken")
+    killed_after_ten_steps(monkeypatch, config, tmp_path / "broken")
     shutil.rmtree(tmp_path / "cache")
     resume_transfer(tmp_path / "broken", weights=network())
     assert_same_end(tmp_path / "whole", tmp_path / "broken")

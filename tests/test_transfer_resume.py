@@ -14,7 +14,7 @@ from localagg.checkpoint import save_weights
 from localagg.config import Interrupted, UserError, override
 from localagg.logbook import read_metrics
 from localagg.transfer import _Record, resume_transfer, transfer
-from readouts import MOVING, Killed, assert_same_end, network
+from readouts import MOVING, Killed, assert_same_end, killed_after_ten_steps, network
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,7 @@ def test_stopped_anywhere_and_resumed_ends_as_if_never_stopped(
 def test_a_fine_tuning_resumes_with_its_network(tmp_path, monkeypatch):
     config = override(MOVING, finetune=True, checkpoint_seconds=0.0, ten_crop=False)
     transfer(config, network(), "digits", tmp_path / "whole")
-    original, calls = _Record.after_step, []
-
-    def die(self, *arguments):
-        original(self, *arguments)
-        calls.append(1)
-        if len(calls) == 10:
-            raise Killed
-
-    monkeypatch.setattr(_Record, "after_step", die)
-    with pytest.raises(Killed):
-        transfer(config, network(), "digits", tmp_path / "broken")
+    killed_after_ten_steps(monkeypatch, config, tmp_path / "broken")
     resume_transfer(tmp_path / "broken", weights=network())
     assert_same_end(tmp_path / "whole", tmp_path / "broken")
     one, other = (load_file(tmp_path / r / "encoder.safetensors") for r in ("whole", "broken"))

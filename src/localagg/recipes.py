@@ -11,6 +11,7 @@ from .config import (
     UserError,
     ViewConfig,
     nearest,
+    override,
 )
 from .reference_recipes import IMAGENET, PLACES, PRETRAINING, READOUTS
 from .schedule import Schedule, images_seen
@@ -107,15 +108,15 @@ CIFAR10_GPU = Recipe(
 # of 57.9 ± 1.2 % over seeds 0, 1, 2, where IR alone has 55.7 ± 0.5 % after as long; but IR among
 # the same few neighbors (--instance-share 1) is as good, 58.5 ± 0.3 %.
 LA_MODERN = Recipe(
-    PretrainConfig(
-        encoder=EncoderConfig(model="resnet18_small", width=16, blocks=(1, 1, 1, 1), stem_stride=2),
-        views=ViewConfig(image_size=32),
-        objective=ObjectiveConfig(neighbors=128, instance_share=0.5, warm_clusters=True),
-        batch_size=128,
+    override(
+        CIFAR10.config,
+        width=16,
+        neighbors=128,
+        instance_share=0.5,
+        warm_clusters=True,
         epochs=38,
         ir_epochs=8,
         drops=(35.0, 37.0),
-        eval_every=2,
     ),
     about="CIFAR-10 in minutes: LA from early on, among few neighbors, half of its loss IR's",
     cost="13 minutes on a CPU core",

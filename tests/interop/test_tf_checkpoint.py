@@ -13,24 +13,10 @@ from hypothesis.extra import numpy as arrays_of
 import make_tf_checkpoint as make
 from localagg.config import UserError
 from localagg.interop.tf_checkpoint import open_tf_checkpoint
+from make_tf_checkpoint import SMALL, put
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fuzz
-
-SMALL = {"a/kernel": np.arange(6, dtype="float32").reshape(2, 3), "b": np.array([1, -2], "int64")}
-
-
-def put(folder, files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def entry_of(message, shards=1, data=b"abcd"):
-    """Files of a checkpoint with one variable, "x", whose BundleEntryProto is given."""
-    return make.files([(b"", make.header(shards)), (b"x", message)], [data] * shards)
-
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda name: not name.startswith("\0")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..allocation import keep_freed_memory
 from ..config import ViewConfig, known
 from ..draws import VIEW, uniform
 from . import reference_views
@@ -223,9 +224,7 @@ class Augment:
 
     def __init__(self, config: ViewConfig, seed: int, *, cropped: bool = False) -> None:
         self.config, self.seed, self.cropped = config, seed, cropped
-        # Where glibc has seen a block of this size freed, it keeps the memory of smaller ones: else
-        # every temporary is given back and fetched anew, which on a CPU doubles the time.
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+        keep_freed_memory()
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
         """Views of uint8 images [B, 3, H, W] as float32 [B, 3, S, S] in 0-1, on their device."""

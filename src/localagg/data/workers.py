@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..allocation import keep_freed_memory
 from ..config import UserError
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -40,9 +40,7 @@ def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Itera
     Raises:
         UserError: a worker has died.
     """
-    # As in Augment: glibc then keeps freed memory, here and in workers, which inherit that. Else
-    # the pages of every decoded image are fetched anew, a fifth of the time.
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    keep_freed_memory()  # workers inherit that
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are fewer cores: workers wait for disks too
         loader = DataLoader(
@@ -58,16 +56,8 @@ def through_workers(items: Dataset, workers: int, *, pin: bool = False) -> Itera
     started = set(multiprocessing.active_children()) - others
     at_exit = functools.partial(_kill, started)
     atexit.register(at_exit)
-    with told_of_deaths():
-        try:
-            yield from made
-        except (ConnectionError, EOFError):
-            # An item that is announced lies with its worker until it is fetched; so a death can
-            # show here before torch tells of it.
-            if not _one_has_died(started):
-                raise
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in told_of_deaths
-            raise UserError(DEATH) from None
+    with told_of_deaths(started):
+        yield from made
     atexit.unregister(at_exit)
 
 
@@ -100,24 +90,26 @@ def _unheard(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 
 @contextlib.contextmanager
-def told_of_deaths() -> Iterator[None]:
+def told_of_deaths(workers: Iterable[BaseProcess] = ()) -> Iterator[None]:
     """A worker that dies becomes one sentence.
 
     torch tells of it by a RuntimeError, wherever the main thread is at that moment; so loops over
-    batches stand in such a block as a whole.
+    batches stand in such a block as a whole. Where items of ``workers`` are fetched a lost
+    connection can tell of it before torch does: an item that is announced lies with its worker.
 
     Raises:
         UserError: a worker was killed, or has ended by itself.
     """
     try:
         yield
-    except RuntimeError as error:
-        if (sentence := worker_death(error)) is None:
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        torch_tells = isinstance(error, RuntimeError)
+        if not (worker_death(error) if torch_tells else _one_has_died(workers)):
             raise
         # One death is told once: torch's handler would raise again, wherever this thread is then.
         # A later loop still learns of deaths, as it looks after its workers while it waits.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise UserError(sentence) from None
+        raise UserError(DEATH) from None
 
 
 def worker_death(error: RuntimeError) -> str | None:
