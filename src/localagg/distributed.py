@@ -5,8 +5,10 @@ A job has R ranks. Whatever is split over them (rows of the bank, samples of a b
 every rank knows every other's part, and nothing about sizes goes over the wire.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +40,19 @@ def share(size: int, rank: int, ranks: int) -> range:
     return range(start, start + each + (rank < more))
 
 
+def _calm_gloo() -> None:
+    """Let gloo's thread that waits for messages take no core from another one that runs.
+
+    While one of gloo's threads holds a connection's lock, that one asks for events again and again;
+    where it also has the other's core, both wait for the scheduler's next tick. Among busy cores a
+    collective of 32 KB took 3.3 ms in the mean, and takes 0.26 so (two processes, Linux 6.18).
+    """
+    for name in Path("/proc/self/task").glob("*/comm"):  # Linux; elsewhere there is none
+        with contextlib.suppress(OSError):  # the thread has just ended
+            if name.read_text().startswith("gloo"):
+                os.sched_setscheduler(int(name.parent.name), os.SCHED_BATCH, os.sched_param(0))
+
+
 class World:
     """The ranks of a job, and what they tell one another. Each method is one collective that all
     ranks call in the same order with tensors of the same shape and dtype; all get the same bits.
@@ -62,6 +77,8 @@ class World:
         """The default process group of ``torch.distributed``; one rank where there is none."""
         if not dist.is_initialized():
             return cls()
+        if dist.get_backend() == "gloo":
+            _calm_gloo()
         local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
         return cls(dist.get_rank(), dist.get_world_size(), local)
 
