@@ -187,7 +187,7 @@ def killed(number: int, seed: int, ranks: int, unbroken: Path, seconds: float, p
 
 
 def filled(number: int, seed: int, ranks: int, unbroken: Path, seconds: float, place: Path):
-    """One job under which the disk fills."""
+    """One job under which the disk fills; counts of nothing where it had ended before."""
     draws, run = random.Random(seed * 1000 + 500 + number), place / f"filled-{number}"
     counts, filler = Counter(jobs=1), place / "filler"
     process = start(run, ranks, "--checkpoint-seconds", "0")
@@ -196,6 +196,10 @@ def filled(number: int, seed: int, ranks: int, unbroken: Path, seconds: float, p
     wait(process, run, seconds * 0.7, draws)
     fill(filler)
     status, words = end(process)
+    if status == 0:
+        filler.unlink()
+        print(f"full disk {number}: had ended before", flush=True)
+        return Counter()
     counts["hung"] += status is None
     lines = [line for line in words.splitlines() if line.startswith("localagg:")]
     clear = status == 2 and len(lines) == 1 and "No space left on device" in lines[0]
@@ -256,7 +260,7 @@ def unbroken_run(place: Path, ranks: int) -> tuple[Path, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=50, help="jobs that are killed")
-    parser.add_argument("--full", type=int, default=10, help="jobs under which the disk fills")
+    parser.add_argument("--full", type=int, default=10, help="jobs that the filling disk ends")
     parser.add_argument("--ranks", type=int, default=1, help="processes of every other job")
     parser.add_argument("--at-once", type=int, default=2, help="killed jobs at the same time")
     parser.add_argument("--seed", type=int, default=0)
@@ -265,9 +269,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.disk:
         place, unbroken, seconds = options.disk
-        counts = Counter()
-        for n in range(options.full):
+        counts, n = Counter(jobs=0), 0
+        while counts["jobs"] < options.full:
             counts += filled(n, options.seed, 1, Path(unbroken), float(seconds), Path(place))
+            n += 1
         print("COUNTED", json.dumps(counts))
         return
     with tempfile.TemporaryDirectory() as folder:
