@@ -83,7 +83,7 @@ class Task:
         v, bank = self.v.detach(), self.bank
         low = self.prepared.coarse
         rows, _ = engine.top_rows(v, bank, self.neighbors, bank_low=low, values=False)
-        close = engine.close_rows(self.side_by_side, self.index, rows)
+        close = engine.close_rows(self.side_by_side, self.side_by_side[:, self.index], rows)
         return engine.aggregation_forward_backward(v, bank, rows, close)
 
     def ways(self) -> Ways:

@@ -166,10 +166,9 @@ def alone(sizes: list[int]) -> dict[str, float]:
     seconds = [median(step_of(World(), size)) for size in sizes]
     similarities = b * (large - small) / (seconds[1] - seconds[0])
     generator = torch.Generator().manual_seed(0)
-    value = torch.rand(b * K, generator=generator)
-    row = torch.arange(b * K) % K
-    counts, between = torch.full((b,), K), (torch.zeros(b), torch.ones(b))
-    selected = median(lambda: largest(Echo(0, 2), value, row, counts, K // 2, between))
+    value, row = torch.rand(b, K, generator=generator), torch.arange(K).expand(b, K)
+    between = torch.zeros(b), torch.ones(b)
+    selected = median(lambda: largest(Echo(0, 2), value, row, K // 2, between))
     rows = Rows(F.normalize(torch.randn(20_000, D, generator=generator), dim=1))
     centroids = F.normalize(torch.randn(4096, D, generator=generator), dim=1)
     assigned = median(lambda: rows.assign(centroids, exact=False), runs=3)

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 
 import report
 from localagg import sharded
+from localagg.allocation import keep_freed_memory
 from localagg.bank import MemoryBank
 from localagg.distributed import World
+from localagg.neighbors import by_row
 
 B, D, H = 128, 128, 3
 
@@ -48,7 +50,8 @@ class Step:
         self.bank = MemoryBank(job.rows, D, part=world.part(job.rows))
         clusters = max(2, job.rows // 64)
         shape = (H, len(self.bank.rows))
-        self.labels = torch.randint(0, clusters, shape, generator=generator, dtype=torch.int32)
+        labels = torch.randint(0, clusters, shape, generator=generator, dtype=torch.int32)
+        self.labels = by_row(labels)  # as in training
         part = world.part(job.samples)
         own = slice(part.start, part.stop)
         v = F.normalize(torch.randn(job.samples, D, generator=generator), dim=1)
@@ -67,6 +70,7 @@ def serve(rank: int, core: int, store: str, jobs: list[Job], K: int, pipe: Conne
     """Time the step of each job that is asked for, on one core."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     worlds = {1: World(), 2: World.current()}
     steps = {job: Step(job, worlds[job.processes], K) for job in jobs}

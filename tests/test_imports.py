@@ -15,7 +15,8 @@ FLOORS = [
     {"config", "objectives", "draws", "crc32c", "files", "runlock", "distributed", "ragged"}
     | {"printable", "image_files", "allocation"}
     | {"streaming", "prepared", "threads", "triton_search", "triton_losses"}
-    | {"neighbors_torch", "neighbors_numba", "neighbors_kernels", "neighbors_triton"},
+    | {"neighbors_torch", "neighbors_numba", "neighbors_triton"}
+    | {"neighbors_kernels", "list_kernels", "kernel_parts"},
     {
         "neighbors",
         "bank",

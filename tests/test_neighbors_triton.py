@@ -57,7 +57,8 @@ B, N, D, K = 128, 100_000, 128, 4096
 embedding, bank = torch.zeros(B, D), torch.zeros(N, D)
 rows, _ = engine.top_rows(embedding, bank, K, bank_low=bank.half())
 engine.log_partition(embedding, bank, 0.07)
-close = engine.close_rows(torch.zeros(3, N, dtype=torch.int32), torch.arange(B), rows)
+labels, own = (torch.zeros(3, n, dtype=torch.int32) for n in (N, B))
+close = engine.close_rows(labels, own, rows)
 engine.aggregation_forward_backward(embedding, bank, rows.clamp(0, 0), close)
 print(json.dumps(found))
 """

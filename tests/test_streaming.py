@@ -129,3 +129,16 @@ def check_loss(found, queries, bank, seed):
     assert loss.item() == pytest.approx(expected[0], rel=1e-5)
     error = np.abs(gradient.numpy() - expected[1]).max()
     assert error <= 1e-4 * np.abs(expected[1]).max() + 2e-6 * expected[2] + 1e-12
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("sample", "rank"), [(1, 1), (30, 7), (90, 90)])
+def test_what_is_guessed_is_reached_by_as_many_of_the_sampled_rows(name, sample, rank):
+    g = torch.Generator().manual_seed(rank)
+    bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (94, 3))
+    with engine(name):
+        guess = streaming.guess(queries, Prepared(bank), rank, sample)
+    step = len(bank) // sample
+    sim = queries.double() @ bank[: step * sample : step].double().T
+    assert ((sim > guess.unsqueeze(1) - 2**-7).sum(dim=1) >= rank).all()
+    assert ((sim > guess.unsqueeze(1) + 2**-7).sum(dim=1) <= rank).all()

@@ -131,9 +131,9 @@ def test_close_rows(dtype, monkeypatch):
         [j >= 0 and naive.close(labels.tolist(), i, j) for j in mine]
         for i, mine in zip(index.tolist(), rows.tolist(), strict=True)
     ]
-    assert engine.close_rows(labels, index, rows).tolist() == wanted
+    assert engine.close_rows(labels, labels[:, index], rows).tolist() == wanted
     side_by_side = labels.T.contiguous().T
-    assert engine.close_rows(side_by_side, index, rows).tolist() == wanted
+    assert engine.close_rows(side_by_side, labels[:, index], rows).tolist() == wanted
 
 
 @pytest.mark.parametrize("values", [True, False])
@@ -143,7 +143,7 @@ def test_local_aggregation_from_end_to_end(values):
     labels = torch.randint(0, 12, (2, N), generator=draws(3)).to(DEVICE)
     index = torch.arange(B, device=DEVICE)
     rows, _ = engine.top_rows(embedding, bank, K, values=values)
-    close = engine.close_rows(labels, index, rows)
+    close = engine.close_rows(labels, labels[:, index], rows)
     loss, grad = engine.aggregation_forward_backward(embedding, bank, rows, close)
     arguments = (embedding.tolist(), bank.tolist(), labels.tolist(), index.tolist())
     wanted_loss, wanted_grad = naive.local_aggregation(*arguments, K, 0.07)

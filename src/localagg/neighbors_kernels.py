@@ -1,58 +1,15 @@
-"""The loops of ``neighbors_numba``, compiled for the processor that they run on.
+"""The loops of ``neighbors_numba``, compiled for the processor that they run on: the search.
 
 Legend of shape suffixes: B queries, N rows of the bank, D embedding size, T rows of a tile, C
-places in a list of candidates, K neighbors, H clusterings. Kernels release the interpreter's lock
-and work on the queries ``first <= i < last`` or on a list of their own, so that threads can share a
-batch.
-
-A *key* is a number's place in the order of all bfloat16 numbers: its upper 16 bits as an integer,
-those of negative numbers turned around. Keys of rounded and of cut-off float32 numbers keep the
-order, and a product that rounds or cuts to key k is at least the number of key k - 1.
+places in a list of candidates, K neighbors. Kernels release the interpreter's lock and work on the
+queries ``first <= i < last`` or on a list of their own, so that threads can share a batch. Of keys
+see ``kernel_parts``.
 """
 
-import math
-
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-_SUMS = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity stay what they are
-_TURN = np.int32(0x7FFFFFFF)
-
-
-# --- Numbers and keys ---
-
-
-@njit(cache=True, inline="always")
-def _ordered(x):
-    """A float32 as int32 in the same order."""
-    bits = np.float32(x).view(np.int32)
-    return np.int32(bits ^ ((bits >> np.int32(31)) & _TURN))
-
-
-@njit(cache=True)
-def key_of(x):
-    """The largest key whose number is at most the float32 x."""
-    return np.int16(_ordered(x) >> np.int32(16))
-
-
-@njit(cache=True)
-def number_of(key):
-    """The bfloat16 number of a key, as float32."""
-    ordered = np.int32(np.int32(key) << np.int32(16))
-    return np.int32(ordered ^ ((ordered >> np.int32(31)) & _TURN)).view(np.float32)
-
-
-def _wide(x):
-    """A float32, or a bfloat16 given by its bits, as float32."""
-    return x
-
-
-@overload(_wide, inline="always")
-def _wide_of_type(x):
-    if x == types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: x
+from .kernel_parts import SUMS, ahead, key_of, number_of, ordered_bits, row_of, unsigned, wide
 
 
 @njit(cache=True)
@@ -74,7 +31,7 @@ def _kth(values, k, bits):
 # --- The coarse pass ---
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def round_rows(rows_TD, coarse_TD):
     """Rows to the nearest bfloat16, given by bits; (what rounding took from a row, a row's length),
     the largest of each, squared. Either is NaN or infinite where a row is not finite."""
@@ -99,14 +56,14 @@ def round_rows(rows_TD, coarse_TD):
     return most_lost, longest
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def longest_row(rows_TD):
     """The largest squared length of a row; NaN or infinite where a row is not finite."""
     longest = np.float32(0)
     for t in range(len(rows_TD)):
         length = np.float32(0)
         for d in range(rows_TD.shape[1]):
-            x = _wide(rows_TD[t, d])
+            x = wide(rows_TD[t, d])
             length += x * x
         longest = length if length > longest or length != length else longest
     return longest
@@ -139,7 +96,7 @@ def collect(
         count_B: length of each list; -1 where even the sufficing ones are too many.
     """
     T = sim_BT.shape[1]
-    reaches_T = np.zeros((T + 7) // 8 * 8, np.uint8)
+    reaches_T, some = np.zeros((T + 7) // 8 * 8, np.uint8), np.empty((T + 7) // 8, np.int32)
     for i in range(len(sim_BT)):
         if count_B[i] >= 0 and at + count_B[i] + T > end:
             count_B[i] = _tighten(k, worst_B[i], i, at, least_B, rows_BC[i], keys_BC[i], count_B[i])
@@ -150,7 +107,9 @@ def collect(
         cut = key_of(least_B[i] - margin_B[i])
         rows, keys = rows_BC[i, at:end], keys_BC[i, at:end]
         if cut > 0:
-            count_B[i] = _append(sim_BT[i], shift, start, cut, reaches_T, rows, keys, count_B[i])
+            least = sim_BT.dtype.type(np.int64(cut) << shift)  # bits have the order of numbers
+            n = count_B[i]
+            count_B[i] = _append(sim_BT[i], shift, start, least, reaches_T, some, rows, keys, n)
             continue
         n = count_B[i]
         for t in range(T):
@@ -162,18 +121,21 @@ def collect(
 
 
 @njit(cache=True)
-def _append(sim_T, shift, start, cut, reaches_T, rows, keys, n):
-    """As in :func:`collect` for a cut above zero: there bits stand in the order of numbers."""
-    T, least = len(sim_T), sim_T.dtype.type(np.int64(cut) << shift)
+def _append(sim_T, shift, start, least, reaches_T, some, rows, keys, n):
+    """As in :func:`collect` for a cut above zero. Which products reach it nobody could predict, so
+    nothing branches on that: eights are listed that hold one, then those in them."""
+    T = len(sim_T)
     for t in range(T):
         reaches_T[t] = sim_T[t] >= least
-    eights = reaches_T.view(np.uint64)
+    eights, listed = reaches_T.view(np.uint64), 0
     for e in range(T // 8):
-        if eights[e]:  # else none of eight
-            for b in range(8):
-                t = 8 * e + b
-                rows[n], keys[n] = start + t, sim_T[t] >> shift
-                n += np.int64(reaches_T[t])
+        some[listed] = 8 * e
+        listed += np.int64(eights[e] != 0)
+    for e in range(listed):
+        for b in range(8):
+            t = unsigned(some[e] + b)
+            rows[unsigned(n)], keys[unsigned(n)] = start + some[e] + b, sim_T[t] >> shift
+            n += np.int64(reaches_T[t])
     for t in range(T // 8 * 8, T):
         rows[n], keys[n] = start + t, sim_T[t] >> shift
         n += np.int64(reaches_T[t])
@@ -192,8 +154,8 @@ def _tighten(k, margin, i, at, least_B, rows_C, keys_C, count):
     least_B[i] = reached
     cut, kept = key_of(reached - margin), at
     for c in range(at, at + count):
-        rows_C[kept], keys_C[kept] = rows_C[c], keys_C[c]
-        kept += np.int64(keys_C[c] >= cut)
+        rows_C[unsigned(kept)], keys_C[unsigned(kept)] = rows_C[unsigned(c)], keys_C[unsigned(c)]
+        kept += np.int64(keys_C[unsigned(c)] >= cut)
     return kept - at
 
 
@@ -211,19 +173,14 @@ def join(first, last, k, margin_B, places, least_SB, rows_BC, keys_BC, count_SB,
                 count_B[i] = -1
                 continue
             for c in range(count_SB[s, i] if s else 0):
-                rows_BC[i, count_B[i] + c] = rows_BC[i, s * places + c]
-                keys_BC[i, count_B[i] + c] = keys_BC[i, s * places + c]
+                to, place = unsigned(count_B[i] + c), unsigned(s * places + c)
+                rows_BC[i, to], keys_BC[i, to] = rows_BC[i, place], keys_BC[i, place]
             count_B[i] += count_SB[s, i]
         if count_B[i] > 0:
             count_B[i] = _tighten(k, margin_B[i], i, 0, least_B, rows_BC[i], keys_BC[i], count_B[i])
 
 
-@njit(cache=True, inline="always")
-def _row(bank_ND, row):
-    return bank_ND[np.uint64(row)]  # unsigned: none counts from the end
-
-
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _dots(query, bank_ND, rows, sim, c, count, end):
     """Products with the listed rows below ``end`` from place c on; returns the next place.
 
@@ -233,15 +190,17 @@ def _dots(query, bank_ND, rows, sim, c, count, end):
     """
     last = count - 1
     while c < count and rows[c] < end:
+        for more in range(4):
+            ahead(bank_ND, rows[:count], c + more)
         p, q, r = min(c + 1, last), min(c + 2, last), min(c + 3, last)
-        one, two = _row(bank_ND, rows[c]), _row(bank_ND, rows[p])
-        three, four = _row(bank_ND, rows[q]), _row(bank_ND, rows[r])
+        one, two = row_of(bank_ND, rows[c]), row_of(bank_ND, rows[p])
+        three, four = row_of(bank_ND, rows[q]), row_of(bank_ND, rows[r])
         a, b, e, f = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for d in range(len(query)):
-            a += query[d] * _wide(one[d])
-            b += query[d] * _wide(two[d])
-            e += query[d] * _wide(three[d])
-            f += query[d] * _wide(four[d])
+            a += query[d] * wide(one[d])
+            b += query[d] * wide(two[d])
+            e += query[d] * wide(three[d])
+            f += query[d] * wide(four[d])
         sim[c], sim[p], sim[q], sim[r] = a, b, e, f
         c += 4
     return c
@@ -298,20 +257,31 @@ def _keep_best(k, count, rows_C, sim_C):
     """Keep the k most similar of a list in their order, the first of equal ones; the least kept."""
     ordered = np.empty(count, np.int32)
     for c in range(count):
-        ordered[c] = _ordered(sim_C[c])
+        ordered[c] = ordered_bits(sim_C[c])
     kth = _kth(ordered, k, 32)
     equal, m, c, least = k, 0, 0, np.float32(np.inf)
     for o in ordered:
         equal -= o > kth
     while m < k:  # without branches, which nobody could predict
-        alike = (ordered[c] == kth) & (equal > 0)
-        rows_C[m], sim_C[m] = rows_C[c], sim_C[c]
-        m += (ordered[c] > kth) | alike
+        alike = (ordered[unsigned(c)] == kth) & (equal > 0)
+        rows_C[unsigned(m)], sim_C[unsigned(m)] = rows_C[unsigned(c)], sim_C[unsigned(c)]
+        m += (ordered[unsigned(c)] > kth) | alike
         equal -= alike
         c += 1
     for c in range(k):
         least = min(least, sim_C[c])
     return least
+
+
+@njit(cache=True, nogil=True)
+def drop_lower(first, last, floor_B, rows_BC, count_B, sim_BC):
+    """Take those from each list that do not reach its floor."""
+    for i in range(first, last):
+        rows, sim, kept = rows_BC[i], sim_BC[i], 0
+        for c in range(count_B[i] if floor_B[i] > -np.inf else 0):
+            rows[unsigned(kept)], sim[unsigned(kept)] = rows[unsigned(c)], sim[unsigned(c)]
+            kept += np.int64(sim[unsigned(c)] >= floor_B[i])
+        count_B[i] = kept if floor_B[i] > -np.inf else count_B[i]
 
 
 @njit(cache=True, nogil=True)
@@ -323,66 +293,3 @@ def choose(first, last, k, rows_BC, count_B, sim_BC, rows_Bk, sim_Bk):
         n = min(k, count_B[i])
         rows_Bk[i, :n], sim_Bk[i, :n] = rows_BC[i, :n], sim_BC[i, :n]
         rows_Bk[i, n:], sim_Bk[i, n:] = -1, -np.inf
-
-
-# --- The objective ---
-
-
-@njit(cache=True, nogil=True)
-def mark_close(first, last, labels_NH, index_B, rows_BK, close_BK):
-    """Which listed rows share a cluster with the sample's own row in any clustering."""
-    for i in range(first, last):
-        for c in range(rows_BK.shape[1]):
-            close = False
-            for h in range(labels_NH.shape[1]):
-                close |= labels_NH[rows_BK[i, c], h] == labels_NH[index_B[i], h]
-            close_BK[i, c] = close
-
-
-@njit(cache=True, nogil=True)
-def aggregate(first, last, sim_BK, close_BK, temperature, eps, loss_B, slope_BK):
-    """-log of the close ones' share of exp(similarity / t), and its slope in each similarity."""
-    inverse = 1 / temperature
-    for i in range(first, last):
-        best, near, far = sim_BK[i].max(), 0.0, 0.0
-        for c in range(sim_BK.shape[1]):
-            weight = math.exp(np.float32((sim_BK[i, c] - best) * inverse))
-            slope_BK[i, c] = weight
-            if close_BK[i, c]:
-                near += weight
-            else:
-                far += weight
-        share, rest = near / (near + far), far / (near + far)
-        # Of a share near 1 the rest is exact, and 1 - share is not.
-        loss_B[i] = -math.log(share + eps) if share < 0.5 else -math.log1p(eps - rest)
-        scale = 1 / (temperature * (share + eps) * (near + far))
-        near_scale, far_scale = np.float32(-rest * scale), np.float32(share * scale)
-        for c in range(sim_BK.shape[1]):
-            slope_BK[i, c] *= near_scale if close_BK[i, c] else far_scale
-
-
-@njit(cache=True, nogil=True, fastmath=_SUMS)
-def weigh_rows(first, last, chunk, bank_ND, rows_BK, weight_BK, sum_BD):
-    """sum_k weight_ik M_[rows_ik], in one gather; stretches of the bank go by as in rescore."""
-    place = np.zeros(last - first, np.int64)
-    sum_BD[first:last] = 0
-    for end in range(chunk, len(bank_ND) + chunk, chunk):
-        for i in range(first, last):
-            total, rows, weight, c = sum_BD[i], rows_BK[i], weight_BK[i], place[i - first]
-            while c + 3 < len(rows) and rows[c + 3] < end:
-                one, two = _row(bank_ND, rows[c]), _row(bank_ND, rows[c + 1])
-                three, four = _row(bank_ND, rows[c + 2]), _row(bank_ND, rows[c + 3])
-                for d in range(len(total)):
-                    total[d] += (
-                        weight[c] * _wide(one[d])
-                        + weight[c + 1] * _wide(two[d])
-                        + weight[c + 2] * _wide(three[d])
-                        + weight[c + 3] * _wide(four[d])
-                    )
-                c += 4
-            while c < len(rows) and rows[c] < end:
-                row = bank_ND[rows[c]]
-                for d in range(len(total)):
-                    total[d] += weight[c] * _wide(row[d])
-                c += 1
-            place[i - first] = c

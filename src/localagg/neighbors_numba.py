@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import list_kernels
 from . import neighbors_kernels as kernels
 from .prepared import Prepared, not_finite
 from .threads import in_threads
@@ -31,14 +33,8 @@ class Sizes(NamedTuple):
 
     products: int = 1 << 19
     """Products held by a thread: one MiB of bfloat16, in a core's own cache or near it."""
-    chunk: int = 1024
-    """Most rows of the bank that are read at a time for all queries of a thread."""
-
-    def stretch(self, size: int, k: int) -> int:
-        """Rows read at a time, of ``size`` that a query lists ``k`` of: some 24 listed ones, for
-        fewer do not pay, in as short a stretch as stays in the nearest cache."""
-        return min(self.chunk, max(256, 24 * size // k))
-
+    chunk: int = 4096
+    """Rows of the bank that are read at a time for all queries of a thread."""
     batch: int = 512
     """Queries at a time."""
     sample: int = 16384
@@ -64,18 +60,29 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """As ``streaming.nearest``, for k < N, float32 queries, and a float32 or bfloat16 bank."""
     B, sizes = len(queries), sizes or SIZES
-    rows_Bk, sim_Bk = torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
     floor_B = queries.new_full((B,), -math.inf) if at_least is None else at_least.float()
-    hold = _Hold(min(B, sizes.batch), k, bank, sizes)
-    for start in range(0, B, sizes.batch):
+    key = min(B, sizes.batch), k, torch.get_num_threads(), sizes
+    hold = bank.scratch.pop(key, None) or _Hold(min(B, sizes.batch), k, bank, sizes)
+    parts = []
+    for start in range(0, max(1, B), sizes.batch):
         part = slice(start, start + sizes.batch)
-        batch = _Batch(queries[part], floor_B[part].numpy(), bank, k, hold)
-        batch.search(rows_Bk[part].numpy(), sim_Bk[part].numpy())
-    return rows_Bk, sim_Bk
+        parts.append(_Batch(queries[part], floor_B[part].numpy(), bank, k, hold).search())
+    bank.scratch = {key: hold}
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(rows.shape[1] for rows, _ in parts)
+    padded = [
+        (F.pad(rows, (0, widest - rows.shape[1]), value=-1),
+         F.pad(sim, (0, widest - sim.shape[1]), value=-math.inf))
+        for rows, sim in parts
+    ]  # fmt: skip
+    rows, sim = zip(*padded, strict=True)
+    return torch.cat(rows), torch.cat(sim)
 
 
 class _Hold:
-    """Memory that is used from batch to batch: fresh pages cost as much as the products."""
+    """Memory that is used from batch to batch, and from search to search of a bank: fresh pages
+    cost as much as the products."""
 
     def __init__(self, batch: int, k: int, bank: Prepared, sizes: Sizes) -> None:
         (N, D), self.sizes = bank.rows.shape, sizes
@@ -103,8 +110,8 @@ class _Batch:
         self.lost_B = (queries - self.coarse.float()).norm(dim=1).numpy()
         self.shift = 0 if bank.type == torch.bfloat16 else 16
 
-    def search(self, rows_Bk: np.ndarray, sim_Bk: np.ndarray) -> None:
-        """Fill in the neighbors."""
+    def search(self) -> tuple[Tensor, Tensor]:
+        """Rows and similarities, in as many places as the fullest line needs, k at most."""
         hold, k, B, N = self.hold, self.k, len(self.queries), len(self.bank.rows)
         least_B = self.floor_B.copy()  # what ranks have agreed on beats a guess
         if not np.isfinite(least_B).all():
@@ -117,7 +124,7 @@ class _Batch:
             return self._stream(part, s, least_SB[s], count_SB[s])
 
         margin_B, count_B = np.max(in_threads(stream, N), axis=0), np.empty(B, np.int64)
-        chunk = hold.sizes.stretch(N, k)
+        chunk = hold.sizes.chunk
         of_bank = chunk, self.queries.numpy(), bits(self.bank.rows)
         misled_B = np.empty(B, np.bool_)
 
@@ -130,29 +137,24 @@ class _Batch:
             kernels.rescore(*of, *of_bank, *lists)
             kernels.judge(*of, k, self.floor_B, least_B, count_B, hold.sim, misled_B)
             kernels.search_whole(*of, k, chunk, misled_B, *of_bank[1:], *lists)
-            kernels.choose(*of, k, *lists, rows_Bk, sim_Bk)
+            kernels.drop_lower(*of, self.floor_B, *lists)
 
         in_threads(finish, B)
+        places = min(k, int(count_B.max(initial=0)))
+        rows_Bk, sim_Bk = torch.empty(B, places, dtype=torch.int64), torch.empty(B, places)
+        chosen = k, hold.rows, count_B, hold.sim, rows_Bk.numpy(), sim_Bk.numpy()
+        in_threads(lambda part: kernels.choose(part.start, part.stop, *chosen), B)
+        return rows_Bk, sim_Bk
 
     def _guess(self) -> np.ndarray:
         """A similarity [B] that somewhat more than k rows should reach."""
-        bank, sizes = self.bank, self.hold.sizes
-        N = len(bank.rows)
+        N, sizes = len(self.bank.rows), self.hold.sizes
         size = min(N, max(sizes.least_sample, min(N // 16, sizes.sample)))
         share = self.k * size / N
         rank = max(1, math.ceil(share + sizes.spare * (1 + math.sqrt(share))))
-        guess_B = np.full(len(self.queries), -np.inf, np.float32)
         if rank > size:
-            return guess_B
-        every = slice(0, N // size * size, N // size)
-        sample = bank.rows[every].to(bank.type) if bank.coarse is None else bank.coarse[every]
-
-        def of_queries(part: range) -> None:
-            sim_BT = torch.mm(self.coarse[part.start : part.stop], sample.T)
-            kernels.guess(signed_bits(sim_BT), self.shift, rank, part.start, guess_B)
-
-        in_threads(of_queries, len(self.queries))
-        return guess_B
+            return np.full(len(self.queries), -np.inf, np.float32)
+        return guess(self.coarse, self.bank, rank, size).numpy()
 
     def _stream(self, part: range, s: int, least_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
         """Make the lists of one stretch of the bank; returns the largest margin [B] there."""
@@ -198,22 +200,64 @@ def _tile(bank: Prepared, start: int, end: int, out: Tensor) -> tuple[Tensor, tu
     return coarse, (math.sqrt(lost), math.sqrt(longest))
 
 
+def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
+    """As ``streaming.guess``."""
+    every = slice(0, len(bank.rows) // sample * sample, len(bank.rows) // sample)
+    rows = bank.rows[every].to(bank.type) if bank.coarse is None else bank.coarse[every]
+    coarse, guess_B = queries.to(bank.type), torch.empty(len(queries))
+
+    def of_queries(part: range) -> None:
+        sim_BT = torch.mm(coarse[part.start : part.stop], rows.T)
+        shift = 16 * (sim_BT.element_size() == 4)
+        kernels.guess(signed_bits(sim_BT), shift, rank, part.start, guess_B.numpy())
+
+    in_threads(of_queries, len(queries))
+    return guess_B
+
+
+def packed(rows: Tensor, similarity: Tensor, kept: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """As ``streaming.packed``."""
+    shape = len(rows), places
+    to_rows, to_sim = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    lists = [each.numpy() for each in (rows, similarity, kept, to_rows, to_sim)]
+    in_threads(lambda part: list_kernels.pack(part.start, part.stop, *lists), len(rows))
+    return to_rows, to_sim
+
+
+def offsets(value: Tensor, low: Tensor) -> Tensor:
+    """As ``selection.offsets``, of float32."""
+    offset_BC = torch.empty(value.shape, dtype=torch.int32)
+    arguments = value.numpy(), low.numpy(), offset_BC.numpy()
+    in_threads(lambda part: list_kernels.offsets(part.start, part.stop, *arguments), len(value))
+    return offset_BC
+
+
+def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int, digits: int) -> Tensor:
+    """As ``selection.count_digits``, of what :func:`offsets` returns."""
+    counts_BG = torch.zeros(len(offset), digits, dtype=torch.int32)
+    arguments = offset.numpy(), np.int32(known), prefix.numpy(), np.int32(shift), counts_BG.numpy()
+    in_threads(
+        lambda part: list_kernels.count_digits(part.start, part.stop, *arguments), len(offset)
+    )
+    return counts_BG
+
+
 # --- What the objectives need of the rows found ---------------------------------------------------
 
 
-def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
     """As ``streaming.close_rows``."""
     close_BK = torch.empty(rows.shape, dtype=torch.bool)
-    arguments = labels.T.numpy(), index.numpy(), rows.numpy(), close_BK.numpy()
-    in_threads(lambda part: kernels.mark_close(part.start, part.stop, *arguments), len(rows))
+    own_BH = own.T.contiguous()
+    arguments = labels.T.numpy(), own_BH.numpy(), rows.numpy(), close_BK.numpy()
+    in_threads(lambda part: list_kernels.mark_close(part.start, part.stop, *arguments), len(rows))
     return close_BK
 
 
 def similarities(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """v_i . M_j for listed rows j: float32 [B, K]."""
     sim_BK, count_B = torch.empty(rows.shape), np.full(len(rows), rows.shape[1])
-    chunk = SIZES.stretch(len(bank), rows.shape[1])
-    arguments = chunk, queries.numpy(), bits(bank), rows.numpy(), count_B, sim_BK.numpy()
+    arguments = SIZES.chunk, queries.numpy(), bits(bank), rows.numpy(), count_B, sim_BK.numpy()
     in_threads(lambda part: kernels.rescore(part.start, part.stop, *arguments), len(rows))
     return sim_BK
 
@@ -221,10 +265,18 @@ def similarities(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """sum_k weight_ik M_[rows_ik]: float32 [B, D]."""
     sum_BD = torch.empty(len(rows), bank.shape[1])
-    chunk = SIZES.stretch(len(bank), rows.shape[1])
-    arguments = chunk, bits(bank), rows.numpy(), weight.numpy(), sum_BD.numpy()
-    in_threads(lambda part: kernels.weigh_rows(part.start, part.stop, *arguments), len(rows))
+    in_threads(lambda part: _weigh(part, bank, rows, weight, sum_BD), len(rows))
     return sum_BD
+
+
+def _weigh(part: range, bank: Tensor, rows: Tensor, weight: Tensor, sum_BD: Tensor) -> None:
+    some = slice(part.start, part.stop)
+    if bank.dtype == torch.float32:
+        options = {"per_sample_weights": weight[some], "mode": "sum"}
+        sum_BD[some] = F.embedding_bag(rows[some], bank, **options)
+    else:
+        arguments = SIZES.chunk, bits(bank), rows.numpy(), weight.numpy(), sum_BD.numpy()
+        list_kernels.weigh_rows(part.start, part.stop, *arguments)
 
 
 def aggregation_forward_backward(
@@ -238,12 +290,15 @@ def aggregation_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """The LA loss of each sample, float64 [B], and its gradient, float32 [B, D]; one gather."""
     loss_B, slope_BK = torch.empty(len(rows), dtype=torch.float64), torch.empty(rows.shape)
-    arguments = similarity.numpy(), close.numpy(), temperature, eps, loss_B.numpy()
-    in_threads(
-        lambda part: kernels.aggregate(part.start, part.stop, *arguments, slope_BK.numpy()),
-        len(rows),
-    )
-    return loss_B, weigh_rows(bank, rows, slope_BK)
+    sum_BD = torch.empty(len(rows), bank.shape[1])
+    terms = similarity.numpy(), close.numpy(), temperature, eps, loss_B.numpy(), slope_BK.numpy()
+
+    def of_queries(part: range) -> None:
+        list_kernels.aggregate(part.start, part.stop, *terms)
+        _weigh(part, bank, rows, slope_BK, sum_BD)
+
+    in_threads(of_queries, len(rows))
+    return loss_B, sum_BD
 
 
 # --- Plumbing -------------------------------------------------------------------------------------
@@ -267,5 +322,6 @@ def compile_all() -> None:
     """
     rows = torch.eye(4)
     found, sim = nearest(rows, Prepared(rows), 2)
-    close = close_rows(torch.zeros(1, 4, dtype=torch.int32), torch.arange(4), found)
+    labels = torch.zeros(1, 4, dtype=torch.int32)
+    close = close_rows(labels, labels, found)
     aggregation_forward_backward(rows, found, close, sim, temperature=1.0, eps=0.0)

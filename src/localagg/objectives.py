@@ -144,7 +144,7 @@ def close_neighbors(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     Returns:
         bool [B, K].
     """
-    return streaming.close_rows(labels, index, rows)
+    return streaming.close_rows(labels, labels[:, index], rows)
 
 
 def aggregation_loss(

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,14 @@ class Prepared:
         coarse: the rows in that type; None without a copy.
         bounds: (lost, longest) of the copy on a processor: no row lost more than this length by
             rounding, and none is longer.
+        scratch: what an engine keeps from search to search, for itself.
     """
 
     def __init__(self, rows: Tensor, *, copy: bool = True) -> None:
         self.rows, self.type = rows, product_type(rows)
         self.coarse: Tensor | None = None
         self.bounds: tuple[float, float] | None = None
+        self.scratch: dict[Any, Any] = {}
         self._copies = copy and not rows.is_inference()  # those do not tell when they change
         self._version = -1
 

@@ -11,11 +11,6 @@ from torch import Tensor
 GATHERED_BYTES = 16 << 20  # of listed rows, at a time
 
 
-def sums(terms: Tensor, counts: Tensor) -> Tensor:
-    """The sums [B] of the terms [F], of which query i has ``counts[i]``."""
-    return torch.segment_reduce(terms, "sum", lengths=counts, unsafe=True, initial=0.0)
-
-
 def similarities(query: Tensor, bank: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """v_i . M_j [F] for the listed rows j, of which query i has ``counts[i]``."""
     line = torch.arange(len(query), device=query.device).repeat_interleave(counts)

@@ -4,8 +4,8 @@ The K-th largest value of each query is found digit by digit (a radix selection)
 bits: ranks sum histograms of 64 counts a query, 6 at most in float32 and 11 in float64. What goes
 over the wire grows neither with N nor with K.
 
-Legend of shape suffixes: B queries, C places for candidates of this rank, F candidates of all
-queries one after the other, G buckets of a histogram, R ranks.
+Legend of shape suffixes: B queries, C places for candidates of this rank, T queries with ties, G
+buckets of a histogram, R ranks.
 """
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .distributed import World
+from .streaming import numba_engine
 
 _BITS = 6  # of a digit. Fewer send less, in more collectives; see benchmarks/scale.py
 _BUCKETS = 1 << _BITS
@@ -32,6 +33,13 @@ def ordered(values: Tensor) -> Tensor:
     kind = {torch.float32: torch.int32, torch.float64: torch.int64}[values.dtype]
     bits = (values + 0.0).view(kind)  # makes -0.0 positive
     return bits ^ (bits >> torch.iinfo(kind).bits - 1 & torch.iinfo(kind).max)
+
+
+def disordered(keys: Tensor) -> Tensor:
+    """The floats that have these integers; the inverse of :func:`ordered`."""
+    kind = {torch.int32: torch.float32, torch.int64: torch.float64}[keys.dtype]
+    bits = torch.iinfo(keys.dtype)
+    return (keys ^ (keys >> bits.bits - 1 & bits.max)).view(kind)
 
 
 def bounds(world: World, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -56,12 +64,7 @@ def bounds(world: World, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(
-    world: World,
-    value: Tensor,
-    row: Tensor,
-    counts: Tensor,
-    count: int,
-    between: tuple[Tensor, Tensor],
+    world: World, value: Tensor, row: Tensor, count: int, between: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Which of this rank's candidates are among the ``count`` largest of all ranks' candidates.
 
@@ -74,63 +77,91 @@ def largest(
 
     Args:
         world: the ranks.
-        value: similarities [F]: of each query at least those of this rank that may be among the
-            ``count`` largest, with the lowest rows among equals.
-        row: int64 [F], unique for a query.
-        counts: int64 [B], how many candidates each query has here.
+        value: similarities [B, C]: of each query at least those of this rank that may be among the
+            ``count`` largest, with the lowest rows among equals; -inf where a place is free.
+        row: int64 [B, C], unique for a query.
         count: 1 or more, and at most the candidates of all ranks together.
         between: [B] and [B], the same on every rank: the ``count``-th largest lies between them.
 
     Returns:
-        bool [F].
+        bool [B, C].
     """
-    key_F, B = ordered(value), len(counts)
-    line_F = torch.arange(B, dtype=torch.int32, device=row.device).repeat_interleave(counts)
-    kth_B, left_B, tied_B = _kth_largest(world, key_F, line_F, count, between)
-    kth_F = kth_B.index_select(0, line_F)
-    chosen_F = key_F >= kth_F
+    kth_B, left_B, tied_B = _kth_largest(world, value, count, between)
+    chosen_BC = value >= kth_B.unsqueeze(1)
     if tied_B.any():  # on every rank or on none
-        equal = positions((key_F == kth_F) & tied_B.index_select(0, line_F))
-        equal = equal[row[equal].argsort()]
-        equal = equal[line_F[equal].argsort(stable=True)]  # query by query, the lowest rows first
-        line = line_F[equal].long()
-        ties_B = torch.bincount(line, minlength=B)
-        left_B[tied_B] -= world.stack(ties_B[tied_B])[: world.rank].sum(dim=0)
-        place = torch.arange(len(equal), device=row.device) - (ties_B.cumsum(0) - ties_B)[line]
-        chosen_F[equal] = place < left_B[line]
-    return chosen_F
+        row_TC, equal_TC = row[tied_B], value[tied_B] == kth_B[tied_B].unsqueeze(1)
+        left_T = left_B[tied_B] - world.stack(equal_TC.sum(dim=1))[: world.rank].sum(dim=0)
+        others_last = torch.where(equal_TC, row_TC, torch.iinfo(row.dtype).max)
+        place_TC = others_last.argsort(dim=1).argsort(dim=1)
+        chosen_BC[tied_B] &= ~equal_TC | (place_TC < left_T.unsqueeze(1))
+    return chosen_BC
 
 
 def _kth_largest(
-    world: World, key: Tensor, line: Tensor, count: int, between: tuple[Tensor, Tensor]
+    world: World, value: Tensor, count: int, between: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count``-th largest key over all ranks, how many equal to it are still to be taken, and
-    whether there are more of those; all [B] and the same on every rank."""
+    """The ``count``-th largest value over all ranks, how many equal to it are still to be taken,
+    and whether there are more of those; all [B] and the same on every rank."""
     low_B, high_B = ordered(between[0]), ordered(between[1])
-    # What lies below the lower bound stands at it: that changes no count above it. Offsets may wrap
-    # around; their digits are read as unsigned.
-    low_F = low_B.index_select(0, line)
-    offset = torch.maximum(key, low_F) - low_F
     least, most = (high_B - low_B).aminmax()
-    bits = torch.iinfo(key.dtype).bits if int(least) < 0 else max(1, int(most).bit_length())
-    B = len(low_B)
-    left_B = torch.full((B,), count, dtype=torch.int64, device=key.device)
-    prefix_B = torch.zeros_like(low_B)
-    tied_B = torch.zeros(B, dtype=torch.bool, device=key.device)
+    width = torch.iinfo(low_B.dtype).bits
+    bits = width if int(least) < 0 else max(1, int(most).bit_length())
+    left_B = torch.full_like(low_B, count, dtype=torch.int64)
+    prefix_B, tied_B = torch.zeros_like(low_B), torch.zeros_like(low_B, dtype=torch.bool)
+    offset_BC, known = offsets(value, low_B), 0
     for shift in _shifts(bits):
-        digit = (offset >> shift & _BUCKETS - 1).to(torch.int32)
-        counts = torch.bincount(digit + line * _BUCKETS, minlength=B * _BUCKETS)
-        counts_BG = world.sum(counts.to(torch.int32).view(B, _BUCKETS)).long()
-        down_BG = counts_BG.flip(1).cumsum(dim=1)  # keys in this bucket or above
+        counts_BG = world.sum(count_digits(offset_BC, known, prefix_B, shift)).long()
+        down_BG = counts_BG.flip(1).cumsum(dim=1)  # values in this bucket or above
         place_B1 = (down_BG < left_B.unsqueeze(1)).sum(dim=1, keepdim=True)
         inside_B = counts_BG.flip(1).gather(1, place_B1).squeeze(1)
         left_B = left_B - (down_BG.gather(1, place_B1).squeeze(1) - inside_B)
         tied_B = inside_B > left_B
-        bucket_B = (_BUCKETS - 1 - place_B1.squeeze(1)).to(torch.int32)
+        bucket_B = _BUCKETS - 1 - place_B1.squeeze(1)
         prefix_B |= bucket_B.to(prefix_B.dtype) << shift
-        keep = positions(digit == bucket_B.index_select(0, line))
-        offset, line = offset.index_select(0, keep), line.index_select(0, keep)
-    return low_B + prefix_B, left_B, tied_B
+        known |= _BUCKETS - 1 << shift if shift + _BITS < width else -1 << shift  # signed
+    return disordered(low_B + prefix_B), left_B, tied_B
+
+
+def offsets(value: Tensor, low: Tensor) -> Tensor:
+    """How far the integer of each value lies above ``low``.
+
+    What lies below stands at it: that changes no count above it. Offsets may wrap around; their
+    digits are read as unsigned. (No two floats are as far apart as -1 is then from 0.)
+
+    Args:
+        value: float [B, C]; -inf is none.
+        low: [B], of :func:`ordered`.
+
+    Returns:
+        integers [B, C] in any order of a line; -1 in places of none.
+    """
+    if compiled := numba_engine(value.flatten()):
+        return compiled.offsets(value, low)
+    offset_BC = torch.maximum(ordered(value), low.unsqueeze(1)) - low.unsqueeze(1)
+    return offset_BC.masked_fill_(value == -torch.inf, -1)
+
+
+def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tensor:
+    """How many offsets that agree with a prefix have each digit; the others are dropped.
+
+    Args:
+        offset: of :func:`offsets`, changed in place.
+        known: the bits in which they have to agree with the prefix.
+        prefix: [B], with no other bits.
+        shift: where the digit begins.
+
+    Returns:
+        int32 [B, 64].
+    """
+    B, C = offset.shape
+    if compiled := numba_engine(offset.flatten()):
+        return compiled.count_digits(offset, known, prefix, shift, _BUCKETS)
+    offset.masked_fill_(offset & known != prefix.unsqueeze(1), -1)
+    place = positions((offset != -1).flatten())
+    digit = (offset.flatten().index_select(0, place) >> shift & _BUCKETS - 1).long()
+    line = place.div(max(1, C), rounding_mode="floor")
+    counts = torch.bincount(digit + line * _BUCKETS, minlength=B * _BUCKETS)
+    return counts.to(torch.int32).view(B, _BUCKETS)
 
 
 def _shifts(bits: int) -> list[int]:
@@ -143,11 +174,3 @@ def positions(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
-
-
-def kth_of_line(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of each line: [B] of [B, n]. On the CPU by numpy, as :func:`positions`."""
-    if values.device.type == "cpu":
-        place = values.shape[1] - k
-        return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place].copy())
-    return values.topk(k, dim=1, sorted=False).values.amin(dim=1)

@@ -14,7 +14,7 @@ float64; H clusterings; nothing grows with N or K; with one rank nothing is call
     local_aggregation  1 all-reduce       4 H B           labels of the batch's own rows
                        2 all-reduces      (e + 8) B       a floor, and how many rows reach it
                        1 all-reduce       3 e B           bounds of each query's threshold
-                       1-6 all-reduces    256 B each      histograms (float64: 1-11), as a rule 4
+                       1-6 all-reduces    256 B each      histograms (float64: 1-11), as a rule 5
                        (1 all-gather      8 T             of T queries tied at their last place)
                        1 all-reduce       24 B            sums (32 B where a share stays IR's)
                        1 reduce-scatter   e B D           gradient
@@ -28,10 +28,11 @@ float64; H clusterings; nothing grows with N or K; with one rank nothing is call
 Where K >= N nothing is to be selected: one all-reduce of e B takes the place of floor, bounds and
 histograms. There is no floor where ranks have fewer than ``SAMPLED_FROM`` rows. Queries go in
 groups of ``QUERIES``, and the lines between labels and gradient are once a group, so that the
-candidates of a group bound the memory: some 24 K bytes a query.
+candidates of a group bound the memory: some 30 bytes a candidate, of which a query has about K/R,
+and a fifth more before they are selected.
 
-Legend of shape suffixes: B the batch of all ranks, D embedding size, C candidates of this rank,
-F those that are chosen (of all queries, one after the other), H clusterings.
+Legend of shape suffixes: B the batch of all ranks, D embedding size, C places for candidates of
+this rank, F noise draws of it (of all queries, one after the other), H clusterings.
 """
 
 import math
@@ -44,12 +45,11 @@ from . import ragged, streaming
 from .bank import MemoryBank
 from .distributed import World
 from .objectives import NCE_PARTITION_PER_IMAGE
-from .prepared import product_type
-from .selection import bounds, kth_of_line, largest, positions
+from .selection import bounds, largest, positions
 
 QUERIES = 8192  # scored at a time
 SAMPLED_FROM = 4096  # rows of a rank
-DEVIATIONS = 4  # of a sample's luck that a guess allows for
+DEVIATIONS = 2  # of a sample's luck that a guess allows for; ranks together have more
 
 
 class Batch(NamedTuple):
@@ -152,67 +152,60 @@ def _aggregate(
 
     A loss is a weighted sum of -log( P(A and B_i | v_i) / P(B_i | v_i) + eps ): A is C_i, and with
     ``mixed`` (this rank's row of each query, and a weight) also the query's own row."""
-    rows_F, sim_F, counts_B, top_B = _background(world, query, bank, neighbors)
-    close_F = torch.zeros_like(rows_F, dtype=torch.bool)
-    for labels_n, own_B in zip(labels, own, strict=True):
-        close_F |= labels_n.index_select(0, rows_F) == own_B.repeat_interleave(counts_B)
-    sets = [(1.0, close_F)]
+    rows_BC, sim_BC, top_B = _background(world, query, bank, neighbors)
+    close_BC = streaming.close_rows(labels, own, rows_BC)
+    sets = [(1.0, close_BC)]
     if mixed is not None:
         itself_B, share = mixed
-        sets = [(1 - share, close_F), (share, rows_F == itself_B.repeat_interleave(counts_B))]
+        sets = [(1 - share, close_BC), (share, rows_BC == itself_B.unsqueeze(1))]
     # P up to a factor: the largest similarity of all ranks is taken out before the exponential.
-    weight_F = torch.exp((sim_F - top_B.repeat_interleave(counts_B)) / temperature)
+    weight_BC = sim_BC.sub_(top_B.unsqueeze(1)).div_(temperature).exp_()
+    terms = [weight_BC, *(weight_BC * inside_BC for _, inside_BC in sets), close_BC]
     # Sums in float64: in float32 a share near 1 would cost its rounding.
-    terms = [weight_F, *(weight_F * inside_F for _, inside_F in sets), close_F]
-    sums = world.sum(torch.stack([ragged.sums(term.double(), counts_B) for term in terms]))
-    loss_B, slope_F = torch.zeros_like(sums[0]), torch.zeros_like(weight_F)
-    for (weight, inside_F), inside_B in zip(sets, sums[1:-1], strict=True):
+    sums = world.sum(torch.stack([term.sum(dim=1, dtype=torch.float64) for term in terms]))
+    loss_B, slopes = torch.zeros_like(sums[0]), []
+    for (weight, inside_BC), inside_B in zip(sets, sums[1:-1], strict=True):
         share_B = inside_B / sums[0]
         loss_B -= weight * torch.log(share_B + eps)
         # d loss / d sim_j = -P(j | B_i) (1 if j is inside, less the share) / (share + eps) / t
-        scale_B = (-weight / (sums[0] * (share_B + eps) * temperature)).to(query.dtype)
-        inside_F = inside_F.to(query.dtype) - share_B.to(query.dtype).repeat_interleave(counts_B)
-        slope_F += inside_F.mul_(weight_F).mul_(scale_B.repeat_interleave(counts_B))
-    gradient_BD = ragged.weighted_rows(bank.rows, rows_F, slope_F, counts_B)
+        scale_B = -weight / (sums[0] * (share_B + eps) * temperature)
+        in_or_out = ((1 - share_B) * scale_B, -share_B * scale_B)
+        slopes.append(torch.where(inside_BC, *(s.to(query.dtype).unsqueeze(1) for s in in_or_out)))
+    slope_BC = weight_BC.mul_(slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1])
+    gradient_BD = streaming.weigh_rows(bank.rows, rows_BC.clamp(min=0), slope_BC)
     return gradient_BD, loss_B, sums[-1] == 0
 
 
 def _background(
     world: World, query: Tensor, bank: MemoryBank, neighbors: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The background neighbors that are rows of this rank: their rows and similarities [F], how
-    many of them each query has [B], and its largest similarity on any rank [B]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The background neighbors that are rows of this rank: rows and similarities [B, C], -1 and
+    -inf in free places; and the largest similarity [B] of a query on any rank."""
     shared = world.size > 1 and neighbors < bank.size  # else all candidates are neighbors
     floor_B = _floor(world, query, bank, neighbors) if shared else None
     rows_BC, sim_BC = _candidates(query, bank, neighbors, floor_B)
-    B, C = rows_BC.shape
     if not shared:
-        top_B = sim_BC.amax(dim=1) if C else sim_BC.new_full((B,), -torch.inf)
-        counts_B = torch.full((B,), C, dtype=torch.int64, device=query.device)
-        return rows_BC.flatten(), sim_BC.flatten(), counts_B, world.maximum(top_B)
+        top_B = (
+            sim_BC.amax(dim=1) if sim_BC.shape[1] else sim_BC.new_full((len(query),), -torch.inf)
+        )
+        return rows_BC, sim_BC, world.maximum(top_B)
     if floor_B is not None:
-        found_B = world.sum((sim_BC > -torch.inf).sum(dim=1))
+        found_B = world.sum((rows_BC >= 0).sum(dim=1))
         short = (found_B < neighbors).nonzero().squeeze(1)  # the samples misled
         if len(short):
-            rows_BC[short], sim_BC[short] = _candidates(query[short], bank, neighbors, None)
             floor_B[short] = -torch.inf
+            rows_BC, sim_BC = _candidates(query, bank, neighbors, floor_B)
     low_B, top_B = bounds(world, sim_BC, neighbors)
     low_B = low_B if floor_B is None else torch.maximum(low_B, floor_B)
-    there = positions((sim_BC >= low_B.unsqueeze(1)).flatten())
-    starts = torch.arange(B + 1, device=query.device) * C
-    counts_B = torch.searchsorted(there, starts).diff()
-    rows_F, sim_F = (x.flatten().index_select(0, there) for x in (rows_BC, sim_BC))
-    chosen = positions(largest(world, sim_F, rows_F, counts_B, neighbors, (low_B, top_B)))
-    starts[1:] = counts_B.cumsum(0)
-    counts_B = torch.searchsorted(chosen, starts).diff()
-    return rows_F.index_select(0, chosen), sim_F.index_select(0, chosen), counts_B, top_B
+    chosen_BC = largest(world, sim_BC, rows_BC, neighbors, (low_B, top_B))
+    return *streaming.packed(rows_BC, sim_BC, chosen_BC), top_B
 
 
 def _candidates(
     query: Tensor, bank: MemoryBank, neighbors: int, at_least: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(rows, similarity) [B, min(K, n)] of this rank's nearest rows, the lowest among equals; where
-    fewer reach ``at_least`` [B], places hold row -1 and similarity -inf."""
+    """(rows, similarity) [B, C] of this rank's K nearest rows, the lowest among equals, or those of
+    them that reach ``at_least`` [B]; free places hold row -1 and similarity -inf."""
     if not len(bank.rows):
         none = query.new_empty(len(query), 0)
         return none.long(), none
@@ -235,9 +228,7 @@ def _floor(world: World, query: Tensor, bank: MemoryBank, neighbors: int) -> Ten
     if rank > count:
         guess_B = torch.full_like(query[:, 0], -torch.inf)
     else:
-        quick = product_type(bank.rows)
-        sample = bank.rows[: n // count * count : n // count].to(quick)
-        guess_B = kth_of_line((query.to(quick) @ sample.T).to(query.dtype), rank)
+        guess_B = streaming.guess(query, bank.prepared, rank, count).to(query.dtype)
     return -world.maximum(-guess_B)
 
 

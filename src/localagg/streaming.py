@@ -48,8 +48,9 @@ def nearest(
 
     Returns:
         (rows, similarity): int64 and float32 (or the common type, if that is wider)
-        [B, min(K, N)], without gradient, in no promised order. With ``at_least``, places that
-        stay free hold row -1 and similarity -inf.
+        [B, min(K, N)], without gradient, in no promised order. With ``at_least`` there are as many
+        places as the query with the most such rows needs; free ones are the last of their line and
+        hold row -1 and similarity -inf.
 
     Raises:
         UserError: on a processor, values that are not finite.
@@ -58,18 +59,52 @@ def nearest(
     rows_ND, queries = prepared.refresh().rows, queries.detach()
     if queries.device.type == "cpu" and not queries.isfinite().all():
         raise not_finite()
-    if gpu := triton_engine(rows_ND):
-        return gpu.top_rows(queries, rows_ND, k, bank_low=prepared.coarse, threshold=at_least)
     if k < len(rows_ND) and (compiled := numba_engine(rows_ND, queries)):
-        rows_BK, sim_BK = compiled.nearest(_single(queries), prepared, k, at_least)
+        return compiled.nearest(_single(queries), prepared, k, at_least)
+    if gpu := triton_engine(rows_ND):
+        options = {"bank_low": prepared.coarse, "threshold": at_least}
+        rows_BK, sim_BK = gpu.top_rows(queries, rows_ND, k, **options)
     else:
         rows_BK, sim_BK = neighbors_torch.nearest(queries, rows_ND, k)
-        if queries.device.type == "cpu" and not sim_BK.isfinite().all():
-            raise not_finite()  # what is not a number counts as the largest
-    if at_least is not None:
-        low = sim_BK < at_least.unsqueeze(1)
-        rows_BK, sim_BK = rows_BK.masked_fill(low, -1), sim_BK.masked_fill(low, -torch.inf)
-    return rows_BK, sim_BK
+    if queries.device.type == "cpu" and not sim_BK.isfinite().all():
+        raise not_finite()  # what is not a number counts as the largest
+    if at_least is None:
+        return rows_BK, sim_BK
+    return packed(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
+
+
+def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
+    """A similarity [B] that about ``rank`` of ``sample`` rows, taken evenly from the bank, reach.
+
+    It is as coarse as bfloat16. There is no bound to how far a sample misleads.
+
+    Args:
+        queries: [B, D].
+        bank: prepared.
+        rank: 1..sample.
+        sample: 1..N.
+    """
+    rows_ND = bank.refresh().rows
+    if compiled := numba_engine(rows_ND, queries):
+        return compiled.guess(_single(queries), bank, rank, sample)
+    return neighbors_torch.guess(queries, bank, rank, sample)
+
+
+def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of listed rows that are kept, in their order, in as few places as the query with the
+    most of them needs; free ones are the last of their line and hold row -1, similarity -inf.
+
+    Args:
+        rows: int64 [B, K].
+        similarity: float [B, K].
+        kept: bool [B, K].
+    """
+    places = int(kept.sum(dim=1).max()) if len(kept) else 0
+    if compiled := numba_engine(similarity.flatten()):
+        return compiled.packed(rows, similarity, kept, places)
+    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :places]
+    rows, similarity, free = (each.gather(1, order) for each in (rows, similarity, ~kept))
+    return rows.masked_fill_(free, -1), similarity.masked_fill_(free, -torch.inf)
 
 
 def in_order(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,23 +124,23 @@ def by_row(labels: Tensor) -> Tensor:
 # --- What the objectives need of the rows found ---------------------------------------------------
 
 
-def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Which rows share a cluster with the sample's own in any clustering.
+def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    """Which rows share a cluster with the sample in any clustering.
 
     Args:
         labels: int [H, N]; quickest from :func:`by_row`.
-        index: int64 [B].
-        rows: int64 [B, K].
+        own: the samples' labels, of the same type [H, B].
+        rows: int64 [B, K]; a row of -1 shares none.
 
     Returns:
         bool [B, K].
     """
     if engine := triton_engine(labels) or numba_engine(labels.T):
-        return engine.close_rows(labels, index, rows)
+        return engine.close_rows(labels, own, rows)
     close_BK = torch.zeros_like(rows, dtype=torch.bool)
-    for labels_N in labels:
-        close_BK |= labels_N[rows] == labels_N[index].unsqueeze(1)
-    return close_BK
+    for labels_N, own_B in zip(labels, own, strict=True):
+        close_BK |= labels_N[rows] == own_B.unsqueeze(1)
+    return close_BK & (rows >= 0)
 
 
 def similarities(
@@ -123,6 +158,22 @@ def similarities(
         [B, K].
     """
     return _RowSimilarity.apply(embedding, bank, rows, known)
+
+
+def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_k weight_ik M_[rows_ik], without gradient.
+
+    Args:
+        bank: [N, D].
+        rows: int64 [B, K], 0..N-1.
+        weight: [B, K], at least float32.
+
+    Returns:
+        [B, D] in the weights' type.
+    """
+    if compiled := numba_engine(bank, weight):
+        return compiled.weigh_rows(bank, rows, _single(weight))
+    return neighbors_torch.weigh_rows(bank, rows, weight)
 
 
 def aggregation(
@@ -269,6 +320,4 @@ class _RowSimilarity(Function):
     @staticmethod
     def backward(ctx, grad_BK: Tensor):
         bank, rows = ctx.saved_tensors
-        if compiled := numba_engine(bank, grad_BK):
-            return compiled.weigh_rows(bank, rows, _single(grad_BK)), None, None, None
-        return neighbors_torch.weigh_rows(bank, rows, grad_BK), None, None, None
+        return weigh_rows(bank, rows, grad_BK), None, None, None

@@ -141,13 +141,13 @@ def _partition_sum(
 
 
 @torch.no_grad()
-def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
     """Which of ``rows`` share a cluster with the sample, in one launch for all clusterings.
 
     Args:
         labels: int [H, N]. As a transposed view of a contiguous [N, H] one row's labels are read
             together, which is several times faster.
-        index: int64 [B], the bank row of each sample.
+        own: the samples' labels, of the same type [H, B].
         rows: int64 [B, K]; a row of -1 is close to nothing.
 
     Returns:
@@ -158,24 +158,23 @@ def close_rows(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     if B and K:
         with torch.cuda.device_of(rows):
             _close[(B, triton.cdiv(K, _CLOSE_TILE))](
-                labels, index, rows.contiguous(), close_BK, len(labels), K, *labels.stride(),
-                TILE=_CLOSE_TILE, num_warps=4,
+                labels, own.contiguous(), rows.contiguous(), close_BK, len(labels), B, K,
+                *labels.stride(), TILE=_CLOSE_TILE, num_warps=4,
             )  # fmt: skip
     return close_BK.view(torch.bool)
 
 
 @triton.jit
 def _close(
-    labels_ptr, index_ptr, rows_ptr, close_ptr, H, K, stride_H, stride_N, TILE: tl.constexpr
+    labels_ptr, own_ptr, rows_ptr, close_ptr, H, B, K, stride_H, stride_N, TILE: tl.constexpr
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    own = tl.load(index_ptr + b)
     row = tl.load(rows_ptr + b * K + k, mask=k < K, other=-1)
     close = tl.zeros([TILE], dtype=tl.int1)
     for h in range(H):
         label_ptr = labels_ptr + tl.cast(h, tl.int64) * stride_H
-        mine = tl.load(label_ptr + own * stride_N)
+        mine = tl.load(own_ptr + h * B + b)
         close = close | (tl.load(label_ptr + row * stride_N, mask=row >= 0, other=-1) == mine)
     tl.store(close_ptr + b * K + k, (close & (row >= 0)).to(tl.uint8), mask=k < K)
 
