@@ -7,6 +7,7 @@ each seed of the order and the views. Needs hours on two cores at full length.
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import report
@@ -32,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     before, _ = checkpoint.read_run(options.start)
     end = (before.epochs or 0) + options.epochs
-    plain = override(recipe("cifar10").config, epochs=end, drops=(), eval_every=end)
+    learned = replace(recipe("cifar10").config, encoder=before.encoder)
+    plain = override(learned, epochs=end, drops=(), eval_every=end)
     found: dict[str, list[dict]] = {way: [] for way in options.ways}
     for seed in range(options.seeds):
         for way in options.ways:

@@ -79,6 +79,15 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     return sorted(int(pid) for task in tasks for pid in task.read_text().split())
 
 
+def assert_gloo_is_calm(pid: int) -> None:
+    """Its waiting thread takes no core from others, which run as usual."""
+    policies = {True: set(), False: set()}
+    for name in Path(f"/proc/{pid}/task").glob("*/comm"):
+        of_gloo = name.read_text() == "gloo_tcp_loop\n"
+        policies[of_gloo].add(os.sched_getscheduler(int(name.parent.name)))
+    assert policies == {True: {os.SCHED_BATCH}, False: {os.SCHED_OTHER}}
+
+
 def assert_same(one: Path, other: Path) -> None:
     """To the bit."""
     first, second = checkpoint.latest(one), checkpoint.latest(other)
@@ -157,6 +166,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path):
     process = pretrain(run, "--rank-timeout", "3")
     wait_for_step(process, run, 3)
     victim = ranks_of(process)[0]
+    assert_gloo_is_calm(victim)
     os.kill(victim, signal.SIGSTOP)
     status, told = end(process)
     assert status == 2

@@ -76,19 +76,20 @@ def test_the_largest_are_those_of_a_stable_sort(case, close):
 
 @pytest.mark.parametrize("shift", [0, 2, 26])
 @pytest.mark.parametrize("least", [-1.0, 0.3])
-def test_compiled_and_plain_counts_of_digits_are_those_of_a_loop(shift, least, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_and_plain_counts_of_digits_are_those_of_a_loop(dtype, shift, least, monkeypatch):
     generator = torch.Generator().manual_seed(shift)
-    value = torch.rand(3, 4096, generator=generator) * 2 - 1
+    value = torch.rand(3, 4096, generator=generator, dtype=dtype) * 2 - 1
     value[0, :2000] = torch.from_numpy(np.linspace(0.5, 0.5001, 2000, dtype=np.float32))
     value[2, ::3] = -torch.inf
-    low = ordered(torch.tensor([least, 0.0, least]))
+    low, every = ordered(torch.tensor([least, 0.0, least], dtype=dtype)), 2 ** (8 * dtype.itemsize)
     known = -1 << shift + 6 if shift < 26 else 0
     prefix = (torch.maximum(ordered(value[:, 1]), low) - low) & known
     wanted = torch.zeros(3, 64, dtype=torch.int32)
     for line in range(3):
         for number, key in zip(value[line].tolist(), ordered(value[line]).tolist(), strict=True):
-            offset = max(key - low[line].item(), 0) % 2**32
-            if number > -np.inf and (offset ^ prefix[line].item()) & known & 0xFFFFFFFF == 0:
+            offset = max(key - low[line].item(), 0) % every
+            if number > -np.inf and (offset ^ prefix[line].item()) & known & every - 1 == 0:
                 wanted[line, offset >> shift & 63] += 1
     assert (wanted.sum(dim=1) >= 1).all()
     for _ in range(2):

@@ -5,6 +5,7 @@ By the environment variables below, in a process of its own, where ``CHECK`` hol
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,4 +39,5 @@ def test_the_same_cases_pass():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert f"{len(ENGINES) * len(KINDS)} passed" in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed.group(1)) >= len(ENGINES) * len(KINDS)

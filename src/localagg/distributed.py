@@ -49,7 +49,7 @@ def _calm_gloo() -> None:
     """
     for name in Path("/proc/self/task").glob("*/comm"):  # Linux; elsewhere there is none
         with contextlib.suppress(OSError):  # the thread has just ended
-            if name.read_text().startswith("gloo"):
+            if name.read_text().strip() == "gloo_tcp_loop":
                 os.sched_setscheduler(int(name.parent.name), os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -77,8 +77,6 @@ class World:
         """The default process group of ``torch.distributed``; one rank where there is none."""
         if not dist.is_initialized():
             return cls()
-        if dist.get_backend() == "gloo":
-            _calm_gloo()
         local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
         return cls(dist.get_rank(), dist.get_world_size(), local)
 
@@ -197,3 +195,5 @@ class World:
             collective(*tensors)
         except RuntimeError as error:
             raise Disconnected(str(error)) from error
+        if self.calls == 1:  # now its threads have their names
+            _calm_gloo()

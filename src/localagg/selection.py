@@ -154,7 +154,7 @@ def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tens
         int32 [B, 64].
     """
     B, C = offset.shape
-    if compiled := numba_engine(offset.flatten()):
+    if offset.dtype == torch.int32 and (compiled := numba_engine(offset.flatten())):
         return compiled.count_digits(offset, known, prefix, shift, _BUCKETS)
     offset.masked_fill_(offset & known != prefix.unsqueeze(1), -1)
     place = positions((offset != -1).flatten())
