@@ -5,6 +5,9 @@ gradient in the queries. Times are interleaved in one process; memory is the ext
 process each, beyond bank, labels and (where the way has one) the bank's bfloat16 copy.
 """
 
+import localagg  # noqa: F401 - before torch, whose threads wait as it says
+
+# isort: split
 import argparse
 import ctypes
 import os

@@ -6,6 +6,9 @@ images in a DataLoader's workers, float32 in contiguous memory, sampled NCE that
 and LA that keeps the B x N product, its top-k and H gathers; k-means from scratch each epoch.
 """
 
+import localagg  # noqa: F401 - before torch, whose threads wait as it says
+
+# isort: split
 import argparse
 import statistics
 import tempfile

@@ -1,6 +1,7 @@
 """The house: imports point down, and names come without weight."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,15 @@ def test_every_public_name_exists():
     assert set(localagg.__all__) <= set(dir(localagg))
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
         localagg.pretrian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_threads_of_torch_spin_shortly_unless_told_otherwise(given, wanted):
+    code = "import localagg, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    told = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert told.strip() == wanted

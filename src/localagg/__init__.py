@@ -5,11 +5,18 @@ answer at once.
 """
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # How long torch's threads (GNU OpenMP) spin while they wait: 7 ms as it comes, in which they
+    # take a core from our own loops. A tenth spans the gaps between a small network's layers. It
+    # counts where localagg is imported before torch.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if TYPE_CHECKING:
     from .config import PretrainConfig, TransferConfig, UserError
