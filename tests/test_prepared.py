@@ -90,11 +90,21 @@ def test_parts_of_a_bank_find_together_what_the_whole_does(name):
             rows = []
             for start in range(0, 90, 30):
                 found = nearest(queries, bank[start : start + 30], K, at_least=least)
-                assert ((found[0] >= 0) == (found[1] >= least[:, None])).all()
+                there = found[0] >= 0
+                assert (there == (found[1] >= least[:, None])).all()
+                assert not (there[:, 1:] & ~there[:, :-1]).any()  # free places are the last
+                assert not there.shape[1] or there[:, -1].any()  # and no more than are needed
                 rows.append(found[0] + start * (found[0] >= 0))
             for i in range(4):
                 there = torch.cat([r[i] for r in rows])
                 assert sorted(there[there >= 0].tolist()) == sorted(whole_rows[i].tolist())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_queries_have_no_neighbors(name):
+    with engine(name):
+        rows, sim = nearest(unit(0, 4, 5)[:0], Prepared(unit(1, 90, 5)), 7)
+    assert rows.shape == sim.shape == (0, 7)
 
 
 def test_the_number_of_threads_changes_nothing():

@@ -60,24 +60,22 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """As ``streaming.nearest``, for k < N, float32 queries, and a float32 or bfloat16 bank."""
     B, sizes = len(queries), sizes or SIZES
+    if not B:
+        return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
     floor_B = queries.new_full((B,), -math.inf) if at_least is None else at_least.float()
     key = min(B, sizes.batch), k, torch.get_num_threads(), sizes
     hold = bank.scratch.pop(key, None) or _Hold(min(B, sizes.batch), k, bank, sizes)
     parts = []
-    for start in range(0, max(1, B), sizes.batch):
+    for start in range(0, B, sizes.batch):
         part = slice(start, start + sizes.batch)
         parts.append(_Batch(queries[part], floor_B[part].numpy(), bank, k, hold).search())
     bank.scratch = {key: hold}
     if len(parts) == 1:
         return parts[0]
     widest = max(rows.shape[1] for rows, _ in parts)
-    padded = [
-        (F.pad(rows, (0, widest - rows.shape[1]), value=-1),
-         F.pad(sim, (0, widest - sim.shape[1]), value=-math.inf))
-        for rows, sim in parts
-    ]  # fmt: skip
-    rows, sim = zip(*padded, strict=True)
-    return torch.cat(rows), torch.cat(sim)
+    rows_Bk = [F.pad(rows, (0, widest - rows.shape[1]), value=-1) for rows, _ in parts]
+    sim_Bk = [F.pad(sim, (0, widest - sim.shape[1]), value=-math.inf) for _, sim in parts]
+    return torch.cat(rows_Bk), torch.cat(sim_Bk)
 
 
 class _Hold:
