@@ -19,6 +19,7 @@ from localagg.bank import MemoryBank
 from localagg.config import UserError
 from localagg.distributed import World, share
 from ranks import Pool, in_threads
+from test_streaming import ENGINES, engine
 
 
 @st.composite
@@ -201,6 +202,20 @@ def test_banks_that_are_sampled_and_searched_by_compiled_loops_agree_with_float6
         found = over_ranks(p | {"ranks": ranks} | WHOLE, "local_aggregation")
         assert found[0].item() == pytest.approx(loss.item(), rel=1e-5)
         assert (found[1] - leaf.grad).abs().max() <= 1e-4 * leaf.grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ENGINES)
+@settings(max_examples=60)
+@given(p=problems(exact=True))
+def test_each_engine_agrees_with_float64_where_ranks_have_few_neighbors_or_none(name, dtype, p):
+    """Small integers are numbers of each type, so that ties are ties."""
+    whole = cases.score(World(), p, "local_aggregation")
+    p |= {"bank": p["bank"].to(dtype), "embedding": p["embedding"].float()}
+    with engine(name):
+        found = over_ranks(p, "local_aggregation")
+    assert found[0].item() == pytest.approx(whole.loss.item(), rel=1e-5, abs=1e-6)
+    np.testing.assert_allclose(found[1], whole.gradient, rtol=1e-4, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

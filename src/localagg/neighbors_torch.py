@@ -101,8 +101,6 @@ def similarities(embedding: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 
 def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """sum_k weight_ik M_[rows_ik], in the weights' type: [B, D]."""
-    if not rows.shape[1]:
-        return weight.new_zeros(len(rows), bank.shape[1])
     if bank.dtype == weight.dtype:
         return F.embedding_bag(rows, bank, per_sample_weights=weight.contiguous(), mode="sum")
     step = _queries_at_a_time(rows, bank)

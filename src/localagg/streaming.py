@@ -171,6 +171,8 @@ def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [B, D] in the weights' type.
     """
+    if not rows.shape[1]:
+        return weight.new_zeros(len(rows), bank.shape[1])
     if compiled := numba_engine(bank, weight):
         return compiled.weigh_rows(bank, rows, _single(weight))
     return neighbors_torch.weigh_rows(bank, rows, weight)
