@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import naive
 from localagg import neighbors_numba, neighbors_torch, prepared, streaming
-from localagg.objectives import aggregation_loss, close_neighbors
+from localagg.objectives import aggregation_loss, close_neighbors, local_aggregation
 from localagg.prepared import Prepared
 from localagg.streaming import nearest
 
@@ -131,13 +131,37 @@ def check_loss(found, queries, bank, seed):
     assert error <= 1e-4 * np.abs(expected[1]).max() + 2e-6 * expected[2] + 1e-12
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ENGINES)
+def test_inference_mode_changes_nothing_then_or_later(name, threads):
+    """Not in which memory is kept for later searches, nor where other threads write."""
+    bank, queries, K = problem("even", 5)
+    labels, index = torch.arange(len(bank)).unsqueeze(0) % 3, torch.arange(len(queries))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with engine(name):
+            ready = Prepared(bank)
+            with torch.inference_mode():
+                found = [nearest(queries, ready, K)]
+                losses = [local_aggregation(queries, bank, labels, index, neighbors=K)]
+            found.append(nearest(queries, ready, K))
+            losses.append(local_aggregation(queries, bank, labels, index, neighbors=K))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(("sample", "rank"), [(1, 1), (30, 7), (90, 90)])
 def test_what_is_guessed_is_reached_by_as_many_of_the_sampled_rows(name, sample, rank):
     g = torch.Generator().manual_seed(rank)
     bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (94, 3))
     with engine(name):
-        guess = streaming.guess(queries, Prepared(bank), rank, sample)
+        guess = streaming.guess(queries.requires_grad_(), Prepared(bank), rank, sample)
+    assert not guess.requires_grad
     step = len(bank) // sample
     sim = queries.double() @ bank[: step * sample : step].double().T
     assert ((sim > guess.unsqueeze(1) - 2**-7).sum(dim=1) >= rank).all()

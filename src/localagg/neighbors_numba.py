@@ -92,8 +92,10 @@ class _Hold:
         self.rows = np.empty((batch, self.lists * self.places + 16), np.int32)
         self.keys = np.empty(self.rows.shape, np.int16)
         self.sim = np.empty(self.rows.shape, np.float32)
-        self.products = [torch.empty(batch * self.tile, dtype=bank.type) for _ in range(self.lists)]
-        self.rounded = [torch.empty(self.tile, D, dtype=bank.type) for _ in range(self.lists)]
+        numbers, rows = batch * self.tile, (self.tile, D)
+        with torch.inference_mode(False):  # other threads write there, and later searches
+            self.products = [torch.empty(numbers, dtype=bank.type) for _ in range(self.lists)]
+            self.rounded = [torch.empty(rows, dtype=bank.type) for _ in range(self.lists)]
 
 
 class _Batch:
@@ -271,7 +273,8 @@ def _weigh(part: range, bank: Tensor, rows: Tensor, weight: Tensor, sum_BD: Tens
     some = slice(part.start, part.stop)
     if bank.dtype == torch.float32:
         options = {"per_sample_weights": weight[some], "mode": "sum"}
-        sum_BD[some] = F.embedding_bag(rows[some], bank, **options)
+        # By numpy: torch refuses where the caller is in inference mode, as this thread is not.
+        sum_BD.numpy()[some] = F.embedding_bag(rows[some], bank, **options).numpy()
     else:
         arguments = SIZES.chunk, bits(bank), rows.numpy(), weight.numpy(), sum_BD.numpy()
         list_kernels.weigh_rows(part.start, part.stop, *arguments)

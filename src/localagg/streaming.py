@@ -87,7 +87,7 @@ def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
     rows_ND = bank.refresh().rows
     if compiled := numba_engine(rows_ND, queries):
         return compiled.guess(_single(queries), bank, rank, sample)
-    return neighbors_torch.guess(queries, bank, rank, sample)
+    return neighbors_torch.guess(queries.detach(), bank, rank, sample)
 
 
 def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
