@@ -1,11 +1,16 @@
 """Shares, and the collectives with threads for ranks; over gloo see test_sharded.py."""
 
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localagg.distributed import World, share
+from localagg.distributed import World, _calm_gloo, share
 from ranks import in_threads
 
 sizes = st.integers(0, 23), st.integers(1, 5)
@@ -63,3 +68,18 @@ def test_a_world_of_one_calls_nothing(monkeypatch):
 def test_rows_that_are_not_the_share_are_refused():
     with pytest.raises(ValueError, match="rank 0 of 1 has 2 of 3 rows, not its share of 3"):
         World().gather(torch.eye(2), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(b"gloo_tcp_loop", os.SCHED_BATCH), (b"\xd0\xb9\xd0", os.SCHED_OTHER)],  # a name cut short
+)
+def test_gloos_waiting_thread_is_calmed_whatever_others_are_called(name, policy):
+    def named():
+        set_name = 15
+        ctypes.CDLL(None).prctl(set_name, name)
+        _calm_gloo()
+        return os.sched_getscheduler(threading.get_native_id())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(named).result() == policy

@@ -49,7 +49,7 @@ def _calm_gloo() -> None:
     """
     for name in Path("/proc/self/task").glob("*/comm"):  # Linux; elsewhere there is none
         with contextlib.suppress(OSError):  # the thread has just ended
-            if name.read_text().strip() == "gloo_tcp_loop":
+            if name.read_bytes() == b"gloo_tcp_loop\n":  # a name need not be text
                 os.sched_setscheduler(int(name.parent.name), os.SCHED_BATCH, os.sched_param(0))
 
 
