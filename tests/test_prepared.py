@@ -107,6 +107,32 @@ def test_no_queries_have_no_neighbors(name):
     assert rows.shape == sim.shape == (0, 7)
 
 
+def test_what_a_bank_keeps_from_search_to_search_serves_searches_of_other_shapes():
+    bank = unit(0, 9000, 16)
+    ready = Prepared(bank).refresh()
+    for B, k in [(3, 7), (600, 50), (512, 50), (512, 400), (88, 50), (3, 7)]:
+        queries = unit(B, B, 16)
+        found = neighbors_numba.nearest(queries, ready, k)
+        assert all(map(torch.equal, found, neighbors_numba.nearest(queries, Prepared(bank), k)))
+        assert len(ready.scratch) == 1  # the last search's alone
+
+
+def test_a_search_leaves_alone_what_another_of_the_same_bank_holds(monkeypatch):
+    """As from a second thread, in the middle of the first one's search."""
+    ready, queries, others = Prepared(unit(0, 9000, 16)).refresh(), unit(1, 40, 16), unit(2, 40, 16)
+    wanted = neighbors_numba.nearest(queries, ready, 50)
+    choose = kernels.choose
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(kernels, "choose", choose)
+        neighbors_numba.nearest(others, ready, 50)
+        choose(*arguments)
+
+    monkeypatch.setattr(kernels, "choose", interrupted)
+    assert all(map(torch.equal, neighbors_numba.nearest(queries, ready, 50), wanted))
+    assert kernels.choose is choose
+
+
 def test_the_number_of_threads_changes_nothing():
     bank, queries = unit(0, 3000, 16), unit(1, 40, 16)
     before = torch.get_num_threads()
