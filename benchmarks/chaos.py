@@ -196,7 +196,7 @@ def filled(number: int, seed: int, ranks: int, unbroken: Path, seconds: float, p
     wait(process, run, seconds * 0.7, draws)
     fill(filler)
     status, words = end(process)
-    if status == 0:
+    if status == 0 and not differences(run, unbroken):
         filler.unlink()
         print(f"full disk {number}: had ended before", flush=True)
         return Counter()

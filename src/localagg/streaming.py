@@ -240,7 +240,9 @@ def engine_note(rows: Tensor) -> str | None:
 def search_bytes(bank: Prepared, size: int, batch: int, neighbors: int) -> int:
     """About what an LA step holds beside a bank of ``size`` such rows: copy, tiles, lists."""
     copied = 0 if bank.type == bank.rows.dtype else bank.type.itemsize
-    return size * bank.rows.shape[1] * copied + (32 << 20) + 64 * batch * min(neighbors, size)
+    listed = batch * min(neighbors, size)
+    threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
+    return size * bank.rows.shape[1] * copied + threads * ((12 << 20) + 20 * listed) + 24 * listed
 
 
 def numba_engine(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
