@@ -8,11 +8,11 @@ Legend of shape suffixes: B queries, C places for candidates of this rank, T que
 buckets of a histogram, R ranks.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .distributed import World
+from .neighbors_torch import positions
 from .streaming import numba_engine
 
 _BITS = 6  # of a digit. Fewer send less, in more collectives; see benchmarks/scale.py
@@ -167,10 +167,3 @@ def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tens
 def _shifts(bits: int) -> list[int]:
     """Where the digits of ``bits`` bits begin, the highest first; the last may overlap."""
     return [max(0, top - _BITS) for top in range(bits, 0, -_BITS)]
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Where a flat mask is true: int64. On the CPU by numpy, which takes a tenth of the time."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(1)

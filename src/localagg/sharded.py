@@ -44,8 +44,9 @@ from torch import Tensor
 from . import ragged, streaming
 from .bank import MemoryBank
 from .distributed import World
+from .neighbors_torch import positions
 from .objectives import NCE_PARTITION_PER_IMAGE
-from .selection import bounds, largest, positions
+from .selection import bounds, largest
 
 QUERIES = 8192  # scored at a time
 SAMPLED_FROM = 4096  # rows of a rank
