@@ -73,26 +73,22 @@ def mark_close(first, last, labels_NH, own_BH, rows_BK, close_BK):
             close_BK[i, c] = close & (rows_BK[i, c] >= 0)
 
 
-@njit(cache=True, nogil=True)
-def aggregate(first, last, sim_BK, close_BK, temperature, eps, loss_B, slope_BK):
-    """-log of the close ones' share of exp(similarity / t), and its slope in each similarity."""
-    inverse = 1 / temperature
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def aggregate(first, last, close_BK, temperature, eps, loss_B, weight_BK):
+    """-log of the close ones' share of the weights exp((similarity - the largest) / t), which its
+    slope in each similarity replaces."""
     for i in range(first, last):
-        best, near, far = sim_BK[i].max(), 0.0, 0.0
-        for c in range(sim_BK.shape[1]):
-            weight = math.exp(np.float32((sim_BK[i, c] - best) * inverse))
-            slope_BK[i, c] = weight
-            if close_BK[i, c]:
-                near += weight
-            else:
-                far += weight
+        weight, close, near, far = weight_BK[i], close_BK[i], 0.0, 0.0
+        for c in range(len(weight)):
+            near += weight[c] if close[c] else np.float32(0)
+            far += np.float32(0) if close[c] else weight[c]
         share, rest = near / (near + far), far / (near + far)
         # Of a share near 1 the rest is exact, and 1 - share is not.
         loss_B[i] = -math.log(share + eps) if share < 0.5 else -math.log1p(eps - rest)
         scale = 1 / (temperature * (share + eps) * (near + far))
         near_scale, far_scale = np.float32(-rest * scale), np.float32(share * scale)
-        for c in range(sim_BK.shape[1]):
-            slope_BK[i, c] *= near_scale if close_BK[i, c] else far_scale
+        for c in range(len(weight)):
+            weight[c] *= near_scale if close[c] else far_scale
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

@@ -140,7 +140,7 @@ class _Batch:
             kernels.drop_lower(*of, self.floor_B, *lists)
 
         in_threads(finish, B)
-        places = min(k, int(count_B.max(initial=0)))
+        places = min(k, int(count_B.max()))
         rows_Bk, sim_Bk = torch.empty(B, places, dtype=torch.int64), torch.empty(B, places)
         chosen = k, hold.rows, count_B, hold.sim, rows_Bk.numpy(), sim_Bk.numpy()
         in_threads(lambda part: kernels.choose(part.start, part.stop, *chosen), B)
@@ -292,9 +292,14 @@ def aggregation_forward_backward(
     """The LA loss of each sample, float64 [B], and its gradient, float32 [B, D]; one gather."""
     loss_B, slope_BK = torch.empty(len(rows), dtype=torch.float64), torch.empty(rows.shape)
     sum_BD = torch.empty(len(rows), bank.shape[1])
-    terms = similarity.numpy(), close.numpy(), temperature, eps, loss_B.numpy(), slope_BK.numpy()
+    terms = close.numpy(), temperature, eps, loss_B.numpy(), slope_BK.numpy()
 
     def of_queries(part: range) -> None:
+        some = slice(part.start, part.stop)
+        sim_bK, weight_bK = similarity.numpy()[some], slope_BK.numpy()[some]
+        np.subtract(sim_bK, sim_bK.max(axis=1, keepdims=True), out=weight_bK)
+        weight_bK /= np.float32(temperature)
+        np.exp(weight_bK, out=weight_bK)  # numpy's runs in vectors
         list_kernels.aggregate(part.start, part.stop, *terms)
         _weigh(part, bank, rows, slope_BK, sum_BD)
 
