@@ -259,9 +259,14 @@ def _keep_best(k, count, rows_C, sim_C):
     for c in range(count):
         ordered[c] = ordered_bits(sim_C[c])
     kth = _kth(ordered, k, 32)
-    equal, m, c, least = k, 0, 0, np.float32(np.inf)
+    equal, reaching, m, c, least = k, 0, 0, 0, np.float32(np.inf)
     for o in ordered:
         equal -= o > kth
+        reaching += o >= kth
+    if reaching == k:  # no ties to settle, so that nothing waits for the last one's answer
+        for c in range(count):
+            rows_C[unsigned(m)], sim_C[unsigned(m)] = rows_C[unsigned(c)], sim_C[unsigned(c)]
+            m += np.int64(ordered[unsigned(c)] >= kth)
     while m < k:  # without branches, which nobody could predict
         alike = (ordered[unsigned(c)] == kth) & (equal > 0)
         rows_C[unsigned(m)], sim_C[unsigned(m)] = rows_C[unsigned(c)], sim_C[unsigned(c)]
