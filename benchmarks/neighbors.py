@@ -242,8 +242,8 @@ def main() -> None:
         f"The neighbor engine (B = {B}, D = {D}, K = {K:,}, H = {H}, {THREADS} threads)",
         ["N", "loss", "way", "ms", "x first way", "bf16 products", "extra MiB"],
         rows,
-        "Loss and gradient, medians of 15 (1,280,000 and more: 5), interleaved; freed memory is kept,"
-        f" as in training. {notes[0]} GPU: not measured.",
+        "Loss and gradient, medians of 15 (1,280,000 and more: 5), interleaved; freed memory is"
+        f" kept, as in training. {notes[0]} GPU: not measured.",
     )
 
 

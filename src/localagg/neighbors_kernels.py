@@ -283,10 +283,10 @@ def drop_lower(first, last, floor_B, rows_BC, count_B, sim_BC):
     """Take those from each list that do not reach its floor."""
     for i in range(first, last):
         rows, sim, kept = rows_BC[i], sim_BC[i], 0
-        for c in range(count_B[i] if floor_B[i] > -np.inf else 0):
+        for c in range(count_B[i]):
             rows[unsigned(kept)], sim[unsigned(kept)] = rows[unsigned(c)], sim[unsigned(c)]
             kept += np.int64(sim[unsigned(c)] >= floor_B[i])
-        count_B[i] = kept if floor_B[i] > -np.inf else count_B[i]
+        count_B[i] = kept
 
 
 @njit(cache=True, nogil=True)

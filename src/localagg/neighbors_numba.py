@@ -126,7 +126,12 @@ class _Batch:
         margin_B, count_B = np.max(in_threads(stream, N), axis=0), np.empty(B, np.int64)
         chunk = hold.sizes.chunk
         of_bank = chunk, self.queries.numpy(), bits(self.bank.rows)
-        misled_B = np.empty(B, np.bool_)
+        misled_B, limited = np.empty(B, np.bool_), bool((self.floor_B > -math.inf).any())
+        found = _places(B, k)
+
+        def choose(part: range) -> None:
+            rows, sim = (each.numpy() for each in found)
+            kernels.choose(part.start, part.stop, k, hold.rows, count_B, hold.sim, rows, sim)
 
         def finish(part: range) -> None:
             of, lists = (part.start, part.stop), (hold.rows, count_B, hold.sim)
@@ -137,14 +142,16 @@ class _Batch:
             kernels.rescore(*of, *of_bank, *lists)
             kernels.judge(*of, k, self.floor_B, least_B, count_B, hold.sim, misled_B)
             kernels.search_whole(*of, k, chunk, misled_B, *of_bank[1:], *lists)
-            kernels.drop_lower(*of, self.floor_B, *lists)
+            if limited:
+                kernels.drop_lower(*of, self.floor_B, *lists)
+            else:
+                choose(part)
 
         in_threads(finish, B)
-        places = min(k, int(count_B.max()))
-        rows_Bk, sim_Bk = torch.empty(B, places, dtype=torch.int64), torch.empty(B, places)
-        chosen = k, hold.rows, count_B, hold.sim, rows_Bk.numpy(), sim_Bk.numpy()
-        in_threads(lambda part: kernels.choose(part.start, part.stop, *chosen), B)
-        return rows_Bk, sim_Bk
+        if limited:
+            found = _places(B, min(k, int(count_B.max())))
+            in_threads(choose, B)
+        return found
 
     def _guess(self) -> np.ndarray:
         """A similarity [B] that somewhat more than k rows should reach."""
@@ -198,6 +205,10 @@ def _tile(bank: Prepared, start: int, end: int, out: Tensor) -> tuple[Tensor, tu
     if not math.isfinite(lost + longest):
         raise not_finite()
     return coarse, (math.sqrt(lost), math.sqrt(longest))
+
+
+def _places(B: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
 
 
 def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
