@@ -215,12 +215,11 @@ def main() -> None:
     parser.add_argument("--largest-alone", type=int, help="time ours at one size, and print it")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if not options.memory:
-        keep_freed_memory()
     if options.memory:
         loss, way, size = options.memory
         print(peak_mib(loss, way, int(size)))
         return
+    keep_freed_memory()
     if options.largest_alone:
         large = Problem(options.largest_alone)
         print(report.interleaved({"ours": lambda: gradient(ours, large)}, runs=5)["ours"])

@@ -49,6 +49,7 @@ def wide(x):
 
 @overload(wide, inline="always")
 def wide_of_type(x):
+    """:func:`wide`, chosen by type when a loop is compiled."""
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
@@ -65,6 +66,7 @@ def unsigned(place):
 
 @njit(cache=True, inline="always")
 def row_of(bank_ND, row):
+    """A row by its number, which is not negative."""
     return bank_ND[unsigned(row)]
 
 

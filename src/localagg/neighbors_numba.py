@@ -208,13 +208,13 @@ def _tile(bank: Prepared, start: int, end: int, out: Tensor) -> tuple[Tensor, tu
 
 
 def _places(B: int, k: int) -> tuple[Tensor, Tensor]:
+    """For rows and similarities."""
     return torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
 
 
 def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
     """As ``streaming.guess``."""
-    every = slice(0, len(bank.rows) // sample * sample, len(bank.rows) // sample)
-    rows = bank.rows[every].to(bank.type) if bank.coarse is None else bank.coarse[every]
+    rows = bank.sample(sample)
     coarse, guess_B = queries.to(bank.type), torch.empty(len(queries))
 
     def of_queries(part: range) -> None:
@@ -226,10 +226,9 @@ def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
     return guess_B
 
 
-def packed(rows: Tensor, similarity: Tensor, kept: Tensor, places: int) -> tuple[Tensor, Tensor]:
+def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """As ``streaming.packed``."""
-    shape = len(rows), places
-    to_rows, to_sim = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    to_rows, to_sim = _places(len(rows), int(kept.sum(dim=1).max()))
     lists = [each.numpy() for each in (rows, similarity, kept, to_rows, to_sim)]
     in_threads(lambda part: list_kernels.pack(part.start, part.stop, *lists), len(rows))
     return to_rows, to_sim

@@ -56,18 +56,39 @@ def nearest(queries: Tensor, rows_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _better(sim: Tensor, least: Tensor, start: int, most: int) -> tuple[Tensor, Tensor]:
     """The similarities [B, m] of a tile that are not at most ``least`` [B, 1] (NaN is not), and
     their rows; -inf and -1 where a query has fewer, and the best of too many."""
-    place = positions(~(sim <= least).flatten())
-    line = place.div(sim.shape[1], rounding_mode="floor")
-    count_B = torch.bincount(line, minlength=len(sim))
+    kept = ~(sim <= least)
+    line, place, column, count_B = _listed(kept)
     if int(count_B.max()) > most:
         best = sim.topk(most, dim=1, sorted=False)
         return best.values, best.indices + start
-    column = torch.arange(len(place), device=place.device) - (count_B.cumsum(0) - count_B)[line]
-    better = sim.new_full((len(sim), int(count_B.max())), -torch.inf)
-    rows = torch.full_like(better, -1, dtype=torch.int64)
-    better[line, column] = sim.flatten()[place]
-    rows[line, column] = place - line * sim.shape[1] + start
-    return better, rows
+    rows, sim = _placed((place + start, sim[line, place]), line, column, count_B)
+    return sim, rows
+
+
+def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``streaming.packed``."""
+    line, place, column, count_B = _listed(kept)
+    return _placed((rows[line, place], similarity[line, place]), line, column, count_B)
+
+
+def _listed(kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each true value of [B, K], in order: its line, its place there and how many of the line's
+    come before it; and how many each line has [B]."""
+    flat = positions(kept.flatten())
+    line = flat.div(max(1, kept.shape[1]), rounding_mode="floor")
+    count_B = torch.bincount(line, minlength=len(kept))
+    column = torch.arange(len(flat), device=flat.device) - (count_B.cumsum(0) - count_B)[line]
+    return line, flat - line * kept.shape[1], column, count_B
+
+
+def _placed(
+    listed: tuple[Tensor, Tensor], line: Tensor, column: Tensor, count_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Listed rows and similarities in lines as long as the longest; -1 and -inf in free places."""
+    shape = len(count_B), int(count_B.max()) if len(count_B) else 0
+    rows, sim = listed[0].new_full(shape, -1), listed[1].new_full(shape, -torch.inf)
+    rows[line, column], sim[line, column] = listed
+    return rows, sim
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -104,9 +125,7 @@ def _settle(
 
 def guess(queries: Tensor, bank: Prepared, rank: int, sample: int) -> Tensor:
     """As ``streaming.guess``."""
-    every = slice(0, len(bank.rows) // sample * sample, len(bank.rows) // sample)
-    rows = bank.rows[every].to(bank.type) if bank.coarse is None else bank.coarse[every]
-    sim_BT = (queries.to(bank.type) @ rows.T).to(queries.dtype)
+    sim_BT = (queries.to(bank.type) @ bank.sample(sample).T).to(queries.dtype)
     if sim_BT.device.type == "cpu":  # numpy's partition takes a fraction of the time of topk
         place = sample - rank
         return torch.from_numpy(np.partition(sim_BT.numpy(), place, axis=1)[:, place].copy())

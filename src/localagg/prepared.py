@@ -65,6 +65,12 @@ class Prepared:
             self._version = self.rows._version
         return self
 
+    def sample(self, count: int) -> Tensor:
+        """So many rows at even distances, in the type of products; the copy has to be in step."""
+        step = len(self.rows) // count
+        every = slice(0, step * count, step)
+        return self.rows[every].to(self.type) if self.coarse is None else self.coarse[every]
+
     def write(self, index: Tensor, values: Tensor) -> None:
         """``rows[index] = values``, in the copy too; of indices no two are equal."""
         in_step = self._copies and self.rows._version == self._version

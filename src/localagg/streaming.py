@@ -99,12 +99,8 @@ def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tens
         similarity: float [B, K].
         kept: bool [B, K].
     """
-    places = int(kept.sum(dim=1).max()) if len(kept) else 0
-    if compiled := numba_engine(similarity.flatten()):
-        return compiled.packed(rows, similarity, kept, places)
-    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :places]
-    rows, similarity, free = (each.gather(1, order) for each in (rows, similarity, ~kept))
-    return rows.masked_fill_(free, -1), similarity.masked_fill_(free, -torch.inf)
+    engine = numba_engine(similarity.flatten()) or neighbors_torch
+    return engine.packed(rows, similarity, kept)
 
 
 def in_order(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,6 +238,7 @@ def search_bytes(bank: Prepared, size: int, batch: int, neighbors: int) -> int:
     copied = 0 if bank.type == bank.rows.dtype else bank.type.itemsize
     listed = batch * min(neighbors, size)
     threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
+    # A thread lists 10 bytes for each of 2 (K + a tile) places; an answer takes 24 a neighbor.
     return size * bank.rows.shape[1] * copied + threads * ((12 << 20) + 20 * listed) + 24 * listed
 
 
