@@ -29,7 +29,7 @@ Where K >= N nothing is to be selected: one all-reduce of e B takes the place of
 histograms. There is no floor where ranks have fewer than ``SAMPLED_FROM`` rows. Queries go in
 groups of ``QUERIES``, and the lines between labels and gradient are once a group, so that the
 candidates of a group bound the memory: some 30 bytes a candidate, of which a query has about K/R,
-and a fifth more before they are selected.
+and a third more before they are selected.
 
 Legend of shape suffixes: B the batch of all ranks, D embedding size, C places for candidates of
 this rank, F noise draws of it (of all queries, one after the other), H clusterings.
@@ -50,7 +50,7 @@ from .selection import bounds, largest
 
 QUERIES = 8192  # scored at a time
 SAMPLED_FROM = 4096  # rows of a rank
-DEVIATIONS = 2  # of a sample's luck that a guess allows for; ranks together have more
+DEVIATIONS = 3  # of a sample's luck that a guess allows for: at 2, one step in 20 searched twice
 
 
 class Batch(NamedTuple):
