@@ -21,8 +21,8 @@ from localagg import checkpoint
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig, override
 from localagg.models import create_encoder
-from localagg.pretrain import pretrain
-from localagg.recipes import recipe
+from localagg.recipes.builtin import recipe
+from localagg.training.loop import pretrain
 
 NO_STEP = ("measuring", "health")
 

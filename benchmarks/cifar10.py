@@ -8,9 +8,9 @@ from pathlib import Path
 
 import report
 from localagg.checkpoint import latest, read_progress, read_run
-from localagg.logbook import read_metrics
-from localagg.pretrain import pretrain
-from localagg.recipes import recipe
+from localagg.io.console import read_metrics
+from localagg.recipes.builtin import recipe
+from localagg.training.loop import pretrain
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import report
 from localagg import checkpoint
 from localagg.clustering import SEED, cluster
 from localagg.config import ObjectiveConfig
-from localagg.lloyd import Rows, _argmax
+from localagg.engine.kmeans import Rows, _argmax
 
 THREADS = len(os.sched_getaffinity(0))
 RULE = ObjectiveConfig()

@@ -11,16 +11,16 @@ import torch
 
 import report
 from localagg.checkpoint import load_encoder, read_run
-from localagg.clusters import cluster_scores
 from localagg.config import TransferConfig, override
-from localagg.data.loader import decoded
-from localagg.data.sources import open_images
-from localagg.embed import embed
-from localagg.knn import knn_accuracy
-from localagg.learner import make_encoder
-from localagg.logistic import Rows, quick_head
-from localagg.quick import quick_readout
-from localagg.transfer import transfer
+from localagg.data.loading.loader import decoded
+from localagg.data.sources.open import open_images
+from localagg.embeddings.embed import embed
+from localagg.evaluation.cluster_metrics import cluster_scores
+from localagg.evaluation.knn import knn_accuracy
+from localagg.evaluation.linear import transfer
+from localagg.evaluation.logistic import Rows, quick_head
+from localagg.evaluation.quick import quick_readout
+from localagg.training.learner import make_encoder
 
 
 def main() -> None:

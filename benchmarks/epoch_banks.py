@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from localagg import checkpoint, pretrain
 from localagg.config import override
-from localagg.learner import Learner
-from localagg.recipes import recipe
+from localagg.recipes.builtin import recipe
+from localagg.training.learner import Learner
 
 
 def main() -> None:

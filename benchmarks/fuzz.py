@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from fuzz_targets import TARGETS, Files, Target
 
-from localagg.config import UserError
+from localagg.errors import UserError
 
 SECONDS, BYTES = 20.0, 1 << 30
 

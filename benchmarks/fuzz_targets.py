@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # writers of valid input
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # writers of valid input
 
 Files = dict[str, bytes]
 Part = tuple[Sequence[bytes], Callable[[Sequence[bytes]], Files]]

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import report
-from localagg.neighbors import Prepared, by_row, find_neighbors, neighborhood_loss
 from localagg.objectives import instance_softmax
+from localagg.training.neighbors import SearchableBank, by_row, find_neighbors, neighborhood_loss
 
 TEMPERATURE = 0.07
 Ways = dict[str, Callable[[], object]]
@@ -64,7 +64,7 @@ class Task:
         others = [torch.randint(len(centers), (size,), device=device) for _ in range(9)]
         self.labels = torch.stack([own, *others]).int()
         self.side_by_side = by_row(self.labels)
-        self.prepared = Prepared(self.bank).refresh()
+        self.prepared = SearchableBank(self.bank).refresh()
         self.neighbors = neighbors
 
     def gradient(self, loss: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Task:
 
     def la_rows_alone(self) -> tuple[Tensor, Tensor]:
         """The least that the engine needs: float32 looks at doubtful rows, then one gather."""
-        from localagg import neighbors_triton as engine
+        from localagg.engine import cuda_backend as engine
 
         v, bank = self.v.detach(), self.bank
         low = self.prepared.coarse
@@ -106,7 +106,7 @@ class Task:
 
     def unlike(self, queries: int = 16) -> int:
         """Rows of the first queries that float64 ranks below the K-th by more than rounding."""
-        from localagg import neighbors_triton as engine
+        from localagg.engine import cuda_backend as engine
 
         v = self.v.detach()[:queries]
         rows, _ = engine.top_rows(v, self.bank, self.neighbors, bank_low=self.prepared.coarse)

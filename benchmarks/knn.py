@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import report
-from localagg.knn import VOTES, knn_vote
+from localagg.evaluation.knn import VOTES, knn_vote
 
 TEMPERATURE = 0.07
 THREADS = len(os.sched_getaffinity(0))
@@ -62,7 +62,7 @@ WAYS = {
     "torch.cdist, then topk": cdist,
     "whole product, then topk": product,
     "faiss.knn": faiss_knn,
-    "localagg.knn": ours,
+    "localagg.evaluation.knn": ours,
 }
 
 
@@ -108,7 +108,7 @@ def of_run(run: Path, data: str):
     """A run's memory bank, and embeddings of the held-out images."""
     from localagg.checkpoint import load_bank, load_encoder, load_views
     from localagg.data import open_images
-    from localagg.embed import embed
+    from localagg.embeddings.embed import embed
 
     held_out = open_images(data, "val")
     found = embed(load_encoder(run), held_out, load_views(run), workers=THREADS)
@@ -176,7 +176,7 @@ def main() -> None:
         f"kNN: {len(space['queries']):,} queries, {len(space['bank']):,} rows ({asked})",
         ["way", "s", "x cdist", "x product", "peak MB", "of product's", "votes unlike float64"],
         rows,
-        f"{THREADS} threads each. Votes of localagg.knn unlike the naive float64 ones, exact ties"
+        f"{THREADS} threads each. Votes of localagg.evaluation.knn unlike the naive float64 ones, exact ties"
         f" included: {listed}; exact ties (of the k-th neighbor or of two classes): {ties}.",
     )
 

@@ -18,7 +18,7 @@ SIZES = (50_000, 200_000, 1_280_000)
 
 def peak_mb(size: int, batch: int = 128, K: int = 4096, H: int = 10, dim: int = 128) -> float:
     """Extra peak of one step in this process."""
-    from localagg.neighbors import find_neighbors, neighborhood_loss
+    from localagg.training.neighbors import find_neighbors, neighborhood_loss
 
     def step(bank: torch.Tensor, labels: torch.Tensor) -> None:
         embedding = torch.nn.functional.normalize(torch.randn(batch, dim), dim=1).requires_grad_()

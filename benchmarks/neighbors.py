@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import report
-from localagg import streaming
-from localagg.allocation import keep_freed_memory
-from localagg.neighbors import Prepared, by_row
+from localagg.engine import search as streaming
+from localagg.engine.thread_pool import in_threads
+from localagg.io.allocator import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
-from localagg.threads import in_threads
+from localagg.training.neighbors import SearchableBank, by_row
 
 B, D, K, H, T, EPS = 128, 128, 4096, 10, 0.07, 1e-7
 SIZES = (50_000, 200_000, 1_280_000)
@@ -48,7 +48,7 @@ class Problem:
         self.index = torch.randint(size, (B,), generator=generator)
         near = self.bank[self.index].float() + torch.randn(B, D, generator=generator) * D**-0.5
         self.v = F.normalize(near, dim=1).requires_grad_()
-        self.prepared = Prepared(self.bank)
+        self.prepared = SearchableBank(self.bank)
 
 
 # --- LA by the ways that others take ---
@@ -174,7 +174,7 @@ def effect_of_bfloat16(p: Problem) -> str:
     """What rounding the bank's rows does to the LA loss and its gradient."""
     q = Problem(len(p.bank))
     q.bank = p.bank.bfloat16()
-    q.prepared = Prepared(q.bank)
+    q.prepared = SearchableBank(q.bank)
     moved = abs(ours(q).item() / ours(p).item() - 1)
     exact, other = gradient(ours, p), gradient(ours, q)
     relative = (other - exact).norm() / exact.norm()

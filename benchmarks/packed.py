@@ -18,9 +18,9 @@ import torch
 
 import report
 from localagg.data import Sample, open_images
-from localagg.data.pack import pack
-from localagg.data.protocol import Record, encoded
-from localagg.data.shards import FORMATS
+from localagg.data.pack.formats import FORMATS
+from localagg.data.pack.pack import pack
+from localagg.data.sources.protocol import Record, encoded
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = 8  # of the synthetic records

@@ -34,14 +34,14 @@ from torch import Tensor, nn
 import report
 from localagg.checkpoint import latest, load_encoder, read_progress, read_run
 from localagg.config import PretrainConfig, override
-from localagg.data.augment import Augment, evaluation_view
-from localagg.data.loader import Feed
-from localagg.data.sources import open_images
-from localagg.device import make_fabric
-from localagg.files import whole
-from localagg.knn import knn_accuracy
-from localagg.learner import make_encoder
+from localagg.data.images.augment import Augment, evaluation_view
+from localagg.data.loading.loader import Feed
+from localagg.data.sources.open import open_images
+from localagg.engine.device import make_fabric
+from localagg.evaluation.knn import knn_accuracy
+from localagg.io.files import whole
 from localagg.models import Encoder
+from localagg.training.learner import make_encoder
 
 OTHER = 1 << 20  # added to the seed for the second view
 QUEUE = 4096  # MoCo's: keys that are kept

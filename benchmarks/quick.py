@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 import report
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
-from localagg.logistic import Rows, quick_head
-from localagg.probe import open_labelled
-from localagg.quick import freeze
+from localagg.evaluation.logistic import Rows, quick_head
+from localagg.evaluation.probe import open_labelled
+from localagg.evaluation.quick import freeze
 
 
 def random_rows() -> Rows:

@@ -7,7 +7,7 @@ thing that can be measured here: a step of two processes.
 
 Work of a rank, with b samples a rank, R ranks, B = b R, N rows, K neighbors, H clusterings of k
 clusters: B N / R similarities, b K rows gathered, the selection among b K candidates, and the
-collectives that ``localagg.sharded`` documents, as a ring sends them.
+collectives that ``localagg.training.sharded`` documents, as a ring sends them.
 """
 
 import argparse
@@ -25,11 +25,11 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
 import report
-from localagg import sharded
 from localagg.bank import MemoryBank
-from localagg.distributed import World
-from localagg.lloyd import Rows
-from localagg.selection import largest
+from localagg.distributed.collectives import World
+from localagg.engine.kmeans import Rows
+from localagg.engine.topk import largest
+from localagg.training import sharded
 
 b, D, K, H, CLUSTERS, ITERATIONS = 128, 128, 4096, 10, 30_000, 20
 ROWS = (1_281_167, 14_000_000, 100_000_000, 1_000_000_000)
@@ -89,7 +89,7 @@ class Cost(NamedTuple):
 
 
 def traffic(samples: int, ranks: int) -> tuple[int, float]:
-    """(collectives, bytes that a rank sends) of a step, in float32; see ``localagg.sharded``."""
+    """(collectives, bytes that a rank sends) of a step, in float32; see ``localagg.training.sharded``."""
     if ranks == 1:
         return 0, 0.0
     B, others = samples * ranks, (ranks - 1) / ranks

@@ -27,15 +27,15 @@ from torchvision.datasets import ImageFolder
 import report
 from localagg import checkpoint
 from localagg.clustering import cluster
-from localagg.config import PretrainConfig, known
-from localagg.data.augment import Augment
-from localagg.data.loader import Feed
-from localagg.data.protocol import encoded
-from localagg.data.sources import Source, open_images
-from localagg.learner import Learner, make_encoder
+from localagg.config import PretrainConfig, require_resolved
+from localagg.data.images.augment import Augment
+from localagg.data.loading.loader import Feed
+from localagg.data.sources.open import Source, open_images
+from localagg.data.sources.protocol import encoded
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
-from localagg.scoring import score
-from localagg.sharded import Batch
+from localagg.training.learner import Learner, make_encoder
+from localagg.training.sharded import Batch
+from localagg.training.step import score
 
 PNG = b"\x89PNG"
 PHASES = {"IR": False, "LA": True}
@@ -106,7 +106,7 @@ class Usual:
 
     def __init__(self, config: PretrainConfig, folder: Path, ours: Ours) -> None:
         self.config, views = config, config.views
-        side = known(views.image_size)
+        side = require_resolved(views.image_size)
         shown = transforms.Compose(
             [
                 transforms.RandomResizedCrop(side, scale=views.crop_area, ratio=views.crop_aspect),
@@ -118,7 +118,7 @@ class Usual:
         )
         self.loader = DataLoader(
             Indexed(folder, shown),
-            batch_size=known(config.batch_size),
+            batch_size=require_resolved(config.batch_size),
             shuffle=True,
             drop_last=True,
             num_workers=config.workers,
@@ -129,9 +129,9 @@ class Usual:
             self.encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4
         )
         self.bank = ours.learner.bank.rows.float().clone()
-        clusters = known(config.objective.clusters)
+        clusters = require_resolved(config.objective.clusters)
         self.clustering_seconds = _seconds(lambda: cluster(self.bank, clusters))
-        self.labels = known(ours.learner.labels).long()
+        self.labels = require_resolved(ours.learner.labels).long()
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,7 +158,7 @@ class Usual:
         return -(data + torch.log(K / N / (q + K / N + 1e-7)).sum(1)).mean()
 
     def _aggregation(self, embedding: Tensor, index: Tensor) -> Tensor:
-        t, K = self.config.objective.temperature, known(self.config.objective.neighbors)
+        t, K = self.config.objective.temperature, require_resolved(self.config.objective.neighbors)
         weight = torch.exp(embedding @ self.bank.T / t)
         back, rows = weight.topk(K, dim=1, sorted=False)
         close = torch.zeros_like(rows, dtype=torch.bool)
@@ -197,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     config, _ = checkpoint.read_run(options.run)
     source = open_images(options.data)
-    steps = len(source) // known(config.batch_size)
+    steps = len(source) // require_resolved(config.batch_size)
     times: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         take_out(source, Path(folder))
@@ -217,7 +217,10 @@ def main() -> None:
 
 def write(config, steps, times, ours, usual) -> None:
     rows, recipe = [], {"ours": 0.0, "usual": 0.0}
-    epochs = {"IR": known(config.ir_epochs), "LA": known(config.epochs) - known(config.ir_epochs)}
+    epochs = {
+        "IR": require_resolved(config.ir_epochs),
+        "LA": require_resolved(config.epochs) - require_resolved(config.ir_epochs),
+    }
     for phase, aggregating in PHASES.items():
         median = {name: statistics.median(times[name, phase]) for name in ("ours", "usual")}
         clustering = {"ours": 0.0, "usual": 0.0}

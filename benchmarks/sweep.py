@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 import report
 from localagg.checkpoint import latest, read_progress
-from localagg.config import UserError
-from localagg.logbook import read_metrics
+from localagg.errors import UserError
+from localagg.io.console import read_metrics
 
 METRICS = ("knn1", "knn200", "nmi", "cluster_accuracy")
 

@@ -18,13 +18,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import report
-from localagg import logbook
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
-from localagg.data.protocol import encoded
-from localagg.data.sources import open_images
+from localagg.data.sources.open import open_images
+from localagg.data.sources.protocol import encoded
+from localagg.evaluation.linear import transfer
+from localagg.io import console as logbook
 from localagg.models import Encoder, create_encoder
-from localagg.transfer import transfer
 
 BATCH = 128
 

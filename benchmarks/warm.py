@@ -13,7 +13,7 @@ from pathlib import Path
 import report
 from localagg import checkpoint, pretrain
 from localagg.config import override
-from localagg.recipes import recipe
+from localagg.recipes.builtin import recipe
 
 WAYS = {
     "cold: faiss, 20 iterations": {"warm_clusters": False},

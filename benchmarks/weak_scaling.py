@@ -22,11 +22,11 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
 import report
-from localagg import sharded
-from localagg.allocation import keep_freed_memory
 from localagg.bank import MemoryBank
-from localagg.distributed import World
-from localagg.neighbors import by_row
+from localagg.distributed.collectives import World
+from localagg.io.allocator import keep_freed_memory
+from localagg.training import sharded
+from localagg.training.neighbors import by_row
 
 B, D, H = 128, 128, 3
 

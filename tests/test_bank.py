@@ -49,9 +49,9 @@ def test_a_bank_of_bfloat16_moves_in_float32_and_is_rounded_once():
 def test_a_run_with_a_bank_of_bfloat16_learns_as_one_of_float32_and_is_measured(tmp_path):
     from localagg.checkpoint import load_bank
     from localagg.config import override
-    from localagg.evaluate import measure_run
-    from localagg.pretrain import pretrain
-    from localagg.recipes import recipe
+    from localagg.evaluation.evaluate import measure_run
+    from localagg.recipes.builtin import recipe
+    from localagg.training.loop import pretrain
 
     config = override(
         recipe("digits").config, epochs=2, ir_epochs=1, width=8, blocks=(1,), batch_size=100,

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from localagg import checkpoint
 from localagg.bank import MemoryBank
-from localagg.config import PretrainConfig, UserError
+from localagg.config import PretrainConfig
+from localagg.errors import UserError
 from localagg.models import create_encoder
 
 

@@ -4,7 +4,7 @@ import torch
 
 from localagg.bank import MemoryBank
 from localagg.clustering import cluster, kmeans
-from localagg.config import UserError
+from localagg.errors import UserError
 
 
 def lloyd_inertia(x, labels):

@@ -4,16 +4,15 @@ from localagg.config import (
     EncoderConfig,
     ObjectiveConfig,
     PretrainConfig,
-    UserError,
     ViewConfig,
     from_dict,
-    nearest,
     option,
     option_names,
     option_value,
     override,
     to_dict,
 )
+from localagg.errors import UserError, suggest
 
 WRONG = [
     (PretrainConfig, {"epochs": -1}, "--epochs is -1; it must be at least 1"),
@@ -69,7 +68,7 @@ def test_unknown_names_suggest_the_nearest():
         override(PretrainConfig(), temprature=0.1)
     with pytest.raises(UserError, match="not an option of this version"):
         from_dict(PretrainConfig, {"epoch": 3})
-    assert nearest("zzzz", ["digits"]) == ""
+    assert suggest("zzzz", ["digits"]) == ""
     assert option("batch_size") == "--batch-size"
 
 

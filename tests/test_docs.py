@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from localagg import cli, config, objectives
+from localagg import config, objectives
+from localagg.cli.actions import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,10 +28,10 @@ def test_links_commands_and_options_exist(page):
     for result in re.findall(r"benchmarks/[\w./-]+\w", text):
         assert (ROOT / result).exists(), result
     for command in re.findall(r"`localagg ([\w-]+)", text):
-        assert command in cli.COMMANDS
+        assert command in COMMANDS
     for function in re.findall(r"`objectives\.(\w+)`", text):
         assert hasattr(objectives, function)
-    kinds = [kind for kind, _ in cli.COMMANDS.values()]
+    kinds = [kind for kind, _ in COMMANDS.values()]
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     names |= {*config.option_names(config.PretrainConfig())}
     names |= {*config.option_names(config.TransferConfig())}

@@ -1,5 +1,6 @@
 """Every objective against loops in float64, on inputs that are hard on purpose."""
 
+import naive
 import numpy as np
 import pytest
 import torch
@@ -7,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import naive
-from localagg import neighbors_torch, streaming
+from localagg.engine import search as streaming
+from localagg.engine import torch_backend as neighbors_torch
 from localagg.objectives import (
     background_neighbors,
     close_neighbors,

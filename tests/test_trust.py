@@ -24,12 +24,13 @@ from torch.distributed import TCPStore
 import localagg
 from localagg import checkpoint
 from localagg.bank import MemoryBank
-from localagg.cli import main
-from localagg.config import PretrainConfig, UserError
+from localagg.cli.main import main
+from localagg.config import PretrainConfig
 from localagg.data import open_images
-from localagg.data.decode import UnreadableImage, decode, decode_crops, image_size
-from localagg.launch import loopback_store
-from localagg.logbook import read_metrics
+from localagg.data.images.decode import UnreadableImage, decode, decode_crops, image_size
+from localagg.distributed.launcher import loopback_store
+from localagg.errors import UserError
+from localagg.io.console import read_metrics
 from localagg.models import create_encoder
 from localagg.report.health import health_curves
 from localagg.report.page import Page, curves, neighbor_grid, space_map, table, write_page

@@ -5,12 +5,11 @@ answer at once.
 """
 
 import importlib
+import importlib.metadata
 import os
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("localagg")
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # How long torch's threads (GNU OpenMP) spin while they wait: 7 ms as it comes, in which they
@@ -19,27 +18,28 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if TYPE_CHECKING:
-    from .config import PretrainConfig, TransferConfig, UserError
-    from .data.sources import open_images
-    from .embed import embed
-    from .knn import knn_accuracy
+    from .config import PretrainConfig, TransferConfig
+    from .data.sources.open import open_images
+    from .embeddings.embed import embed
+    from .errors import UserError
+    from .evaluation.knn import knn_accuracy
+    from .evaluation.linear import transfer
     from .models import create_encoder
-    from .pretrain import pretrain
-    from .recipes import RECIPES, recipe
-    from .transfer import transfer
+    from .recipes.builtin import RECIPES, recipe
+    from .training.loop import pretrain
 
 _HOME = {
     "PretrainConfig": "config",
     "TransferConfig": "config",
-    "UserError": "config",
-    "open_images": "data.sources",
-    "embed": "embed",
-    "knn_accuracy": "knn",
+    "open_images": "data.sources.open",
+    "embed": "embeddings.embed",
+    "UserError": "errors",
+    "knn_accuracy": "evaluation.knn",
+    "transfer": "evaluation.linear",
     "create_encoder": "models",
-    "pretrain": "pretrain",
-    "RECIPES": "recipes",
-    "recipe": "recipes",
-    "transfer": "transfer",
+    "RECIPES": "recipes.builtin",
+    "recipe": "recipes.builtin",
+    "pretrain": "training.loop",
 }
 
 __all__ = [
@@ -67,17 +67,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
-
-
-class _Package(ModuleType):
-    """Keeps ``localagg.pretrain`` and ``localagg.embed`` the functions.
-
-    Importing a submodule binds it to its package under its own name; here the public name stays.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .draws import BANK, uniform
+from .engine.counter_rng import BANK, uniform
+from .engine.searchable_bank import SearchableBank
 from .objectives import momentum_update
-from .prepared import Prepared
 
 _INIT_CHUNK = (
     65536  # rows drawn at a time: the float64 draws of a large bank would not fit beside it
@@ -50,16 +50,16 @@ class MemoryBank(nn.Module):
             cube = uniform(seed, BANK, index, count=dim) * 2 - 1
             rows[index - self.part.start] = F.normalize(cube, dim=1).to(rows)
         self.register_buffer("rows", rows)
-        self._prepared: Prepared | None = None
+        self._prepared: SearchableBank | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> SearchableBank:
         """The rows made ready to be searched; what is made of them follows :meth:`update`."""
         if self._prepared is None or self._prepared.rows is not self.rows:
-            self._prepared = Prepared(self.rows)
+            self._prepared = SearchableBank(self.rows)
         return self._prepared
 
     @torch.no_grad()

@@ -32,13 +32,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import runlock, shards
 from .bank import MemoryBank
-from .config import PretrainConfig, UserError, ViewConfig, from_dict, to_dict
-from .distributed import World
-from .files import flush, whole, write_flushed
+from .config import PretrainConfig, ViewConfig, from_dict, to_dict
+from .distributed.collectives import World
+from .errors import UserError
+from .io import runlock
+from .io import sharded_tensors as shards
+from .io.files import flush, whole, write_flushed
+from .io.tensor_files import save_tensors
 from .models import Encoder, encoder_from_json, spec_to_json
-from .tensor_files import save_tensors
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,10 +57,10 @@ def check_new(run: Path) -> None:
     """
     if (run / "config.json").exists():
         raise UserError(
-            f"'{run}' holds another run; go on with --resume {run}, or name another --out."
+            "TODO", f"'{run}' holds another run; go on with --resume {run}, or name another --out."
         )
     if run.exists() and (not run.is_dir() or any(map(_not_left, run.iterdir()))):
-        raise UserError(f"'{run}' exists and is not empty; name another --out.")
+        raise UserError("TODO", f"'{run}' exists and is not empty; name another --out.")
 
 
 def _not_left(path: Path) -> bool:
@@ -83,12 +85,12 @@ def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
     """
     if not (run / "config.json").exists():
         what = "is not a run folder (it has no config.json)" if run.exists() else "does not exist"
-        raise UserError(f"'{run}' {what}; name the --out of an earlier pretrain.")
+        raise UserError("TODO", f"'{run}' {what}; name the --out of an earlier pretrain.")
     try:
         facts = json.loads((run / "config.json").read_text())
         return from_dict(PretrainConfig, facts.pop("config")), facts
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{run / 'config.json'}' cannot be read: {error}.") from None
+        raise UserError("TODO", f"'{run / 'config.json'}' cannot be read: {error}.") from None
 
 
 def save(
@@ -179,7 +181,7 @@ def _of_all_ranks(world: World, half: Path) -> Iterator[None]:
     if told := [words for words in world.objects(trouble) if words is not None]:
         if world.rank == 0:
             shutil.rmtree(half, ignore_errors=True)
-        raise UserError(told[0])
+        raise UserError("TODO", told[0])
 
 
 def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -209,8 +211,9 @@ def writing(run: Path, half: Path | None = None) -> Iterator[None]:
         if has_checkpoint(run):
             newest = f"the last checkpoint, '{latest(run)}', is whole"
         raise UserError(
+            "TODO",
             f"'{run}' cannot be written to ({error.strerror or error}); {newest}. Make room, then"
-            f" go on with localagg pretrain --resume {run}"
+            f" go on with localagg pretrain --resume {run}",
         ) from None
 
 
@@ -226,7 +229,7 @@ def latest(run: Path) -> Path:
         UserError: there is none.
     """
     if not has_checkpoint(run):
-        raise UserError(f"'{run}' holds no checkpoint yet; go on with --resume {run}.")
+        raise UserError("TODO", f"'{run}' holds no checkpoint yet; go on with --resume {run}.")
     return max((run / "checkpoints").glob("step-*"))
 
 
@@ -253,7 +256,7 @@ def restore(
         *(EOFError, pickle.UnpicklingError),
     ) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The checkpoint '{folder}' is damaged: {reason}") from None
+        raise UserError("TODO", f"The checkpoint '{folder}' is damaged: {reason}") from None
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "progress.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"The checkpoint '{folder}' is damaged: {error}") from None
+        raise UserError("TODO", f"The checkpoint '{folder}' is damaged: {error}") from None
 
 
 def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) -> None:
@@ -292,7 +295,7 @@ def load_encoder(path: Path) -> Encoder:
         read_run(path)
         path = latest(path) / "model.safetensors"
     if not path.exists():
-        raise UserError(f"There is no run folder or weights file '{path}'.")
+        raise UserError("TODO", f"There is no run folder or weights file '{path}'.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -300,11 +303,11 @@ def load_encoder(path: Path) -> Encoder:
         encoder.load_state_dict(load_file(path))
     except KeyError:
         raise UserError(
-            f"'{path}' was not written by localagg: it names no architecture."
+            "TODO", f"'{path}' was not written by localagg: it names no architecture."
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The weights '{path}' are damaged: {reason}") from None
+        raise UserError("TODO", f"The weights '{path}' are damaged: {reason}") from None
     return encoder
 
 
@@ -317,14 +320,14 @@ def load_views(path: Path) -> ViewConfig | None:
     if path.is_dir():
         return read_run(path)[0].views
     if not path.exists():
-        raise UserError(f"There is no run folder or weights file '{path}'.")
+        raise UserError("TODO", f"There is no run folder or weights file '{path}'.")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("views")
         return None if text is None else from_dict(ViewConfig, json.loads(text))
     except (SafetensorError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The weights '{path}' are damaged: {reason}") from None
+        raise UserError("TODO", f"The weights '{path}' are damaged: {reason}") from None
 
 
 def weights_digest(encoder: Encoder) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .bank import MemoryBank
-from .config import UserError
-from .distributed import World
-from .lloyd import KMeans, Rows, first_rows, lloyd, means
+from .distributed.collectives import World
+from .engine.kmeans import KMeans, Rows, first_rows, lloyd, means
+from .errors import UserError
 
 SEED = 1234  # the reference's: clustering h is seeded SEED + h
 OVERSHOOT = 0.7  # of warm starts; see lloyd()
@@ -33,11 +33,11 @@ def kmeans(
 
     Cold, it starts from the rows that faiss draws for the seed, and faiss computes it where the
     rows are on a CPU and in one process. Elsewhere, and from a warm start,
-    :func:`~localagg.lloyd.lloyd` does, which on a CPU without fast bf16 gives faiss' labels but for
+    :func:`~localagg.engine.kmeans.lloyd` does, which on a CPU without fast bf16 gives faiss' labels but for
     rows between two equally near centroids.
 
     Args:
-        rows: [N, D], any float dtype and device; or :class:`~localagg.lloyd.Rows` that several
+        rows: [N, D], any float dtype and device; or :class:`~localagg.engine.kmeans.Rows` that several
             clusterings share. Computed in float32.
         clusters: k, at most N.
         seed: of the first centroids, which are rows drawn at random.
@@ -50,7 +50,7 @@ def kmeans(
         world: whose share the rows are, if they are split over ranks. None: they are all.
 
     Returns:
-        A :class:`~localagg.lloyd.KMeans`; of this rank's rows where they are split.
+        A :class:`~localagg.engine.kmeans.KMeans`; of this rank's rows where they are split.
 
     Raises:
         UserError: more clusters than rows, rows that are not finite, or faiss asked for where it
@@ -61,8 +61,9 @@ def kmeans(
     size = len(rows) if isinstance(rows, Tensor) else rows.count
     if not 1 <= clusters <= size:
         raise UserError(
+            "TODO",
             f"{clusters:,} clusters of {size:,} images cannot be;"
-            f" set --clusters to at most {size:,}."
+            f" set --clusters to at most {size:,}.",
         )
     if isinstance(rows, Tensor):
         return _faiss(rows, clusters, seed, iterations)
@@ -102,7 +103,7 @@ def cluster(
         on_progress: called as ``on_progress(h, result)`` after each clustering.
         centroids: a list that is emptied and filled with those of the H results.
         world: whose share the rows are, if the bank is split over ranks; see
-            :class:`~localagg.lloyd.Rows` for the collectives.
+            :class:`~localagg.engine.kmeans.Rows` for the collectives.
 
     Returns:
         Labels, int32 [H, N], on the bank's device; of this rank's rows where the bank is split.
@@ -144,7 +145,7 @@ def _by_faiss(rows: Tensor, engine: Engine, start: object | None, world: World |
         return False
     ranks = world.size if world else 1
     if engine == "faiss" and ranks > 1:
-        raise UserError(f"--kmeans faiss cannot cluster over {ranks} processes; use lloyd.")
+        raise UserError("TODO", f"--kmeans faiss cannot cluster over {ranks} processes; use lloyd.")
     return engine == "faiss" or (rows.device.type != "cuda" and ranks == 1)
 
 
@@ -154,7 +155,9 @@ def _faiss(rows: Tensor, clusters: int, seed: int, iterations: int) -> KMeans:
     x = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy())
     size, dim = x.shape
     if not np.isfinite(x).all():
-        raise UserError("The bank holds values that are not finite and cannot be clustered.")
+        raise UserError(
+            "TODO", "The bank holds values that are not finite and cannot be clustered."
+        )
     engine = faiss.Kmeans(
         dim,
         clusters,

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import streaming
-from .prepared import Prepared
+from .engine import search as streaming
+from .engine.searchable_bank import SearchableBank
 
 # The reference keeps the constant Z that Wu et al. estimated on ImageNet's 1,281,167 images, and
 # scales it with N (instance_model.py: base_prob times this constant).
@@ -110,7 +110,7 @@ def instance_nce(
 
 
 def background_neighbors(
-    embedding: Tensor, bank: Tensor | Prepared, neighbors: int
+    embedding: Tensor, bank: Tensor | SearchableBank, neighbors: int
 ) -> tuple[Tensor, Tensor]:
     """B_i: the K bank rows with the largest v_i . M_j (LA section 3.1). Self is not excluded.
 
@@ -223,7 +223,7 @@ def mixed_loss(
 
 def local_aggregation(
     embedding: Tensor,
-    bank: Tensor | Prepared,
+    bank: Tensor | SearchableBank,
     labels: Tensor,
     index: Tensor,
     *,
@@ -251,7 +251,7 @@ def local_aggregation(
     """
     rows_BK, sim_BK = background_neighbors(embedding, bank, neighbors)
     close_BK = close_neighbors(labels, index, rows_BK)
-    rows = bank.rows if isinstance(bank, Prepared) else bank
+    rows = bank.rows if isinstance(bank, SearchableBank) else bank
     return aggregation_loss(
         embedding, rows, rows_BK, close_BK, similarity=sim_BK, temperature=temperature, eps=eps
     )

@@ -1,22 +1,19 @@
 import gzip
 import io
-import sys
 import tarfile
 from pathlib import Path
 
+import fuzz
+import make_tf_checkpoint as make
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
-
-import make_tf_checkpoint as make
-from localagg.config import UserError
-from localagg.interop.tf_checkpoint import open_tf_checkpoint
 from make_tf_checkpoint import SMALL, put
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import fuzz
+from localagg.errors import UserError
+from localagg.interop.tf_checkpoint import open_tf_checkpoint
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda name: not name.startswith("\0")

@@ -1,17 +1,12 @@
 """TensorFlow checkpoints that are missing, altered, or made to mislead."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
+import fuzz
 import make_tf_checkpoint as make
-from localagg.config import UserError
-from localagg.interop.tf_checkpoint import open_tf_checkpoint
+import pytest
 from make_tf_checkpoint import SMALL, entry_of, put
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import fuzz
+from localagg.errors import UserError
+from localagg.interop.tf_checkpoint import open_tf_checkpoint
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from localagg.bank import MemoryBank
-from localagg.config import UserError
+from localagg.errors import UserError
 from localagg.interop.tf_weights import load_variables, map_variables
 from localagg.models import create_encoder
 from tf_like import Arrays, Program, alexnet_bn, resnet_v2, vgg16_bn_last

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from localagg.bank import MemoryBank
-from localagg.config import UserError
+from localagg.errors import UserError
 from localagg.interop.torch_port import load_torch_port, read_torch_port
 from localagg.models import create_encoder
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from make_tf_checkpoint import checkpoint
 from safetensors.torch import load_file
 
 from localagg import cli
@@ -12,7 +13,6 @@ from localagg.checkpoint import load_encoder, load_views
 from localagg.interop.tf_weights import map_variables
 from localagg.interop.weights_file import REFERENCE_VIEWS
 from localagg.models import create_encoder
-from make_tf_checkpoint import checkpoint
 
 
 @pytest.fixture(scope="module")

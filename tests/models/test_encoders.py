@@ -1,13 +1,8 @@
 import pytest
 import torch
 
-from localagg.config import UserError
-from localagg.models import (
-    available_models,
-    create_encoder,
-    encoder_from_json,
-    spec_to_json,
-)
+from localagg.errors import UserError
+from localagg.models import available_models, create_encoder, encoder_from_json, spec_to_json
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from localagg.config import UserError
+from localagg.errors import UserError
 from localagg.models import available_models, create_encoder
 from localagg.models.backbone import average_pool, truncated_normal_
 from localagg.models.preact_resnet import _max_pool

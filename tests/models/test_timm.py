@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from localagg.config import UserError
+from localagg.errors import UserError
 from localagg.models import create_encoder, encoder_from_json, spec_to_json
 
 IMAGES = torch.rand(2, 3, 64, 64)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from localagg.bank import MemoryBank
-from localagg.neighbors import find_neighbors
 from localagg.objectives import close_neighbors, instance_nce, local_aggregation, momentum_update
+from localagg.training.neighbors import find_neighbors
 
 pytestmark = pytest.mark.reference
 CASES = (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from localagg.knn import knn_accuracy, knn_vote
+from localagg.evaluation.knn import knn_accuracy, knn_vote
 
 pytestmark = pytest.mark.reference
 

@@ -6,15 +6,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from tf_like import Arrays, rule_kernel
 
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig
 from localagg.interop import load_tf_checkpoint
 from localagg.interop.tf_weights import load_variables, map_variables
-from localagg.learner import _decayed
 from localagg.models import create_encoder
 from localagg.models.vgg import VGG16
-from tf_like import Arrays, rule_kernel
+from localagg.training.learner import _decayed
 
 pytestmark = pytest.mark.reference
 FOLDERS = {"preact_resnet18": "resnet18", "alexnet_bn": "alexnet_bn_no_drop"}

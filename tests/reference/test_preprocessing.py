@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binom
 
 from localagg.config import ViewConfig
-from localagg.data.augment import (
+from localagg.data.images.augment import (
     Augment,
     color_jitter,
     crop_boxes,
@@ -17,10 +17,9 @@ from localagg.data.augment import (
     evaluation_view,
     ten_crop_views,
 )
-from localagg.data.crops import Boxes, evaluation_boxes
-from localagg.data.decode import decode
-from localagg.data.loader import Crops, evaluation_batches
-from localagg.data.reference_views import (
+from localagg.data.images.crops import Boxes, evaluation_boxes
+from localagg.data.images.decode import decode
+from localagg.data.images.reference_views import (
     JITTER,
     area_means,
     brightness,
@@ -30,7 +29,8 @@ from localagg.data.reference_views import (
     resample,
     saturation,
 )
-from localagg.data.sources import open_images
+from localagg.data.loading.loader import Crops, evaluation_batches
+from localagg.data.sources.open import open_images
 from localagg.models import create_encoder
 
 pytestmark = pytest.mark.reference

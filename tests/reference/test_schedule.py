@@ -5,10 +5,10 @@ import json
 import pytest
 
 from localagg.config import PretrainConfig, override
-from localagg.probe import general_options
-from localagg.recipes import READOUT_RECIPES, RECIPES, REFERENCE
-from localagg.reference_recipes import IMAGENET, PLACES
-from localagg.schedule import Schedule
+from localagg.evaluation.probe import general_options
+from localagg.recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE
+from localagg.recipes.paper import IMAGENET, PLACES
+from localagg.recipes.schedule import Schedule
 
 pytestmark = pytest.mark.reference
 # The step at which the reference's read-outs load the weights, and from which they count on.

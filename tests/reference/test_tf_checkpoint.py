@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from localagg.config import UserError
+from localagg.errors import UserError
 from localagg.interop.tf_checkpoint import open_tf_checkpoint
 
 pytestmark = pytest.mark.reference

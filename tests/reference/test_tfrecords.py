@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from localagg.data import open_images
-from localagg.data.pack import pack
-from localagg.data.sources import stored_splits
-from localagg.data.tfrecord import write_tfrecords
+from localagg.data.pack.pack import pack
+from localagg.data.sources.open import stored_splits
+from localagg.data.sources.tfrecord import write_tfrecords
 
 pytestmark = pytest.mark.reference
 SPLITS = [(data, split) for data in ("imagenet", "places") for split in ("train", "val")]

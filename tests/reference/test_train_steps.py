@@ -11,9 +11,9 @@ from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig
 from localagg.interop import load_tf_checkpoint
 from localagg.interop.tf_weights import map_variables
-from localagg.learner import _decayed
 from localagg.models import create_encoder
 from localagg.objectives import instance_nce, local_aggregation
+from localagg.training.learner import _decayed
 
 pytestmark = pytest.mark.reference
 MEAN = "resnet_model/batch_normalization/moving_mean"

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from localagg.evaluation.readout import (
+    ReadOut,
+    accuracies,
+    cross_entropies,
+    make_optimizer,
+    mean_softmax,
+)
 from localagg.interop import load_tf_checkpoint
 from localagg.models import create_encoder
-from localagg.readout import ReadOut, accuracies, cross_entropies, make_optimizer, mean_softmax
 
 pytestmark = pytest.mark.reference
 LAYERS = ("1", "3", "5", "7", "9")

@@ -1,5 +1,5 @@
 """Images in: sources, decoding, views and batches. Knows neither the models nor the method."""
 
-from .sources import Sample, Source, open_evaluation, open_images
+from .sources.open import Sample, Source, open_evaluation, open_images
 
 __all__ = ["Sample", "Source", "open_evaluation", "open_images"]

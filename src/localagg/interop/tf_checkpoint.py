@@ -18,8 +18,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ..config import UserError, nearest
-from ..crc32c import masked_crc32c
+from ..errors import UserError, suggest
+from ..io.crc32c import masked_crc32c
 from .tf_files import MOST_INDEX_BYTES, find_prefix, index_file, is_archive, unpack
 from .tf_table import Damaged, fields, read_table
 
@@ -71,7 +71,7 @@ def open_tf_checkpoint(prefix: str | os.PathLike[str]) -> "TFCheckpoint":
             unpacked.cleanup()
             raise
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from None
+        raise UserError("TODO", f"'{path}' cannot be read: {error.strerror or error}.") from None
 
 
 class TFCheckpoint:
@@ -98,8 +98,9 @@ class TFCheckpoint:
             self._shards, self._entries = _read_index(file.read_bytes())
         except Damaged as error:
             raise UserError(
+                "TODO",
                 f"'{self._shown(file)}' is not a whole index of a TensorFlow V2 checkpoint"
-                f" ({error}); copy it again."
+                f" ({error}); copy it again.",
             ) from None
         self.names = list(self._entries)
         self._check_shards()
@@ -121,8 +122,9 @@ class TFCheckpoint:
         code = self._entry(name).dtype
         if code not in _DTYPES:
             raise UserError(
+                "TODO",
                 f"'{name}' in '{self._shown(self._prefix)}' has TensorFlow's data type {code},"
-                " which is not read: leave this variable out."
+                " which is not read: leave this variable out.",
             )
         return np.dtype(_DTYPES[code]).newbyteorder("=")
 
@@ -140,7 +142,7 @@ class TFCheckpoint:
         where = f"'{name}' in '{self._shown(self._prefix)}'"
         if entry.dtype == _STRING or entry.sliced:
             what = "holds text" if entry.dtype == _STRING else "was saved in slices"
-            raise UserError(f"{where} {what}, which is not read: leave this variable out.")
+            raise UserError("TODO", f"{where} {what}, which is not read: leave this variable out.")
         data = np.empty(entry.size, np.uint8)
         file = self._shard_file(entry.shard)
         try:
@@ -153,11 +155,12 @@ class TFCheckpoint:
                         break
                     count += got
         except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror or error}.") from None
+            raise UserError("TODO", f"{where} cannot be read: {error.strerror or error}.") from None
         if count < len(data) or masked_crc32c(data) != entry.crc:
             raise UserError(
+                "TODO",
                 f"'{self._shown(file)}' is damaged: '{name}' does not have its checksum; copy the"
-                " file again."
+                " file again.",
             )
         return _values(data, entry).reshape(entry.shape).astype(dtype, copy=False)
 
@@ -174,8 +177,10 @@ class TFCheckpoint:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            like = nearest(name, self.names)
-            raise UserError(f"'{self._shown(self._prefix)}' has no variable '{name}'.{like}")
+            like = suggest(name, self.names)
+            raise UserError(
+                "TODO", f"'{self._shown(self._prefix)}' has no variable '{name}'.{like}"
+            )
         return self._entries[name]
 
     def _shard_file(self, shard: int) -> Path:
@@ -198,15 +203,17 @@ class TFCheckpoint:
             file = self._shard_file(shard)
             if not file.is_file():
                 raise UserError(
+                    "TODO",
                     f"'{self._shown(file)}' is missing; a checkpoint is its .index and its .data"
-                    " files together, so copy it beside the index."
+                    " files together, so copy it beside the index.",
                 )
             size = file.stat().st_size
             # TensorFlow writes one variable after the other: they do not share bytes.
             if size < max(end, bytes_of[shard]):
                 raise UserError(
+                    "TODO",
                     f"'{self._shown(file)}' is truncated: it has {size:,} bytes of at least"
-                    f" {max(end, bytes_of[shard]):,}; copy it again."
+                    f" {max(end, bytes_of[shard]):,}; copy it again.",
                 )
 
 

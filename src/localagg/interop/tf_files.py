@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ..config import UserError, nearest
+from ..errors import UserError, suggest
 from .tf_table import TABLE_MAGIC
 
 MOST_INDEX_BYTES = 64 << 20  # an index needs some 80 bytes a variable
@@ -46,16 +46,18 @@ def find_prefix(path: Path) -> Path:
         return _in_folder(path.parent)
     if prefix != path or list(path.parent.glob(f"{_escaped(path.name)}.data-*-of-*")):
         raise UserError(
+            "TODO",
             f"'{index_file(prefix)}' is missing; a checkpoint is its .index and its .data files"
-            " together, so copy it beside them."
+            " together, so copy it beside them.",
         )
     if path.is_file():
-        raise UserError(f"'{path}' {_what_it_is(path)}.")
+        raise UserError("TODO", f"'{path}' {_what_it_is(path)}.")
     if list(path.parent.glob(f"{_escaped(path.name)}-{'[0-9]' * 5}-of-{'[0-9]' * 5}")):
-        raise UserError(f"'{path}' {_V1}.")
+        raise UserError("TODO", f"'{path}' {_V1}.")
     found = [file.with_suffix("").name for file in path.parent.glob("*.index")]
     raise UserError(
-        f"There is no TensorFlow checkpoint '{path}'; {_WAY_OUT}.{nearest(path.name, found)}"
+        "TODO",
+        f"There is no TensorFlow checkpoint '{path}'; {_WAY_OUT}.{suggest(path.name, found)}",
     )
 
 
@@ -88,11 +90,13 @@ def _in_folder(folder: Path) -> Path:
             if prefix in found:
                 return prefix
             if prefix.is_file() and not found:
-                raise UserError(f"'{prefix}' {_what_it_is(prefix)}.")
+                raise UserError("TODO", f"'{prefix}' {_what_it_is(prefix)}.")
     if len(found) != 1:
         some = ", ".join(prefix.name for prefix in found[:5]) + ", ..." * (len(found) > 5)
         what = f"holds several checkpoints ({some}): name one of them" if found else None
-        raise UserError(f"'{folder}' {what or f'holds no TensorFlow checkpoint; {_WAY_OUT}'}.")
+        raise UserError(
+            "TODO", f"'{folder}' {what or f'holds no TensorFlow checkpoint; {_WAY_OUT}'}."
+        )
     return found[0]
 
 
@@ -132,7 +136,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"The archive '{archive}' cannot be read ({reason}); copy or pack it again."
+            "TODO", f"The archive '{archive}' cannot be read ({reason}); copy or pack it again."
         ) from None
 
 
@@ -143,16 +147,21 @@ def _unpack(tar: tarfile.TarFile, archive: Path, folder: Path) -> Path:
     if len(homes) > 1:
         some = ", ".join(str(name.with_suffix("")) for name in tables[:5])
         raise UserError(
-            f"'{archive}' holds several checkpoints ({some}): unpack it and name one of them."
+            "TODO",
+            f"'{archive}' holds several checkpoints ({some}): unpack it and name one of them.",
         )
     home = homes.pop() if homes else PurePosixPath()
     for name in [*tables, home / "checkpoint"]:
         if name in members:
             if members[name].size > MOST_INDEX_BYTES:
-                raise UserError(f"'{name}' in '{archive}' is too large for an index: refused.")
+                raise UserError(
+                    "TODO", f"'{name}' in '{archive}' is too large for an index: refused."
+                )
             _write(tar, members[name], folder / name.name)
     if not tables:
-        raise UserError(f"'{archive}' holds no TensorFlow checkpoint; pack its .index and .data.")
+        raise UserError(
+            "TODO", f"'{archive}' holds no TensorFlow checkpoint; pack its .index and .data."
+        )
     prefix = _in_folder(folder)
     for name, member in members.items():
         if name.parent == home and name.name.startswith(prefix.name + ".data-"):
@@ -167,11 +176,14 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> dict[PurePosixPath, tarfile
     for count, member in enumerate(tar):
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name:
-            raise UserError(f"'{archive}' has a member that leaves its folder: {member.name!r}.")
+            raise UserError(
+                "TODO", f"'{archive}' has a member that leaves its folder: {member.name!r}."
+            )
         if not (member.isreg() or member.isdir()) or member.issparse():
             raise UserError(
+                "TODO",
                 f"'{archive}' has a member that is a link, a device or sparse: {member.name!r};"
-                " pack plain files only."
+                " pack plain files only.",
             )
         # A size below zero would make tarfile read the same members for ever.
         if member.size < 0 or member.offset <= at:
@@ -179,8 +191,9 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> dict[PurePosixPath, tarfile
         total, at = total + member.size, member.offset
         if total > _MOST_BYTES or count >= _MOST_MEMBERS:
             raise UserError(
+                "TODO",
                 f"'{archive}' holds more than {_MOST_BYTES >> 30} GiB or {_MOST_MEMBERS:,} members:"
-                " pack the checkpoint's own files only."
+                " pack the checkpoint's own files only.",
             )
         if member.isreg():
             members[name] = member

@@ -6,7 +6,7 @@ against what is there before anything is read.
 
 from collections.abc import Iterator
 
-from ..crc32c import masked_crc32c
+from ..io.crc32c import masked_crc32c
 
 TABLE_MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")  # a table's last bytes
 _FOOTER = 48  # two block handles, padding, magic

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import MemoryBank
-from ..config import UserError
+from ..errors import UserError
 from ..models import Encoder, create_encoder
 from ..models.alexnet import AlexNet
 from ..models.preact_resnet import PreActResNet
@@ -147,8 +147,9 @@ def map_variables(encoder: Encoder) -> dict[str, str]:
     if isinstance(backbone, VGG16):
         return dict(_vgg_variables(backbone))
     raise UserError(
+        "TODO",
         f"The reference program has no network {encoder.spec['model']}; its weights fit "
-        f"{', '.join(NETWORKS)}."
+        f"{', '.join(NETWORKS)}.",
     )
 
 
@@ -238,12 +239,13 @@ def _refuse_other_network(
     best = max(counts, key=lambda name: counts[name])
     if counts[best] == 0:
         raise UserError(
+            "TODO",
             f"{where} holds no variable of {model}, nor of another network of the reference; its "
-            f"first ones are {', '.join(list(source.names)[:3]) or 'none'}."
+            f"first ones are {', '.join(list(source.names)[:3]) or 'none'}.",
         )
     if counts[best] > counts[model]:
         raise UserError(
-            f"{where} holds the weights of {best}, not of {model}: make a {best} for them."
+            "TODO", f"{where} holds the weights of {best}, not of {model}: make a {best} for them."
         )
     if wrong:
         name = wrong[0]
@@ -252,8 +254,9 @@ def _refuse_other_network(
             f"make it with dim={shape[-1]}" if key.startswith("head.") else "take another file"
         )
         raise UserError(
+            "TODO",
             f"{where} does not fit this {model}: {found[name]} has shape {shape}, "
-            f"{key} {list(encoder.state_dict()[key].shape)}; {way_out}."
+            f"{key} {list(encoder.state_dict()[key].shape)}; {way_out}.",
         )
 
 
@@ -269,12 +272,15 @@ def _fit(source: Variables, encoder: Encoder, found: dict[str, str]) -> tuple[li
 
 def _refuse_other_bank(source: Variables, bank: MemoryBank, name: str | None, where: str) -> None:
     if name is None:
-        raise UserError(f"{where} holds no memory bank (instance/memory_bank); leave out bank.")
+        raise UserError(
+            "TODO", f"{where} holds no memory bank (instance/memory_bank); leave out bank."
+        )
     shape = tuple(source.shape(name))
     if shape != tuple(bank.rows.shape):
         raise UserError(
+            "TODO",
             f"{where} holds a memory bank of shape {list(shape)}, where one of "
-            f"{list(bank.rows.shape)} is to be filled; make it with the file's."
+            f"{list(bank.rows.shape)} is to be filled; make it with the file's.",
         )
 
 
@@ -305,7 +311,9 @@ def _integers(source: Variables, name: str | None, axes: int, where: str) -> Ten
         return None
     array = _array(source, name, "iu", where)
     if array.ndim != axes:
-        raise UserError(f"{where}: {name} has {array.ndim} axes, not {axes}; take another file.")
+        raise UserError(
+            "TODO", f"{where}: {name} has {array.ndim} axes, not {axes}; take another file."
+        )
     return array.to(torch.int64)
 
 
@@ -314,6 +322,6 @@ def _array(source: Variables, name: str, kinds: str, where: str) -> Tensor:
     if array.dtype.kind not in kinds:
         wanted = "floating-point" if kinds == "f" else "whole"
         raise UserError(
-            f"{where}: {name} holds {array.dtype}, not {wanted} numbers; take another file."
+            "TODO", f"{where}: {name} holds {array.dtype}, not {wanted} numbers; take another file."
         )
     return torch.from_numpy(np.require(array, requirements=("C", "W")))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bank import MemoryBank
-from ..config import UserError
+from ..errors import UserError
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
 from ..models.torchvision_resnet import TorchvisionResNet
@@ -66,17 +66,23 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"There is no file '{path}'; name a checkpoint.pth.tar of the PyTorch port."
+            "TODO", f"There is no file '{path}'; name a checkpoint.pth.tar of the PyTorch port."
         )
     saved = _load(path)
     if not isinstance(saved, dict):
-        raise UserError(f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port.")
+        raise UserError(
+            "TODO", f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port."
+        )
     weights = saved.get("model_state_dict", saved.get("state_dict", saved))
     if not isinstance(weights, dict):
-        raise UserError(f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port.")
+        raise UserError(
+            "TODO", f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port."
+        )
     found = {str(name).removeprefix("module."): _tensor(v, path) for name, v in weights.items()}
     if not found:
-        raise UserError(f"'{path}' holds no weights; name a checkpoint.pth.tar of the port.")
+        raise UserError(
+            "TODO", f"'{path}' holds no weights; name a checkpoint.pth.tar of the port."
+        )
     bank = saved.get(_BANK)
     if isinstance(bank, _Inert):
         bank = bank.fields.get("bank_broadcast")
@@ -100,13 +106,15 @@ def _load(path: Path) -> object:
         foreign = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", text, re.IGNORECASE)
         if foreign:
             raise UserError(
+                "TODO",
                 f"'{path}' holds an object of the type {foreign[1]}, which is refused because"
-                " making it could run foreign code; save the state dict alone."
+                " making it could run foreign code; save the state dict alone.",
             ) from None
         lines = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise UserError(
+            "TODO",
             f"'{path}' is damaged or was not written by torch.save ({lines[0][:200]}); copy it"
-            " again."
+            " again.",
         ) from None
 
 
@@ -119,7 +127,9 @@ def _tensor(value: object, path: Path) -> Tensor:
         or value.is_quantized
         or value.numel() * value.element_size() > value.untyped_storage().nbytes()
     ):
-        raise UserError(f"'{path}' holds something else than plain tensors; save a state dict.")
+        raise UserError(
+            "TODO", f"'{path}' holds something else than plain tensors; save a state dict."
+        )
     return value.detach()
 
 
@@ -157,11 +167,12 @@ def load_torch_port(
     if bank is not None:
         rows = found.get(_BANK)
         if rows is None:
-            raise UserError(f"'{path}' holds no memory bank; leave out bank.")
+            raise UserError("TODO", f"'{path}' holds no memory bank; leave out bank.")
         if rows.shape != bank.rows.shape:
             raise UserError(
+                "TODO",
                 f"'{path}' holds a memory bank of shape {list(rows.shape)}, where one of"
-                f" {list(bank.rows.shape)} is to be filled; make it with the file's."
+                f" {list(bank.rows.shape)} is to be filled; make it with the file's.",
             )
         bank.rows.copy_(rows)
     for name in matched:
@@ -193,8 +204,9 @@ def _names(encoder: Encoder, targets: dict[str, Tensor]) -> dict[str, str]:
         rename = _preact_name
     else:
         raise UserError(
+            "TODO",
             f"The PyTorch port has no network {encoder.spec['model']}; its weights fit"
-            " preact_resnet18 and torchvision's resnet18, resnet50 and so on."
+            " preact_resnet18 and torchvision's resnet18, resnet50 and so on.",
         )
     return {rename(key): key for key in targets if key not in ("mean", "std")}
 
@@ -225,15 +237,18 @@ def _refuse_other_network(
     preact = "linear.weight" in found and "bn.weight" in found
     if preact != isinstance(encoder.backbone, PreActResNet):
         there = "preact_resnet18" if preact else "a torchvision network"
-        raise UserError(f"'{path}' holds the weights of {there}, not of {model}: make that one.")
+        raise UserError(
+            "TODO", f"'{path}' holds the weights of {there}, not of {model}: make that one."
+        )
     wrong = [n for n in wanted if n in found and found[n].shape != targets[wanted[n]].shape]
     if wrong:
         name, there, here = wrong[0], found[wrong[0]].shape, targets[wanted[wrong[0]]].shape
         is_head = wanted[name].startswith("head.")
         way_out = f"make it with dim={there[0]}" if is_head else "take the network of the file"
         raise UserError(
+            "TODO",
             f"'{path}' does not fit this {model}: {name} has shape {list(there)},"
-            f" {list(here)} is wanted; {way_out}."
+            f" {list(here)} is wanted; {way_out}.",
         )
     # A deeper network of the same widths has all names of a shallower one, in the right shapes.
     head = ("fc.", "linear.")
@@ -243,5 +258,5 @@ def _refuse_other_network(
     if gone or more:
         what = f"{gone[0]} is missing" if gone else f"{more[0]} is too much"
         raise UserError(
-            f"'{path}' does not fit this {model}: {what}; take the network of the file."
+            "TODO", f"'{path}' does not fit this {model}: {what}; take the network of the file."
         )

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from ..bank import MemoryBank
 from ..checkpoint import save_weights
-from ..config import UserError, ViewConfig, nearest
-from ..files import whole
+from ..config import ViewConfig
+from ..errors import UserError, suggest
+from ..io.files import whole
 from ..models import Encoder, create_encoder
 from .tf_checkpoint import open_tf_checkpoint
 from .tf_weights import NETWORKS, TFReport, load_variables
@@ -40,13 +41,14 @@ def import_weights(
     """
     for option, file in (("--out", out), ("--bank", bank)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise UserError(f"{option} {file} is not a file in an existing folder.")
+            raise UserError("TODO", f"{option} {file} is not a file in an existing folder.")
     port = prefix.endswith((".pth.tar", ".pth", ".pt"))
     known = _PORT if port else NETWORKS
     if model not in known:
         raise UserError(
+            "TODO",
             f"{'The PyTorch port' if port else 'The reference'} has no network '{model}'; --model"
-            f" is one of {', '.join(known)}.{nearest(model, known)}"
+            f" is one of {', '.join(known)}.{suggest(model, known)}",
         )
     encoder = create_encoder(model, seed=0)
     with warnings.catch_warnings():
@@ -54,8 +56,9 @@ def import_weights(
         report, rows = (_from_port if port else _from_tf)(prefix, encoder, bank is not None)
     if report.missing:
         raise UserError(
+            "TODO",
             f"'{prefix}' lacks {len(report.missing)} variables of {model},"
-            f" {report.missing[0]} the first; it is not a whole checkpoint of it."
+            f" {report.missing[0]} the first; it is not a whole checkpoint of it.",
         )
     with whole(out) as beside:
         save_weights(beside, encoder, REFERENCE_VIEWS)
@@ -85,7 +88,7 @@ def _from_tf(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, Memor
         rows: MemoryBank | None = None
         if bank:
             if stored is None:
-                raise UserError(f"'{prefix}' holds no memory bank; leave out --bank.")
+                raise UserError("TODO", f"'{prefix}' holds no memory bank; leave out --bank.")
             rows = MemoryBank(*checkpoint.shape(stored))
         return load_variables(checkpoint, encoder, rows, where=f"'{prefix}'"), rows
 
@@ -95,6 +98,6 @@ def _from_port(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, Mem
     if bank:
         stored = read_torch_port(prefix).get("memory_bank")
         if stored is None:
-            raise UserError(f"'{prefix}' holds no memory bank; leave out --bank.")
+            raise UserError("TODO", f"'{prefix}' holds no memory bank; leave out --bank.")
         rows = MemoryBank(*stored.shape)
     return load_torch_port(prefix, encoder, rows), rows

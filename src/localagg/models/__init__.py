@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UserError, nearest
+from ..errors import UserError, suggest
 from .alexnet import AlexNet
 from .backbone import Backbone, Compat
 from .preact_resnet import preact_resnet18, preact_resnet50
@@ -104,7 +104,8 @@ class Encoder(nn.Module):
         for layer in wanted:
             if layer not in self.layers:
                 raise UserError(
-                    f"{self.spec['model']} has no layer '{layer}'; it has {', '.join(self.layers)}."
+                    "TODO",
+                    f"{self.spec['model']} has no layer '{layer}'; it has {', '.join(self.layers)}.",
                 )
         maps = self.backbone.maps(self._normalized(images), wanted)
         return {layer: self.backbone.readout(maps[layer], compat) for layer in wanted}
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
 def _checked(compat: str | None) -> Compat | None:
     if compat is None or compat == "reference":
         return compat
-    raise UserError(f"compat is '{compat}'; it can be 'reference' or be left out.")
+    raise UserError("TODO", f"compat is '{compat}'; it can be 'reference' or be left out.")
 
 
 def create_encoder(
@@ -152,7 +153,7 @@ def create_encoder(
         UserError: no such model (the nearest is suggested) or option.
     """
     if head_layers not in (1, 2):
-        raise UserError(f"head_layers is {head_layers}; a head has 1 or 2.")
+        raise UserError("TODO", f"head_layers is {head_layers}; a head has 1 or 2.")
     make = _backbone(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -160,7 +161,9 @@ def create_encoder(
         try:
             backbone = make(**options)
         except TypeError as error:
-            raise UserError(f"Model {model} does not take these options: {error}.") from None
+            raise UserError(
+                "TODO", f"Model {model} does not take these options: {error}."
+            ) from None
         spec = {"model": model, "dim": dim, **options}
         if head_layers != 1:  # files of linear heads do not name it
             spec["head_layers"] = head_layers
@@ -176,8 +179,9 @@ def _backbone(model: str) -> Callable[..., Backbone]:
         return lambda **options: TimmBackbone(model.removeprefix("timm:"), **options)
     known = available_models()
     raise UserError(
+        "TODO",
         f"There is no model '{model}'; there are {', '.join(known)} and timm:NAME."
-        f"{nearest(model, known)}"
+        f"{suggest(model, known)}",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..errors import UserError
 from .backbone import Backbone, Compat, flatten_nhwc, reference_norm, truncated_normal_
 
 # name: channels in, out, kernel, stride, padding
@@ -78,6 +78,7 @@ class AlexNet(Backbone):
 
 def _wrong_size(height: int, width: int) -> UserError:
     return UserError(
+        "TODO",
         f"alexnet_bn takes images of 195 to 226 pixels a side, not of {height}x{width}: its fc6 "
-        "reads maps of 5x5 (features of conv1 to conv5 alone work from 35 pixels on)."
+        "reads maps of 5x5 (features of conv1 to conv5 alone work from 35 pixels on).",
     )

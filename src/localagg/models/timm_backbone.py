@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import UserError, nearest
+from ..errors import UserError, suggest
 from .backbone import Backbone
 
 
@@ -31,20 +31,24 @@ class TimmBackbone(Backbone):
             import timm
         except ModuleNotFoundError:
             raise UserError(
-                f"Model timm:{name} needs timm: pip install 'localagg[timm]'."
+                "TODO", f"Model timm:{name} needs timm: pip install 'localagg[timm]'."
             ) from None
         if not timm.is_model(name):
-            known = nearest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
-            raise UserError(f"timm {timm.__version__} has no model '{name}'.{known}")
+            known = suggest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
+            raise UserError("TODO", f"timm {timm.__version__} has no model '{name}'.{known}")
         # A weights file says its network's options, and may come from anywhere: timm would unpickle
         # what "checkpoint_path" names, and fetch what the others name.
         for option in sorted(options):
             if option in ("checkpoint_path", "cache_dir") or option.startswith("pretrained"):
-                raise UserError(f"timm:{name} starts from random weights; leave out '{option}'.")
+                raise UserError(
+                    "TODO", f"timm:{name} starts from random weights; leave out '{option}'."
+                )
         # Any: timm's networks share these names, but no type that says so.
         self.model: Any = timm.create_model(name, num_classes=0, **options)
         if not hasattr(self.model, "forward_intermediates"):
-            raise UserError(f"timm:{name} does not give its inner maps; take another network.")
+            raise UserError(
+                "TODO", f"timm:{name} does not give its inner maps; take another network."
+            )
         self.channels = getattr(self.model, "head_hidden_size", self.model.num_features)
         self.layers = [str(layer) for layer in range(len(self.model.feature_info))]
 
@@ -68,4 +72,6 @@ class TimmBackbone(Backbone):
         try:
             return function(x, **arguments)
         except AssertionError as error:  # transformers assert their image size
-            raise UserError(f"timm refuses images of {x.shape[2]}x{x.shape[3]}: {error}") from None
+            raise UserError(
+                "TODO", f"timm refuses images of {x.shape[2]}x{x.shape[3]}: {error}"
+            ) from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..errors import UserError
 from .backbone import Backbone, Compat, average_pool, flatten_nhwc, pool_window, reference_norm
 
 # channels and convolutions of each stage
@@ -96,6 +96,7 @@ class VGG16(Backbone):
 
 def _wrong_size(height: int, width: int) -> UserError:
     return UserError(
+        "TODO",
         f"vgg16_bn_last takes images of 224 to 255 pixels a side, not of {height}x{width}: its fc6 "
-        "reads maps of 7x7 (features of layers 0 to 4 alone work from 16 pixels on)."
+        "reads maps of 7x7 (features of layers 0 to 4 alone work from 16 pixels on).",
     )

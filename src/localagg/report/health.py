@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from .. import health
+from ..training import diagnostics as health
 from .page import _COLORS, _figure
 
 # name: (title, bound)

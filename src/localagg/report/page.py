@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.decode import UnreadableImage, decode
-from ..data.sources import Source
-from ..files import whole
-from ..knn import nearest_rows
+from ..data.images.decode import UnreadableImage, decode
+from ..data.sources.open import Source
+from ..evaluation.knn import nearest_rows
+from ..io.files import whole
 
 _COLORS = (  # Okabe & Ito's, which color-blind readers can tell apart, and three of Tol's
     "#0072B2",

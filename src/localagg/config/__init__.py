@@ -1,0 +1,27 @@
+"""Options of a run: dataclasses, their checks, and access to their fields by name."""
+
+from .fields import (
+    from_dict,
+    option,
+    option_names,
+    option_value,
+    override,
+    require_resolved,
+    to_dict,
+)
+from .options import EncoderConfig, ObjectiveConfig, PretrainConfig, TransferConfig, ViewConfig
+
+__all__ = [
+    "EncoderConfig",
+    "ObjectiveConfig",
+    "PretrainConfig",
+    "TransferConfig",
+    "ViewConfig",
+    "from_dict",
+    "option",
+    "option_names",
+    "option_value",
+    "override",
+    "require_resolved",
+    "to_dict",
+]

@@ -1,0 +1,89 @@
+"""Read, replace and serialize the fields of nested option dataclasses by name."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from ..errors import UserError, suggest
+
+T = TypeVar("T")
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values, nested as its dataclasses are."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The configuration that :func:`to_dict` wrote; unknown names are refused.
+
+    Raises:
+        UserError: a name that ``kind`` does not have.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(
+                "TODO", f"'{name}' is not an option of this version.{suggest(name, fields)}"
+            )
+        nested = fields[name].type
+        if dataclasses.is_dataclass(nested) and isinstance(value, dict):
+            value = from_dict(nested, value)  # type: ignore[arg-type]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def override(config: T, **options: Any) -> T:
+    """A copy with options replaced by name, wherever in the nesting they are.
+
+    ``override(config, epochs=3, flip=0.0)``.
+
+    Raises:
+        UserError: an unknown name (the nearest is suggested), or a value out of range.
+    """
+    flat = {name: path for path, name in _paths(config)}
+    tree = to_dict(config)
+    for name, value in options.items():
+        if name not in flat:
+            raise UserError("TODO", f"There is no option '{name}'.{suggest(name, flat)}")
+        *outer, last = flat[name]
+        branch = tree
+        for step in outer:
+            branch = branch[step]
+        branch[last] = value
+    return from_dict(type(config), tree)
+
+
+def require_resolved(value: T | None) -> T:
+    """An option that ``sizing.resolve`` has derived where it was None."""
+    if value is None:
+        raise ValueError("this configuration was not resolved")
+    return value
+
+
+def option_names(config: Any) -> list[str]:
+    """The names of all options of a configuration, of the nested ones too."""
+    return [name for _, name in _paths(config)]
+
+
+def option_value(config: Any, name: str) -> Any:
+    """The value of an option, wherever in the nesting it is."""
+    path = next(path for path, leaf in _paths(config) if leaf == name)
+    for step in path:
+        config = getattr(config, step)
+    return config
+
+
+def _paths(config: Any, prefix: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], str]]:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, (*prefix, f.name))
+        else:
+            yield (*prefix, f.name), f.name

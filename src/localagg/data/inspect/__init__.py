@@ -1,0 +1,1 @@
+"""The contents and problems of a source, before training."""

@@ -1,0 +1,1 @@
+"""Order, batches and worker processes."""

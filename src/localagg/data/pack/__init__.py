@@ -1,0 +1,1 @@
+"""Any source into one folder of large files."""

@@ -1,0 +1,1 @@
+"""From a URI to encoded images with a stable index."""

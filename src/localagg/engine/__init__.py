@@ -1,0 +1,1 @@
+"""Exact nearest rows, sums over them, and k-means: search in front, back-ends behind."""

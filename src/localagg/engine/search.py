@@ -1,0 +1,324 @@
+"""The engine under the objectives: who is near in a bank, by one pass over it, never B x N.
+
+One function, :func:`nearest`, with three back-ends: compiled loops for processors
+(``neighbors_numba``), kernels for NVIDIA's GPUs (``neighbors_triton``), and torch alone for the
+rest (``neighbors_torch``). All are exact: the same rows, up to rows whose similarities differ by
+less than float32's rounding.
+
+Legend of shape suffixes: B queries, N rows of the bank, D embedding size, K neighbors,
+H clusterings.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import torch_backend as neighbors_torch
+from .searchable_bank import SearchableBank, not_finite
+
+COMPILED_FROM = 4096  # rows of a bank; below so many torch alone is as quick
+PRODUCT_TILE_BYTES = 1 << 20  # float32 products held by a thread, in its core's cache
+
+
+# --- Nearest rows ---------------------------------------------------------------------------------
+
+
+def nearest(
+    queries: Tensor, bank: Tensor | SearchableBank, k: int, *, at_least: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K rows with the largest dot product with each query, exactly.
+
+    Of rows with equal similarities (float32, summed in one order for all rows) the lowest are
+    taken. Beyond the bank it holds some 30 MiB and [B, K] arrays, whatever N is, and a bank's copy
+    where it is :class:`SearchableBank`.
+
+    A part of a bank, as one of several processes may hold it, gives the best of its own rows. Where
+    it is known that K rows of the whole bank reach some similarity, ``at_least`` spares each part
+    the search for others.
+
+    Args:
+        queries: [B, D].
+        bank: [N, D] of any floating type, or prepared, which pays if it is searched again.
+        k: K >= 1; more than N gives all N rows.
+        at_least: float [B], rows of lower similarity are not wanted. (A similarity that another
+            product gave may be lower here by its rounding.)
+
+    Returns:
+        (rows, similarity): int64 and float32 (or the common type, if that is wider)
+        [B, min(K, N)], without gradient, in no promised order. With ``at_least`` there are as many
+        places as the query with the most such rows needs; free ones are the last of their line and
+        hold row -1 and similarity -inf.
+
+    Raises:
+        UserError: on a processor, values that are not finite.
+    """
+    prepared = bank if isinstance(bank, SearchableBank) else SearchableBank(bank, copy=False)
+    rows_ND, queries = prepared.refresh().rows, queries.detach()
+    if queries.device.type == "cpu" and not queries.isfinite().all():
+        raise not_finite()
+    if k < len(rows_ND) and (compiled := numba_engine(rows_ND, queries)):
+        return compiled.nearest(_single(queries), prepared, k, at_least)
+    if gpu := triton_engine(rows_ND):
+        options = {"bank_low": prepared.coarse, "threshold": at_least}
+        rows_BK, sim_BK = gpu.top_rows(queries, rows_ND, k, **options)
+    else:
+        rows_BK, sim_BK = neighbors_torch.nearest(queries, rows_ND, k)
+    if queries.device.type == "cpu" and not sim_BK.isfinite().all():
+        raise not_finite()  # what is not a number counts as the largest
+    if at_least is None:
+        return rows_BK, sim_BK
+    return packed(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
+
+
+def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
+    """A similarity [B] that about ``rank`` of ``sample`` rows, taken evenly from the bank, reach.
+
+    It is as coarse as bfloat16. There is no bound to how far a sample misleads.
+
+    Args:
+        queries: [B, D].
+        bank: prepared.
+        rank: 1..sample.
+        sample: 1..N.
+    """
+    rows_ND = bank.refresh().rows
+    if compiled := numba_engine(rows_ND, queries):
+        return compiled.guess(_single(queries), bank, rank, sample)
+    return neighbors_torch.guess(queries.detach(), bank, rank, sample)
+
+
+def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of listed rows that are kept, in their order, in as few places as the query with the
+    most of them needs; free ones are the last of their line and hold row -1, similarity -inf.
+
+    Args:
+        rows: int64 [B, K].
+        similarity: float [B, K].
+        kept: bool [B, K].
+    """
+    engine = numba_engine(similarity.flatten()) or neighbors_torch
+    return engine.packed(rows, similarity, kept)
+
+
+def in_order(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`nearest` gives with the most similar rows first, equal ones by row."""
+    rows, by_row = rows.sort(dim=1)
+    similarity, by_similarity = torch.sort(
+        similarity.gather(1, by_row), dim=1, descending=True, stable=True
+    )
+    return rows.gather(1, by_similarity), similarity
+
+
+def by_row(labels: Tensor) -> Tensor:
+    """The same [H, N] labels, with those of one row side by side in memory: one read for all H."""
+    return labels.T.contiguous().T
+
+
+# --- What the objectives need of the rows found ---------------------------------------------------
+
+
+def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    """Which rows share a cluster with the sample in any clustering.
+
+    Args:
+        labels: int [H, N]; quickest from :func:`by_row`.
+        own: the samples' labels, of the same type [H, B].
+        rows: int64 [B, K]; a row of -1 shares none.
+
+    Returns:
+        bool [B, K].
+    """
+    if engine := triton_engine(labels) or numba_engine(labels.T):
+        return engine.close_rows(labels, own, rows)
+    close_BK = torch.zeros_like(rows, dtype=torch.bool)
+    for labels_N, own_B in zip(labels, own, strict=True):
+        close_BK |= labels_N[rows] == own_B.unsqueeze(1)
+    return close_BK & (rows >= 0)
+
+
+def similarities(
+    embedding: Tensor, bank: Tensor, rows: Tensor, known: Tensor | None = None
+) -> Tensor:
+    """v_i . M_j for listed rows j, differentiable in the embedding, never [B, K, D].
+
+    Args:
+        embedding: [B, D], at least float32.
+        bank: [N, D].
+        rows: int64 [B, K].
+        known: the similarities [B, K], if they are; they are trusted.
+
+    Returns:
+        [B, K].
+    """
+    return _RowSimilarity.apply(embedding, bank, rows, known)
+
+
+def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_k weight_ik M_[rows_ik], without gradient.
+
+    Args:
+        bank: [N, D].
+        rows: int64 [B, K], 0..N-1.
+        weight: [B, K], at least float32.
+
+    Returns:
+        [B, D] in the weights' type.
+    """
+    if not rows.shape[1]:
+        return weight.new_zeros(len(rows), bank.shape[1])
+    if compiled := numba_engine(bank, weight):
+        return compiled.weigh_rows(bank, rows, _single(weight))
+    return neighbors_torch.weigh_rows(bank, rows, weight)
+
+
+def aggregation(
+    embedding: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    close: Tensor,
+    *,
+    similarity: Tensor | None,
+    temperature: float,
+    eps: float,
+) -> Tensor | None:
+    """``objectives.aggregation_loss`` of each sample [B], with its gradient in the same pass, by a
+    compiled engine; None where there is none for these tensors."""
+    gpu, numba = triton_engine(bank), numba_engine(bank, embedding)
+    options = {"temperature": temperature, "eps": eps}
+    with torch.no_grad():
+        if gpu:
+            found = gpu.aggregation_forward_backward(embedding, bank, rows, close, **options)
+        elif numba:
+            if similarity is None:
+                similarity = numba.similarities(_single(embedding), bank, rows)
+            found = numba.aggregation_forward_backward(bank, rows, close, similarity, **options)
+        else:
+            return None
+    return _Known.apply(embedding, *found)
+
+
+def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """log sum_j exp(v . M_j / t) [B]; its gradient is the softmax-weighted mean row over t.
+
+    One pass: log-sum-exp and weighted mean are carried from tile to tile with a running maximum.
+
+    Args:
+        embedding: [B, D], at least float32.
+        bank: [N, D], N >= 1.
+        temperature: t > 0.
+
+    Returns:
+        [B], differentiable in the embedding.
+    """
+    with torch.no_grad():
+        if gpu := triton_engine(bank, most=256):
+            log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
+        else:
+            log_Z_B, mean_BD = neighbors_torch.log_partition(
+                embedding, bank, temperature, PRODUCT_TILE_BYTES
+            )
+    return _Known.apply(embedding, log_Z_B, mean_BD / temperature)
+
+
+# --- Which engine answers -------------------------------------------------------------------------
+
+
+def engine_note(rows: Tensor) -> str | None:
+    """A sentence for the user where a faster engine is made for this device but cannot run."""
+    if rows.device.type == "cpu" and len(rows) >= COMPILED_FROM:
+        return _numba()[1]
+    return _triton()[1] if rows.device.type == "cuda" else None
+
+
+def search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
+    """About what an LA step holds beside a bank of ``size`` such rows: copy, tiles, lists."""
+    copied = 0 if bank.type == bank.rows.dtype else bank.type.itemsize
+    listed = batch * min(neighbors, size)
+    threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
+    # A thread lists 10 bytes for each of 2 (K + a tile) places; an answer takes 24 a neighbor.
+    return size * bank.rows.shape[1] * copied + threads * ((12 << 20) + 20 * listed) + 24 * listed
+
+
+def numba_engine(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
+    """The compiled loops, where they run and pay."""
+    types = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
+    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= COMPILED_FROM
+    if queries is not None:
+        fits = fits and rows.is_contiguous() and queries.dtype in (torch.float32, torch.bfloat16)
+    return _numba()[0] if fits else None
+
+
+def triton_engine(rows: Tensor, most: int = 512) -> ModuleType | None:
+    """The kernels for NVIDIA's GPUs, where they run: rows of at most so many numbers."""
+    if rows.device.type != "cuda" or rows.dtype == torch.float64:
+        return None
+    return _triton()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
+
+
+@cache
+def _numba() -> tuple[ModuleType | None, str | None]:
+    try:
+        from . import cpu_backend as neighbors_numba
+
+        neighbors_numba.compile_all()
+        return neighbors_numba, None
+    except Exception as error:  # of numba, LLVM or the folder of compiled code: all the same here
+        return None, _cannot("numba", error)
+
+
+@cache
+def _triton() -> tuple[ModuleType | None, str | None]:
+    try:
+        from . import cuda_backend as neighbors_triton
+
+        return neighbors_triton, None
+    except Exception as error:
+        return None, _cannot("triton", error)
+
+
+def _cannot(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"{name} does not run here ({reason[0]}); neighbors are searched by torch alone, which"
+        " takes several times as long."
+    )
+
+
+# --- Plumbing -------------------------------------------------------------------------------------
+
+
+def _single(embedding: Tensor) -> Tensor:
+    return embedding.detach().to(torch.float32).contiguous()
+
+
+class _Known(Function):
+    """A value [B] of each query, with its gradient [B, D] in the query known beforehand."""
+
+    @staticmethod
+    def forward(ctx, embedding: Tensor, value_B: Tensor, gradient_BD: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_BD)
+        return value_B.clone()
+
+    @staticmethod
+    def backward(ctx, grad_B: Tensor):
+        (gradient_BD,) = ctx.saved_tensors
+        return grad_B.unsqueeze(1) * gradient_BD, None, None
+
+
+class _RowSimilarity(Function):
+    @staticmethod
+    def forward(ctx, embedding: Tensor, bank: Tensor, rows: Tensor, known: Tensor | None) -> Tensor:
+        ctx.save_for_backward(bank, rows)
+        if known is not None:
+            return known.to(embedding.dtype, copy=True)
+        if compiled := numba_engine(bank, embedding):
+            return compiled.similarities(_single(embedding), bank, rows)
+        return neighbors_torch.similarities(embedding, bank, rows)
+
+    @staticmethod
+    def backward(ctx, grad_BK: Tensor):
+        bank, rows = ctx.saved_tensors
+        return weigh_rows(bank, rows, grad_BK), None, None, None

@@ -1,0 +1,91 @@
+"""Errors that a user sees: one sentence, a stable code, and the exit status of the command."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Code = Literal[
+    "TODO",
+    "option-invalid",  # a value out of range or of the wrong kind
+    "option-unknown",  # no option, command, recipe, model or layer of this name
+    "option-conflict",  # options that exclude each other, or have no effect together
+    "option-missing",  # an option or argument that this command needs
+    "not-found",  # no file, folder, run or split of this name
+    "exists",  # the output already exists, or belongs to something else
+    "busy",  # another process holds the folder
+    "no-images",  # a source without images
+    "no-labels",  # a measurement needs labels that the data lack
+    "unreadable-images",  # images that no decoder reads
+    "damaged",  # a file whose contents are inconsistent, cut or corrupt
+    "unsupported",  # a format, version or variant that this version does not read
+    "mismatch",  # data, weights or options that do not belong together
+    "too-large",  # beyond a limit of memory, disk or a format
+    "missing-extra",  # an optional dependency is not installed
+    "not-finite",  # NaN or infinity in a loss, weight or embedding
+    "worker-died",  # a data-loading process ended early
+    "rank-failed",  # another process of the job ended or hangs
+    "environment",  # disk full, no permission, no such device
+    "unsafe",  # a name that would reach outside of its folder
+]
+CODES: tuple[str, ...] = get_args(Code)
+
+# Control characters, what turns the direction of writing, line ends of Unicode, and the surrogates
+# that stand for bytes which are no text: Python would refuse to print those.
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class UserError(Exception):
+    """Invalid use or input: one sentence that names the file, option or value, and the way out.
+
+    The command line prints the sentence without a traceback and exits with status 2.
+
+    Args:
+        code: kind of the error, stable across versions; the sentence is not.
+        message: the sentence. Unprintable characters are escaped.
+    """
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(printable(message))
+        self.code = code
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.code, str(self))
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a scheduler's signal; the work is saved. ``status``: see distributed.signals."""
+
+    def __init__(self, message: str, *, status: int = 130) -> None:
+        super().__init__(printable(message))
+        self.status = status
+
+
+@dataclass(eq=False)
+class ReportedElsewhere(Exception):
+    """Another process of the job already reported the failure; exit with ``status``."""
+
+    status: int
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Return ``" Did you mean 'X'?"`` for the closest of ``words``, or an empty string."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def printable(text: str) -> str:
+    r"""Return the text on one line, with everything that a terminal would obey escaped.
+
+    Control characters become backslash escapes (``\n``, ``\x1b``), and so do bytes that are not
+    text (``\xff``). All other characters stay, backslashes among them.
+    """
+    return _UNFIT.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python has it in names of files
+        return f"\\x{code - 0xDC00:02x}"
+    return found[0].encode("unicode_escape").decode()

@@ -1,0 +1,1 @@
+"""Measurements of an embedding, with labels and without."""

@@ -1,0 +1,1 @@
+"""Files, locks, tensor files and the console."""

@@ -1,0 +1,5 @@
+"""Named configurations, and the rules that complete them."""
+
+from .builtin import READOUT_RECIPES, RECIPES, readout_recipe, recipe
+
+__all__ = ["READOUT_RECIPES", "RECIPES", "readout_recipe", "recipe"]

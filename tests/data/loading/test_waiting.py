@@ -1,0 +1,76 @@
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from localagg.config import PretrainConfig, override
+from localagg.data.loading import waiting
+from localagg.data.loading.waiting import waiting_hint
+from localagg.data.sources.folder import Folder
+from localagg.training.loop import pretrain
+
+CONFIG = override(PretrainConfig(), image_size=224, workers=2, memory_gb=2.0)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Four cores and 16 GiB."""
+    monkeypatch.setattr(waiting, "cores", lambda: 4)
+    monkeypatch.setattr(waiting, "_memory", lambda: 16 * 2**30)
+
+
+def feed(sizes, images=1000, pixels=None, **options):
+    return SimpleNamespace(
+        config=override(CONFIG, **options), sizes=sizes, source=range(images), pixels=pixels
+    )
+
+
+MANY = {(375, 500), (500, 375), (333, 400)}
+
+
+def test_nothing_is_said_below_a_tenth_or_where_images_are_held():
+    assert waiting_hint(0.099, feed(MANY)) is None
+    assert waiting_hint(0.9, feed({(32, 32)}, pixels=object())) is None
+    assert waiting_hint(0.1, feed(MANY)).startswith("10% of the time was spent waiting for data; ")
+
+
+@pytest.mark.parametrize(
+    ("given", "knob"),
+    [
+        (feed({(64, 64)}, memory="never"), "--memory auto."),
+        (feed({(64, 64)}, 250_000), "--memory auto --memory-gb 3.0."),
+        (feed({(64, 64)}, 500_000), "--workers 4."),  # it would take more than a quarter of 16 GiB
+        (feed(MANY), "--workers 4."),
+        (feed(MANY, workers=4), "localagg pack SRC DST --size 256"),
+        (feed({(256, 300), (300, 256)}, workers=4), "a faster disk or more cores"),
+        (feed({(375, 500)}, 10**6, workers=8), "localagg pack SRC DST --size 256"),
+    ],
+)
+def test_the_hint_names_the_knob_that_helps(given, knob):
+    assert knob in waiting_hint(0.5, given)
+
+
+def test_a_run_that_waits_is_told_so_after_its_first_epoch_and_at_its_end(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    read = Folder.__getitem__
+
+    def slow(self, index):
+        time.sleep(0.03)
+        return read(self, index)
+
+    config = override(
+        PretrainConfig(), epochs=2, ir_epochs=2, batch_size=8, model="resnet18_small", width=8,
+        blocks=(1,), image_size=16, neighbors=8, clusters=(4,), workers=0, device="cpu",
+        eval_every=0, memory="never", bank_start="random",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "__getitem__", slow)
+        out = pretrain(config, str(pictures), tmp_path / "slow")
+    assert out["shares"]["waiting for data"] > 0.3
+    assert "--workers 4" in out["hint"]
+    said = capsys.readouterr().err
+    assert said.count("of the time was spent waiting for data") == 1
+    assert "epoch 1: " in said
+    out = pretrain(override(config, memory="auto", batch_size=100), "digits", tmp_path / "held")
+    assert out["hint"] is None

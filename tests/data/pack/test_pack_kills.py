@@ -1,0 +1,127 @@
+"""A pack that is killed at any moment, and run again, makes the same folder."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from multiprocessing import get_context
+
+import pytest
+from packed_folder import contents
+
+from localagg.data.pack.pack import pack
+
+FORK = get_context("fork")  # what is imported stays so
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported(pictures, tmp_path_factory):
+    """What a pack imports is imported here, or most moments of a child would be spent on that."""
+    for format in ("arrow", "tfrecord", "webdataset"):
+        folder = tmp_path_factory.mktemp("once") / format
+        pack(str(pictures / "val"), folder, format=format, verify=True)
+
+
+def run(uri, folder, format, workers, moment, calls):
+    """Pack, and die by SIGKILL in the given function call; note how many there were."""
+    count, main = 0, os.getpid()
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += 1
+        if count == moment and os.getpid() == main:  # workers inherit this function
+            os.kill(main, signal.SIGKILL)
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.setprofile(profile)
+    pack(uri, folder, format=format, shard_bytes=15_000, workers=workers, verify=True)
+    sys.setprofile(None)
+    calls.value = count
+
+
+def child(*arguments):
+    """(exit code, calls) of a run in a process of its own."""
+    calls = FORK.Value("q", 0)
+    process = FORK.Process(target=run, args=(*arguments, calls))
+    process.start()
+    process.join()
+    return process.exitcode, calls.value
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 10), (2, 3)])
+@pytest.mark.parametrize("format", ["arrow", "tfrecord", "webdataset"])
+def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format, workers, kills):
+    """Whatever the workers do meanwhile; how many calls they cost differs by a few."""
+    uri, draw = str(pictures / "val"), random.Random(format)
+    status, calls = child(uri, tmp_path / "whole", format, workers, -1)
+    assert status == 0
+    whole = contents(tmp_path / "whole")
+    assert len(whole) > 3
+    resumed = 0
+    for kill in range(kills):
+        folder, partial = tmp_path / f"{kill}", tmp_path / f"{kill}.partial"
+        moment = draw.randrange(1, calls * 99 // 100)
+        assert child(uri, folder, format, workers, moment)[0] == -signal.SIGKILL
+        resumed += len(list(partial.glob("state/**/*.sha256"))) > 0
+        if not folder.exists():
+            assert child(uri, folder, format, workers, -1)[0] == 0
+            assert not partial.exists()
+        assert contents(folder) == whole, f"killed in call {moment:,} of {calls:,}"
+    assert resumed >= kills // 3  # or the moments say little
+
+
+def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
+    """They hand over bytes through pipes, which nobody empties any more."""
+    from localagg.data.pack import images as pack_images
+
+    def main(pids):
+        def slow(stream, *_):
+            next(stream)
+            pids.put([child.pid for child in multiprocessing.active_children()])
+            time.sleep(600)
+
+        pack_images._Tally.records = lambda self, chunks, stream, *_: slow(stream)
+        pack_images._item = lambda *_: pack_images._Item(
+            bytes(10**6), 0, "", None, False, False, b""
+        )
+        pack(str(pictures), tmp_path / "packed", workers=2)
+
+    pids = FORK.SimpleQueue()
+    process = FORK.Process(target=main, args=(pids,))
+    process.start()
+    workers = pids.get()
+    assert len(workers) == 2
+    assert all(os.path.exists(f"/proc/{pid}") for pid in workers)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 30
+    while any(map(_runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in workers if _runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def _runs(pid):
+    """Whether a process is there and no zombie that nobody waits for."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_again_and_again_it_comes_to_an_end(pictures, tmp_path):
+    uri, draw = str(pictures / "train"), random.Random(1)
+    _, calls = child(uri, tmp_path / "whole", "arrow", 0, -1)
+    kills = 0
+    while not (tmp_path / "packed").exists():
+        moment = draw.randrange(calls // 9, calls // 2)  # what follows the last file is a third
+        status, _ = child(uri, tmp_path / "packed", "arrow", 0, moment)
+        kills += status == -signal.SIGKILL
+        assert kills < 40
+    assert kills > 1
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")

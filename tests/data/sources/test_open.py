@@ -1,0 +1,297 @@
+import os
+import shutil
+
+import pytest
+import torch
+
+from localagg.data import open_evaluation, open_images
+from localagg.data.images.decode import decode
+from localagg.data.sources.open import stored_splits
+from localagg.data.sources.protocol import split_of
+from localagg.errors import UserError
+from localagg.evaluation.evaluate import choose
+from localagg.evaluation.probe import open_labelled
+
+
+@pytest.fixture(scope="module")
+def table(pictures, tmp_path_factory):
+    """The pictures as Parquet and as a saved dataset, written by Hugging Face datasets."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("tables")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(pictures), cache_dir=str(root / "c"))
+    parquet = root / "parquet"
+    parquet.mkdir()
+    for split, name in (("train", "train"), ("validation", "test")):
+        loaded[split].to_parquet(parquet / f"{name}-00000-of-00001.parquet")
+    loaded.save_to_disk(root / "saved")
+    return root
+
+
+def test_a_folder_is_sorted_split_and_labeled(pictures):
+    source = open_images(pictures)
+    assert len(source) == 48
+    assert source.classes == ["flower", "temple"]
+    names = [source.name(i) for i in range(48)]
+    assert names == sorted(names)
+    assert source[30].index == 30
+    assert source[30].label == 1
+    assert source[30].image == (pictures / "train" / names[30]).read_bytes()
+    assert len(open_images(pictures, "val")) == 12
+
+
+def test_a_folder_without_classes_has_no_labels(pictures):
+    source = open_images(pictures / "train" / "temple")
+    assert (len(source), source.labels, source.classes) == (24, None, None)
+    assert source[0].label is None
+    assert open_evaluation(pictures / "train") is None
+
+
+@pytest.fixture
+def copied(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_held_out_images_of_one_of_the_classes_are_labelled(copied):
+    shutil.rmtree(copied / "val" / "flower")
+    held_out = open_images(copied, "val")
+    assert (held_out.classes, held_out.labels.tolist()) == (["temple"], [0] * 6)
+    labelled = open_labelled(str(copied))
+    assert labelled.held_out_labels.tolist() == [1] * 6  # in training's numbers
+    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    assert choice.held_out is not None
+    assert choice.asking_labels.tolist() == [1] * 6
+
+
+def test_a_stray_held_out_image_has_no_label_and_the_others_keep_theirs(copied):
+    shutil.copy(copied / "val" / "temple" / "01.jpg", copied / "val" / "a.jpg")
+    held_out = open_images(copied, "val")
+    assert held_out.name(0) == "a.jpg"
+    assert held_out.labels.tolist() == [-1] + [0] * 6 + [1] * 6
+    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    assert choice.held_out is not None
+    assert len(choice.asking) == 12
+    assert choice.left_out["asking"]["unlabelled"] == 1
+    with pytest.raises(UserError, match=r"1 of the 13 held-out images of .* have no label; leave"):
+        open_labelled(str(copied))
+
+
+def test_one_held_out_folder_that_is_no_class_has_no_labels(copied):
+    """How the held-out images of a contest come."""
+    shutil.rmtree(copied / "val" / "flower")
+    (copied / "val" / "temple").rename(copied / "val" / "images")
+    assert open_images(copied, "val").labels is None
+    shutil.rmtree(copied / "train" / "flower")  # and training of one folder has no classes
+    (copied / "val" / "images").rename(copied / "val" / "temple")
+    assert open_images(copied, "val").labels is None
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_tables_hold_what_the_folder_holds(table, pictures, kind):
+    source, folder = open_images(table / kind), open_images(pictures)
+    assert len(source) == len(folder)
+    assert source.classes == folder.classes
+    assert torch.equal(source.labels, folder.labels)
+    for i in (0, 13, 47):
+        assert torch.equal(decode(source[i].image), decode(folder[i].image))
+        assert source[i].label == folder[i].label
+    assert len(open_images(table / kind, "val")) == 12
+    single = open_images(next((table / "parquet").glob("train*")))
+    assert single.fingerprint() == open_images(table / "parquet").fingerprint()
+
+
+def test_imagenets_class_folders_are_numbered_in_sorted_order(pictures, tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for wnid, name in (("n02105855", "temple"), ("n01440764", "flower"), ("n0", "flower")):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                picture = pictures / "train" / name / f"0{i}.{'jpg' if i else 'png'}"
+                shutil.copy(picture, tmp_path / split / wnid / f"{wnid}_{i}.JPEG")
+    for split, count in (("train", 3), ("val", 2)):
+        source = open_images(tmp_path, split)
+        assert source.classes == ["n0", "n01440764", "n02105855"]
+        assert source.labels.tolist() == [0] * count + [1] * count + [2] * count
+        assert source.name(0) == "n0/n0_0.JPEG"
+
+
+def test_the_splits_that_are_there_are_named(pictures, table, tmp_path):
+    assert stored_splits(pictures) == ["train", "val"]
+    assert stored_splits(table / "parquet") == ["train", "test"]
+    assert stored_splits(table / "saved") == ["train", "val"]
+    assert stored_splits(pictures / "val") == ["train"]
+    assert stored_splits("digits") == ["train", "val"]
+
+
+def test_digits_are_split_once_and_for_all():
+    train, held_out = open_images("digits"), open_images("digits", "val")
+    assert (len(train), len(held_out)) == (1400, 397)
+    assert train[5].image.shape == (3, 8, 8)
+    assert sorted(train.labels.unique().tolist()) == list(range(10))
+    assert train.fingerprint() == open_images("digits").fingerprint() != held_out.fingerprint()
+
+
+def test_the_fingerprint_follows_the_content(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "copy")
+    first = open_images(tmp_path / "copy").fingerprint()
+    assert first == open_images(pictures).fingerprint()
+    (tmp_path / "copy" / "flower" / "00.png").rename(tmp_path / "copy" / "flower" / "zz.png")
+    assert open_images(tmp_path / "copy").fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none", "There is no file or folder"),
+        (lambda p: (p / "empty", (p / "empty").mkdir())[0], "holds no images"),
+        (lambda p: (p / "a.txt", (p / "a.txt").write_text("x"))[0], "is a file"),
+        (
+            lambda p: (p / "a.parquet", (p / "a.parquet").write_text("x"))[0],
+            "cannot be read as Parquet",
+        ),
+        (lambda p: "digit", "Did you mean 'digits'"),
+        (lambda p: f"{p}/none.csv:{p}", "There is no file or folder .* FILE.csv:ROOT"),
+    ],
+)
+def test_what_is_no_source_is_refused_by_name(tmp_path, make, message):
+    with pytest.raises(UserError, match=message):
+        open_images(make(tmp_path))
+
+
+def test_a_table_without_images_names_its_columns(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="no column of images; its columns are text, n"):
+        open_images(tmp_path / "t.parquet")
+
+
+def test_a_missing_split_names_those_there_are(table):
+    with pytest.raises(UserError, match="no split 'val'"):
+        open_images(next((table / "parquet").glob("train*")), "val")
+    with pytest.raises(UserError, match="There is no split 'dev'"):
+        open_images(table / "parquet", "dev")
+
+
+def test_links_that_lead_nowhere_or_back_are_no_trap(pictures, tmp_path):
+    shutil.copytree(pictures / "val", tmp_path / "a")
+    (tmp_path / "a" / "flower" / "back").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "flower" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "a" / "wall").symlink_to(pictures / "train" / "temple")  # another folder is meant
+    source = open_images(tmp_path / "a")
+    assert len(source) == 12 + 1 + 24
+    assert source.classes == ["flower", "temple", "wall"]
+    gone = source.paths.index("flower/gone.jpg")
+    with pytest.raises(OSError, match="No such file"):
+        source[gone]
+    assert len(source.fingerprint()) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00012", "train"),
+        ("val_0", "val"),
+        ("test0", "test"),
+        ("validation.0", "validation"),
+        ("set-val-0", "val"),
+        ("VAL-0", "val"),
+        ("val2017", "val"),
+        ("my valid 3", "valid"),
+        ("TestSet", "test"),
+        ("trainset_test", "train"),  # the first counts
+        ("values", "train"),
+        ("latest-0", "train"),
+        ("0000", "train"),
+    ],
+)
+def test_a_file_is_of_the_split_that_a_part_of_its_name_says(name, split):
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize("held_out", ["val_0", "test0", "validation.0", "set-val-0", "VAL-0"])
+def test_no_held_out_table_is_learned_from(tmp_path, held_out):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, count in (("train_0", 3), (held_out, 2)):
+        table = pa.table({"image": [f"{name} {i}".encode() for i in range(count)]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(open_images(tmp_path)) == 3
+    assert open_evaluation(tmp_path)[1].image == f"{held_out} 1".encode()
+
+
+def test_split_folders_are_known_in_any_case(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "Train")
+    shutil.copytree(pictures / "val", tmp_path / "TEST")
+    assert stored_splits(tmp_path) == ["train", "test"]
+    source = open_images(tmp_path)
+    assert (len(source), source.classes) == (48, ["flower", "temple"])
+    assert len(open_evaluation(tmp_path)) == 12
+    shutil.copytree(pictures / "val", tmp_path / "train")
+    with pytest.raises(UserError, match="holds Train and train, both the split train"):
+        open_images(tmp_path)
+
+
+def test_folders_of_splits_alone_are_no_classes(pictures, tmp_path):
+    for split in ("val", "test"):
+        shutil.copytree(pictures / "val", tmp_path / split)
+    with pytest.raises(UserError, match="no split 'train'; it has val, test"):
+        open_images(tmp_path)
+
+
+def test_split_folders_beside_others_with_images_are_refused(pictures, tmp_path):
+    """Were ``train`` a class, the others would be lost; were it a split, nothing would tell."""
+    for name in ("train", "bus", "car"):
+        shutil.copytree(pictures / "val" / "temple", tmp_path / "a" / name)
+    with pytest.raises(UserError, match=r"images in train, called .* in bus, car, which are not"):
+        open_images(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").rename(tmp_path / "b" / "train")  # the way out that is named
+    assert open_images(tmp_path / "b").classes == ["bus", "car", "train"]
+    (tmp_path / "b" / "notes").mkdir()
+    (tmp_path / "b" / "notes" / "about.txt").write_text("no image")
+    (tmp_path / "b" / ".thumbnails").mkdir()
+    shutil.copy(pictures / "val" / "temple" / "00.png", tmp_path / "b" / ".thumbnails")
+    (tmp_path / "b" / "latest").symlink_to("train")
+    (tmp_path / "b" / "all").symlink_to(tmp_path)
+    assert len(open_images(tmp_path / "b")) == 18
+
+
+def test_links_to_each_other_end(pictures, tmp_path):
+    """Three folders, each with links to both others, and fifty in a ring."""
+    for name in "abc":
+        shutil.copytree(pictures / "val" / "temple", tmp_path / "3" / name)
+        for other in set("abc") - {name}:
+            (tmp_path / "3" / name / f"to_{other}").symlink_to(f"../{other}")
+    source = open_images(tmp_path / "3")
+    assert source.classes == ["a", "b", "c"]
+    assert len(source) == 3 * 3 * 6
+    assert len({source.paths[i] for i in range(54)}) == 54
+    for number in range(50):  # more than a path may pass through
+        (tmp_path / "50" / f"{number:02d}").mkdir(parents=True)
+        shutil.copy(pictures / "val" / "temple" / "00.png", tmp_path / "50" / f"{number:02d}")
+        (tmp_path / "50" / f"{number:02d}" / "next").symlink_to(f"../{(number + 1) % 50:02d}")
+    assert len(open_images(tmp_path / "50")) == 100
+
+
+def test_links_below_a_link_are_followed_once(pictures, tmp_path):
+    shutil.copytree(pictures / "val", tmp_path / "far" / "1")
+    (tmp_path / "far" / "2").mkdir()
+    (tmp_path / "far" / "2" / "more").symlink_to("../1")
+    (tmp_path / "far" / "1" / "back").symlink_to("../2")
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "b").symlink_to(tmp_path / "far" / "2")
+    assert len(open_images(tmp_path / "root")) == 12
+    assert all(path.startswith("a/b/more/") for path in open_images(tmp_path / "root").paths)
+
+
+def test_only_files_are_images(pictures, tmp_path):
+    shutil.copytree(pictures / "val" / "temple", tmp_path / "a")
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    (tmp_path / "a" / "link.jpg").symlink_to("pipe.jpg")
+    (tmp_path / "a" / "self").symlink_to("self")
+    (tmp_path / "a" / "again.jpg").symlink_to("00.png")
+    source = open_images(tmp_path)
+    assert [path for path in source.paths if path[:3] not in ("a/0", "a/1")] == ["a/again.jpg"]
+    assert len(source) == 7

@@ -1,0 +1,248 @@
+"""Lloyd's k-means against scikit-learn's, faiss', and its own equations in float64 loops."""
+
+import sys
+import types
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans as TheirKMeans
+from sklearn.datasets import load_digits
+from sklearn.metrics import adjusted_rand_score
+
+from localagg.clustering import cluster, kmeans
+from localagg.engine import kmeans as module
+from localagg.engine.kmeans import Rows, first_rows, lloyd, means
+from localagg.errors import UserError
+
+DIGITS = torch.from_numpy(load_digits().data.astype(np.float32))
+
+
+def rows_of(rows: torch.Tensor, *, coarse: bool) -> Rows:
+    """Rows whose leading passes are by bf16 products, or all by float32."""
+    found = Rows(rows)
+    found.has_coarse = coarse
+    return found
+
+
+def unit(count: int, dim: int, seed: int = 0) -> torch.Tensor:
+    """Rows around some forty directions, as a bank has them."""
+    draws = torch.Generator().manual_seed(seed)
+    centers = torch.randn(40, dim, generator=draws)
+    rows = centers[torch.randint(40, (count,), generator=draws)]
+    return F.normalize(rows + 0.8 * torch.randn(count, dim, generator=draws), dim=1)
+
+
+def distances(x: torch.Tensor, centroids: torch.Tensor) -> np.ndarray:
+    """[N, k] squared, in float64 and by differences."""
+    a, b = x.double().numpy(), centroids.double().numpy()
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 7])
+def test_iterations_are_scikit_learns(iterations):
+    x = unit(1500, 24)  # without ties, as digits have them
+    ours = lloyd(rows_of(x, coarse=False), x[:25], iterations=iterations)
+    if iterations:
+        theirs = TheirKMeans(25, init=x[:25].numpy(), n_init=1, max_iter=iterations, tol=0)
+        theirs.fit(x.double().numpy())
+        np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, rtol=0, atol=1e-5)
+        assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-6)
+    else:
+        assert torch.equal(ours.centroids, x[:25])
+    squared = distances(x, ours.centroids)
+    assert (squared.argmin(axis=1) == ours.labels.numpy()).all()
+    assert ours.inertia == pytest.approx(squared.min(axis=1).sum(), rel=1e-6)
+    assert ours.iterations == iterations
+
+
+def test_cold_it_starts_and_ends_as_faiss_does():
+    x = unit(3000, 32)
+    engine = faiss.Kmeans(32, 60, niter=20, seed=1236, max_points_per_centroid=3000)
+    engine.train(x.numpy())
+    theirs = engine.index.search(x.numpy(), 1)[1][:, 0]
+    rows = rows_of(x, coarse=False)
+    ours = lloyd(rows, first_rows(rows, 60, 1236), iterations=20)
+    assert (ours.labels.numpy() != theirs).mean() < 0.002
+    np.testing.assert_allclose(ours.centroids, engine.centroids, rtol=0, atol=2e-3)
+    assert torch.equal(kmeans(x, 60, seed=1236).labels, torch.from_numpy(theirs).int())
+
+
+@pytest.mark.parametrize("clusters", [1, 9, 130])
+def test_nearest_is_exact_whatever_the_tiles_and_the_first_of_equals(clusters, monkeypatch):
+    x = DIGITS[:300].round()  # whole numbers: float32 products are exact, and many rows tie
+    x = torch.cat([x, x[:50]])
+    centroids = torch.cat([x[::3][: clusters - clusters // 2], x[::3][: clusters // 2]])
+    expected = distances(x, centroids).argmin(axis=1)
+    for tile in ((512, 1024), (7, 4), (350, 1)):
+        monkeypatch.setitem(module._TILES, "cpu", tile)
+        found = Rows(x).assign(centroids, exact=True)
+        assert (found.numpy() == expected).all()
+
+
+def test_the_result_is_exact_where_bf16_led_to_it():
+    x = unit(2000, 64)
+    cold = lloyd(rows_of(x, coarse=False), x[:50], iterations=20)
+    led = lloyd(rows_of(x, coarse=True), x[:50], iterations=20)
+    for found in (cold, led):
+        squared = distances(x, found.centroids)
+        assert (squared.argmin(axis=1) == found.labels.numpy()).all()
+        assert found.inertia == pytest.approx(squared.min(axis=1).sum(), rel=1e-6)
+    assert led.inertia < 1.005 * cold.inertia
+    coarse = rows_of(x, coarse=True).assign(cold.centroids, exact=False)
+    assert 0 < (coarse != cold.labels).float().mean() < 0.05  # bf16 it was, and it is close
+
+
+def test_it_goes_on_by_float32_where_bf16_cannot_tell_rows_apart():
+    # x . c is 16, which bf16 knows to 0.06; the squared distances are some 0.002.
+    x = 1 + 0.05 * unit(600, 16)
+    exact = lloyd(rows_of(x, coarse=False), x[:20], iterations=50)
+    led = lloyd(rows_of(x, coarse=True), x[:20], iterations=50)
+    assert led.inertia < 1.05 * exact.inertia
+    assert led.iterations > 3
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("tolerance", [0.0, 0.003, 0.03])
+def test_it_stops_when_the_inertia_settles(coarse, tolerance):
+    x = unit(2000, 16)
+    rows = rows_of(x, coarse=coarse)
+    found = lloyd(rows, x[:60], iterations=200, tolerance=tolerance)
+    assert 1 < found.iterations < 200
+    # One more plain iteration gains no more than that.
+    more = lloyd(rows_of(x, coarse=False), found.centroids, iterations=1)
+    assert found.inertia - more.inertia <= 2 * tolerance * found.inertia + 1e-9 * found.inertia
+    if tolerance == 0:
+        assert torch.equal(found.labels, more.labels)
+
+
+def test_a_larger_tolerance_takes_fewer_iterations_and_overshooting_too():
+    x = unit(3000, 32)
+    first = x[:100]
+    counts = [
+        lloyd(rows_of(x, coarse=False), first, iterations=99, tolerance=t).iterations
+        for t in (0.05, 0.01, 0.001)
+    ]
+    assert counts[0] < counts[1] < counts[2]
+    plain = lloyd(rows_of(x, coarse=False), first, iterations=6)
+    beyond = lloyd(rows_of(x, coarse=False), first, iterations=6, overshoot=0.7)
+    assert beyond.inertia < plain.inertia
+
+
+def test_a_warm_start_from_labels_begins_at_their_means_in_the_new_rows():
+    x = unit(2000, 32)
+    last = kmeans(x, 60).labels
+    moved = F.normalize(x + 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(1)))
+    expected = torch.stack([moved[last == k].mean(dim=0) for k in range(60)])
+    found = kmeans(moved, 60, start=last, iterations=1)
+    by_hand = lloyd(rows_of(moved, coarse=False), expected, iterations=1)
+    assert (found.labels == by_hand.labels).float().mean() > 0.99
+    cold = kmeans(moved, 60, iterations=20)
+    warm = kmeans(moved, 60, start=last, tolerance=0.003)
+    assert warm.inertia < 1.003 * cold.inertia
+    assert warm.iterations < 10
+    assert adjusted_rand_score(last, warm.labels) > 0.8
+    labels = torch.stack([last, last])
+    both = cluster(moved, [60, 60], start=labels, tolerance=0.003)
+    assert torch.equal(both[0], warm.labels)
+    assert torch.equal(both[1], warm.labels)  # the seed matters to cold starts alone
+
+
+def test_empty_clusters_split_the_largest_ones():
+    x = torch.cat([torch.randn(90, 4), 20 + torch.randn(30, 4), -20 + torch.randn(10, 4)])
+    labels = torch.tensor([1] * 90 + [4] * 30 + [2] * 10)
+    found = means(Rows(x).totals(labels, 6), torch.full((6, 4), 7.0))
+    center = {k: x[labels == k].mean(dim=0) for k in (1, 4, 2)}
+    radius = (x[:90] - center[1]).square().sum(dim=1).mean().sqrt()
+    first = radius / 2 * torch.tensor([1.0, -1.0, 1.0, -1.0]) / 2  # unit directions
+    second = radius / 2 * torch.tensor([1.0, 1.0, -1.0, -1.0]) / 2
+    # Empty are 0, 3 and 5. 90 halve to 45 and 45; 0 comes before 1, so 3 splits 0 (45: 23 and 22);
+    # then 1 with its 45 is the largest, and 5 splits it.
+    expected = [
+        center[1] + first - second,
+        center[1] - first - first,
+        center[2],
+        center[1] + first + second,
+        center[4],
+        center[1] - first + first,
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_no_cluster_stays_empty_where_rows_can_fill_it(coarse):
+    x = unit(1000, 16)
+    first = torch.cat([x[:30], torch.full((20, 16), 50.0)])  # far from every row
+    found = lloyd(rows_of(x, coarse=coarse), first, iterations=30)
+    assert len(found.labels.unique()) == 50
+    same = lloyd(rows_of(x, coarse=coarse), first, iterations=30)
+    assert torch.equal(found.labels, same.labels)
+    beyond = lloyd(rows_of(x, coarse=coarse), first, iterations=30, overshoot=0.7)
+    assert len(beyond.labels.unique()) == 50
+    assert beyond.inertia < 1.02 * found.inertia
+
+
+def test_more_clusters_than_different_rows():
+    x = torch.ones(12, 4)
+    found = lloyd(rows_of(x, coarse=False), x[:8] * 1.0, iterations=5)
+    assert found.inertia == pytest.approx(0, abs=1e-9)
+    zeros = lloyd(rows_of(torch.zeros(5, 3), coarse=False), torch.zeros(5, 3), iterations=2)
+    assert zeros.inertia == 0
+
+
+def test_sums_do_not_lose_small_rows_in_large_clusters():
+    x = torch.full((200_000, 1), 0.1)
+    totals = Rows(x).totals(torch.zeros(200_000, dtype=torch.int64), 1)
+    assert totals[0, 0].item() == pytest.approx(200_000 * float(np.float32(0.1)), rel=1e-12)
+    assert totals[0, 1].item() == 200_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rows_of_other_types_are_clustered_as_float32(dtype):
+    x = unit(800, 16).to(dtype)
+    found = kmeans(x, 20, engine="lloyd")
+    same = kmeans(x.float(), 20, engine="faiss")
+    assert found.inertia == pytest.approx(same.inertia, rel=0.03)
+    assert found.centroids.dtype == torch.float32
+    squared = distances(x, found.centroids)
+    assert found.inertia == pytest.approx(squared.min(axis=1).sum(), rel=1e-5)
+
+
+def test_mistakes_are_told():
+    with pytest.raises(UserError, match="not finite"):
+        kmeans(torch.full((20, 4), torch.inf), 3, engine="lloyd")
+    with pytest.raises(UserError, match=r"30 clusters of 20 images.*at most 20"):
+        kmeans(torch.randn(20, 4), 30, engine="lloyd")
+    with pytest.raises(ValueError, match="iterations is -1"):
+        lloyd(Rows(torch.randn(20, 4)), torch.randn(2, 4), iterations=-1)
+
+
+def test_flash_kmeans_is_asked_for_the_coarse_assignment(monkeypatch):
+    """Its kernel needs a GPU; a stand-in with its signature checks what it is given."""
+    asked = []
+
+    def euclid_assign_triton(x, centroids, x_sq, out=None, c_sq=None, *, use_heuristic=True):
+        assert x.dtype == centroids.dtype == torch.bfloat16
+        assert x.ndim == centroids.ndim == 3
+        torch.testing.assert_close(x_sq, x.float().square().sum(-1))
+        asked.append(x.shape)
+        return torch.cdist(x.float(), centroids.float()).argmin(dim=-1).to(torch.int32)
+
+    fake = types.ModuleType("flash_kmeans.assign_euclid_triton")
+    fake.euclid_assign_triton = euclid_assign_triton  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_kmeans", types.ModuleType("flash_kmeans"))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    x = unit(500, 16)
+    found = module._nearest_flash(x.bfloat16(), x[:30])
+    assert asked == [(1, 500, 16)]
+    assert found.dtype == torch.int64
+    exact = Rows(x).assign(x[:30], exact=True)
+    assert (found == exact).float().mean() > 0.97
+
+
+def test_flash_kmeans_is_not_imported_on_a_cpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_kmeans", None)  # importing it now raises
+    rows = rows_of(unit(500, 16), coarse=True)
+    assert lloyd(rows, rows.rows[:20], iterations=3).iterations == 3

@@ -1,0 +1,152 @@
+"""What ranks do in test_sharded.py. Functions of a module, as processes need them by name."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from localagg.bank import MemoryBank
+from localagg.distributed import collectives as distributed
+from localagg.distributed.collectives import World
+from localagg.evaluation import shared_neighbors
+from localagg.objectives import momentum_update
+from localagg.training import sharded
+
+
+def problem(
+    *,
+    size: int,
+    batch: int,
+    seed: int,
+    dtype: torch.dtype,
+    dim: int = 6,
+    clusterings: int = 2,
+    K: int = 8,
+    spread: bool = False,
+) -> dict[str, Any]:
+    """A batch near rows of a bank, its labels and noise draws."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(rows: int) -> Tensor:
+        drawn = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+        return F.normalize(drawn, dim=1).to(dtype)
+
+    bank = unit(size)
+    index = torch.randint(0, size, (batch,), generator=generator)
+    near = bank[index] if not spread else unit(batch)
+    return {
+        "bank": bank,
+        "embedding": momentum_update(near, unit(batch), momentum=0.6),
+        "labels": torch.randint(
+            0, max(1, size // 4), (clusterings, size), generator=generator, dtype=torch.int32
+        ),
+        "index": index,
+        "noise": torch.randint(0, size, (batch, 5), generator=generator),
+        "K": K,
+        "t": 0.07,
+    }
+
+
+def bank_of(world: World, rows: Tensor) -> MemoryBank:
+    """This rank's part of a bank."""
+    part = world.part(len(rows))
+    bank = MemoryBank(*rows.shape, dtype=rows.dtype, part=part)
+    bank.rows.copy_(rows[part.start : part.stop])
+    return bank
+
+
+def gathered(world: World, p: dict[str, Any]) -> sharded.Batch:
+    """The batch, of which each rank brings its share."""
+    part = world.part(len(p["index"]))
+    own = slice(part.start, part.stop)
+    return sharded.gather(world, p["embedding"][own], p["index"][own], len(p["index"]))
+
+
+def score(world: World, p: dict[str, Any], loss: str) -> sharded.LossResult:
+    """A loss of a problem on this rank."""
+    bank, batch = bank_of(world, p["bank"]), gathered(world, p)
+    if loss == "local_aggregation":
+        labels = p["labels"][:, bank.part.start : bank.part.stop]
+        options = {"temperature": p["t"], "instance_share": p.get("instance_share", 0.0)}
+        return sharded.local_aggregation(world, batch, bank, labels, neighbors=p["K"], **options)
+    if loss == "instance_softmax":
+        return sharded.instance_softmax(world, batch, bank, temperature=p["t"])
+    return sharded.instance_nce(world, batch, bank, p["noise"], temperature=p["t"])
+
+
+def nearest(world: World, p: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
+    """Neighbors of a problem's batch."""
+    return shared_neighbors.nearest_rows(world, p["embedding"], bank_of(world, p["bank"]), k)
+
+
+def train(world: World, objective: str) -> dict[str, Any]:
+    """Seven steps of SGD with momentum on a linear encoder of 37 images, in float64. Batches are 8
+    and 3 images with a repeat in some, shared out over ranks as they come."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(37, 10, generator=generator, dtype=torch.float64)
+    weights = torch.randn(10, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 9, (2, 37), generator=generator, dtype=torch.int32)
+    bank = MemoryBank(37, 6, seed=1, dtype=torch.float64, part=world.part(37))
+    own_labels = labels[:, bank.part.start : bank.part.stop]
+    velocity, losses = torch.zeros_like(weights), []
+    for batch_size in (8, 8, 8, 3, 8, 8, 3):
+        index = torch.randint(0, 37, (batch_size,), generator=generator)
+        noise = torch.randint(0, 37, (batch_size, 6), generator=generator)
+        part = world.part(batch_size)
+        own = index[part.start : part.stop]
+        leaf = weights.clone().requires_grad_()
+        embedding = F.normalize(images[own] @ leaf, dim=1)
+        batch = sharded.gather(world, embedding, own, batch_size)
+        if objective == "local_aggregation":
+            scored = sharded.local_aggregation(world, batch, bank, own_labels, neighbors=11)
+        elif objective == "instance_softmax":
+            scored = sharded.instance_softmax(world, batch, bank)
+        else:
+            scored = sharded.instance_nce(world, batch, bank, noise)
+        embedding.backward(scored.gradient)
+        assert leaf.grad is not None
+        velocity = 0.9 * velocity + world.sum(leaf.grad)
+        weights = weights - 0.1 * velocity
+        bank.update(batch.index, batch.embedding)
+        losses.append(scored.loss.item())
+    return {"losses": losses, "weights": weights, "rows": bank.rows}
+
+
+def traffic(world: World, p: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """(collective, payload bytes that this rank hands over) of each part of a step, in order."""
+    sent: list[tuple[str, int]] = []
+
+    def recorded(name: str, call: Any, payload: int) -> Any:
+        def wrapper(*tensors: Any) -> Any:
+            sent.append((name, tensors[payload].nbytes))
+            return call(*tensors)
+
+        return wrapper
+
+    places = {
+        "all_reduce": (distributed.dist, "all_reduce", 0),
+        "all_gather": (distributed, "_all_gather", 1),
+        "reduce_scatter": (distributed, "_reduce_scatter", 1),
+    }
+    before = {name: getattr(where, attribute) for name, (where, attribute, _) in places.items()}
+    for name, (where, attribute, payload) in places.items():
+        setattr(where, attribute, recorded(name, before[name], payload))
+    try:
+        found = {}
+        bank = bank_of(world, p["bank"])
+        labels = p["labels"][:, bank.part.start : bank.part.stop]
+        batch = gathered(world, p)
+        for part, call in {
+            "gather": lambda: None,
+            "la": lambda: sharded.local_aggregation(world, batch, bank, labels, neighbors=p["K"]),
+            "softmax": lambda: sharded.instance_softmax(world, batch, bank),
+            "nce": lambda: sharded.instance_nce(world, batch, bank, p["noise"]),
+            "update": lambda: bank.update(batch.index, batch.embedding),
+        }.items():
+            call()
+            found[part], sent[:] = list(sent), []
+        return found
+    finally:
+        for name, (where, attribute, _) in places.items():
+            setattr(where, attribute, before[name])

@@ -1,0 +1,156 @@
+"""The Triton engine's losses against float64, and the whole of LA from end to end."""
+
+import naive
+import pytest
+import torch
+import triton
+from torch.nn.functional import normalize
+from triton_harness import (
+    DEVICE,
+    INTERPRETED,
+    alike,
+    draws,
+    falling,
+    repeated,
+    rising,
+    similarity,
+    unit,
+)
+
+from localagg.engine import cuda_backend as engine
+from localagg.engine import cuda_loss_kernels as triton_losses
+
+# --- The exact softmax ----------------------------------------------------------------------------
+
+
+def assert_partition(embedding, bank, temperature):
+    log_Z, mean = engine.log_partition(embedding, bank, temperature)
+    logit = similarity(embedding, bank) / temperature
+    wanted = logit.softmax(dim=1) @ bank.double()
+    assert ((log_Z - logit.logsumexp(dim=1)).abs() <= 1e-5 * logit.abs().amax(dim=1)).all()
+    assert ((mean - wanted).norm(dim=1) <= 1e-4 * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "N", "D"), [(3, 1, 5), (5, 63, 16), (20, 300, 24), (130, 40, 8)])
+def test_log_partition_and_mean_row(B, N, D, dtype):
+    bank = unit(N, D, seed=N).to(dtype)
+    embedding = unit(B, D, seed=1)
+    embedding[0] = bank[N // 2].float()
+    for temperature in (0.07, 1.0):
+        assert_partition(embedding, bank, temperature)
+
+
+@pytest.mark.parametrize("make", [repeated, alike, rising, falling])
+def test_log_partition_of_contrived_banks(make):
+    assert_partition(unit(4, 12, seed=99), make(200, 12, seed=2), 0.05)
+
+
+def test_many_small_weights_count():
+    """One row with nearly all the weight, and 600 that weigh 1e-8 each but point the same way."""
+    bank = torch.zeros(601, 4, device=DEVICE)
+    bank[0, 0] = 1
+    bank[1:, 1] = 1
+    query = torch.tensor([[1.0, 0, 0, 0]], device=DEVICE)
+    _, mean = engine.log_partition(query, bank, 1 / 18.4)
+    small = 600 * torch.tensor(-18.4, dtype=torch.float64).exp()
+    assert mean[0, 1].item() == pytest.approx((small / (1 + small)).item(), rel=1e-3)
+
+
+def test_nan_shows_in_the_partition():
+    bank = unit(100, 8)
+    bank[50, 2] = torch.nan
+    log_Z, mean = engine.log_partition(unit(2, 8, seed=1), bank, 0.07)
+    assert log_Z.isnan().all()
+    assert mean.isnan().all()
+
+
+# --- LA over the listed rows ----------------------------------------------------------------------
+
+
+def aggregation(embedding, bank, rows, close, temperature, eps=1e-7):
+    """Loss and gradient in float64, by automatic differentiation of equation 5."""
+    embedding = embedding.double().requires_grad_()
+    sim = torch.einsum("bd,bkd->bk", embedding, bank.double()[rows.clamp(min=0)]) / temperature
+    weight = sim.masked_fill(rows < 0, -torch.inf).softmax(dim=1)
+    loss = -torch.log((weight * close).sum(dim=1) + eps)
+    (grad,) = torch.autograd.grad(loss.sum(), embedding)
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "N", "D", "K"), [(4, 30, 6, 1), (6, 90, 12, 50), (3, 400, 40, 300)])
+def test_aggregation_is_equation_5(B, N, D, K, dtype):
+    bank, embedding = unit(N, D, seed=N).to(dtype), unit(B, D, seed=2)
+    rows = torch.stack([torch.randperm(N, generator=draws(i))[:K] for i in range(B)]).to(DEVICE)
+    close = (torch.rand(B, K, generator=draws(1)) < 0.3).to(DEVICE)
+    close[0] = False
+    close[1] = True
+    if K > 1:
+        rows[2, : K // 2] = -1
+        close[2, K // 2] = True
+    loss, grad = engine.aggregation_forward_backward(embedding, bank, rows, close)
+    close = close & (rows >= 0)
+    wanted_loss, wanted_grad = aggregation(embedding, bank, rows, close, 0.07)
+    assert torch.allclose(loss.double(), wanted_loss, rtol=1e-5, atol=2e-7)
+    assert ((grad - wanted_grad).norm(dim=1) <= 1e-4 * wanted_grad.norm(dim=1) + 1e-9).all()
+    assert (grad[0] == 0).all()
+    assert loss[1].abs() < 2e-7
+
+
+def test_aggregation_where_nearly_all_weight_is_close():
+    """Loss and gradient stay right to five and four digits where the share is one but 1e-6."""
+    bank = normalize(torch.eye(4) + 0.1 * torch.randn(4, 4, generator=draws(0)), dim=1).to(DEVICE)
+    embedding = bank[:1].clone()
+    rows = torch.arange(4, device=DEVICE)[None]
+    close = torch.tensor([[True, True, True, False]], device=DEVICE)
+    loss, grad = engine.aggregation_forward_backward(embedding, bank, rows, close, eps=0.0)
+    wanted_loss, wanted_grad = aggregation(embedding, bank, rows, close, 0.07, eps=0.0)
+    assert 1e-8 < wanted_loss.item() < 1e-3
+    assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-5)
+    assert (grad - wanted_grad).norm() <= 1e-4 * wanted_grad.norm()
+
+
+def test_nan_shows_in_the_loss():
+    bank = unit(20, 8)
+    bank[3, 1] = torch.nan
+    rows = torch.arange(20, device=DEVICE).expand(2, 20)
+    loss, _ = engine.aggregation_forward_backward(unit(2, 8, seed=1), bank, rows, rows < 5)
+    assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_close_rows(dtype, monkeypatch):
+    monkeypatch.setattr(triton_losses, "_CLOSE_TILE", 32)
+    N, H, B, K = 120, 3, 4, 50
+    labels = torch.randint(0, 6, (H, N), generator=draws(0), dtype=dtype).to(DEVICE)
+    index = torch.tensor([3, 119, 0, 3], device=DEVICE)
+    rows = torch.randint(0, N, (B, K), generator=draws(1)).to(DEVICE)
+    rows[1, 4] = -1
+    wanted = [
+        [j >= 0 and naive.close(labels.tolist(), i, j) for j in mine]
+        for i, mine in zip(index.tolist(), rows.tolist(), strict=True)
+    ]
+    assert engine.close_rows(labels, labels[:, index], rows).tolist() == wanted
+    side_by_side = labels.T.contiguous().T
+    assert engine.close_rows(side_by_side, labels[:, index], rows).tolist() == wanted
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_local_aggregation_from_end_to_end(values):
+    B, N, D, K = 4, 130, 10, 15
+    embedding, bank = unit(B, D, seed=1), unit(N, D, seed=2)
+    labels = torch.randint(0, 12, (2, N), generator=draws(3)).to(DEVICE)
+    index = torch.arange(B, device=DEVICE)
+    rows, _ = engine.top_rows(embedding, bank, K, values=values)
+    close = engine.close_rows(labels, labels[:, index], rows)
+    loss, grad = engine.aggregation_forward_backward(embedding, bank, rows, close)
+    arguments = (embedding.tolist(), bank.tolist(), labels.tolist(), index.tolist())
+    wanted_loss, wanted_grad = naive.local_aggregation(*arguments, K, 0.07)
+    assert loss.mean().item() == pytest.approx(wanted_loss, rel=1e-5)
+    gap = grad.cpu().double() / B - torch.from_numpy(wanted_grad)
+    assert gap.norm() <= 1e-4 * torch.from_numpy(wanted_grad).norm()
+
+
+def test_the_right_machine_was_asked():
+    assert triton.knobs.runtime.interpret == INTERPRETED

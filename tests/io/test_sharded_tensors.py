@@ -1,0 +1,35 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from localagg.distributed.collectives import share
+from localagg.io import sharded_tensors as shards
+
+
+@pytest.mark.parametrize("size", [2, 7, 12])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_any_number_of_ranks_reads_what_any_number_has_written(tmp_path, size, dim):
+    whole = torch.arange(size * 3).view(size, 3) if dim == 0 else torch.arange(size * 3).view(3, -1)
+    for writers in (1, 2, 4):
+        folder = tmp_path / str(writers)
+        folder.mkdir()
+        for rank in range(writers):
+            part = share(size, rank, writers)
+            rows = whole.narrow(dim, part.start, len(part)).contiguous()
+            save_file({"x": rows}, shards.shard(folder, "bank", rank, writers))
+        files = shards.shards(folder, "bank")
+        assert torch.equal(shards.read(files, "x", dim=dim), whole)
+        for readers in (1, 2, 3, 5):
+            for rank in range(readers):
+                part = share(size, rank, readers)
+                found = shards.read(files, "x", dim=dim, part=part)
+                assert torch.equal(found, whole.narrow(dim, part.start, len(part)))
+        with pytest.raises(ValueError, match=f"has {size} rows, not the {size + 1}"):
+            shards.read(files, "x", dim=dim, part=range(1, size + 1))
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    assert shards.shards(tmp_path, "bank") == []
+    save_file({"x": torch.zeros(1)}, shards.shard(tmp_path, "bank", 1, 3))
+    with pytest.raises(FileNotFoundError, match=r"'bank-0-of-3\.safetensors' is missing"):
+        shards.shards(tmp_path, "bank")

@@ -1,0 +1,43 @@
+import resource
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from localagg.io import files
+from localagg.io.tensor_files import _NAMES, save_tensors
+
+
+@pytest.mark.parametrize("window", [100, 4096, 1 << 25])
+def test_the_library_reads_back_what_was_written(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(files, "_WINDOW", window)
+    tensors = {
+        f"t.{number}": torch.randint(0, 2, (number, 3), dtype=torch.int8).to(dtype)
+        for number, dtype in enumerate(_NAMES)
+    }
+    tensors |= {"scalar": torch.tensor(2.5), "turned": torch.arange(6.0).view(2, 3).T}
+    metadata = {"localagg": '{"é": "\\n"}'}
+    save_tensors(tmp_path / "x.safetensors", tensors, metadata)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == metadata
+
+
+def test_nothing_is_something_too(tmp_path):
+    save_tensors(tmp_path / "none", {})
+    assert load_file(tmp_path / "none") == {}
+
+
+def test_a_full_disk_says_what_the_system_said(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_tensors(tmp_path / "x", {"x": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
