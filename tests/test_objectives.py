@@ -102,7 +102,7 @@ def test_local_aggregation(p):
             ),
             p["embedding"],
         )
-        rows, _ = background_neighbors(p["embedding"], p["bank"], p["K"])
+        rows, *_ = background_neighbors(p["embedding"], p["bank"], p["K"])
     # Equal rows may differ in the last bit of their product, so ties are judged on our products.
     sim = p["embedding"] @ p["bank"].T
     K = min(p["K"], len(p["bank"]))
@@ -125,7 +125,7 @@ def test_ties_go_to_the_lowest_rows(seed, K, tile):
     embedding = torch.from_numpy(rng.randint(-1, 2, (4, 3))).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors_torch, "TILE_BYTES", tile)
-        rows, similarity = background_neighbors(embedding, bank, K)
+        rows, similarity, _ = background_neighbors(embedding, bank, K)
     for i, sim in enumerate(naive.similarities(embedding, bank)):
         assert sorted(rows[i].tolist()) == sorted(naive.background(sim, K))
         assert similarity[i].tolist() == [sim[j] for j in rows[i].tolist()]

@@ -6,33 +6,48 @@ Unsupervised Learning of Visual Embeddings", ICCV 2019 (arXiv 1903.12355). "The 
 TensorFlow program published with LA.
 
 Legend of shape suffixes: B batch, N images (rows of the memory bank), D embedding size,
-K background neighbors or noise draws, H clusterings. In the equations v_i is row i of the batch
-[B, D], M the bank [N, D], t the temperature, m the bank's momentum, g the cluster labels [H, N].
+K background neighbors or noise draws, C those of them that this rank holds (K on one rank),
+H clusterings. In the equations v_i is row i of the batch [B, D], M the bank [N, D], t the
+temperature, m the bank's momentum, g the cluster labels [H, N].
 
-All functions are pure and take any floating dtype and device. Sums run in at least float32. No
-B x N array is held by a loss: what passes over the bank is the engine's (``streaming``), in tiles.
-The bank gets no gradient; it moves by :func:`momentum_update` alone.
+All functions are pure and take any floating dtype and device. Sums run in at least float32. No loss
+holds a B x N array: the engine passes over the bank in tiles. The bank gets no gradient; it moves
+by :func:`momentum_update` alone.
+
+A loss takes the whole bank, or the :class:`~localagg.engine.bank_shard.BankShard` of one of R
+ranks. Then the batch is that of all ranks (``distributed.differentiable.gather_rows``), the value
+is the same on every rank, and the gradient is the part that comes through this rank's rows. Beside
+the engine's collectives this takes, in bytes (e = 4 in float32, 8 in float64)::
+
+    aggregation_loss   1 all-reduce   16 B          sums of close and of other neighbors
+    instance_softmax   2 all-reduces  e B + 2 e B   the largest exponent; sums
+    instance_nce       1 all-reduce   2 e           the two terms
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import search as streaming
+from .distributed.differentiable import sum_over_ranks
+from .engine import search
+from .engine.bank_shard import BankShard, Neighbors
 from .engine.searchable_bank import SearchableBank
 
 # The reference keeps the constant Z that Wu et al. estimated on ImageNet's 1,281,167 images, and
 # scales it with N (instance_model.py: base_prob times this constant).
 NCE_PARTITION_PER_IMAGE = 2876934.2 / 1281167
 
+Bank = Tensor | SearchableBank | BankShard
+"""Rows [N, D]; prepared for many searches; or those of one rank."""
+
 
 # --- The probability that v is recognized as image j: P(j | v) = exp(v . M_j / t) / Z ------------
 
 
 def probability(embedding: Tensor, bank: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """P(j | v_i) = exp(v_i . M_j / t) / sum_n exp(v_i . M_n / t); IR eq. 2, LA eq. 1.
+    """Return P(j | v_i) = exp(v_i . M_j / t) / sum_n exp(v_i . M_n / t); IR eq. 2, LA eq. 1.
 
-    This one does hold [B, N]; the losses below do not.
+    This function holds [B, N]; the losses below do not.
 
     Args:
         embedding: unit rows [B, D].
@@ -42,14 +57,14 @@ def probability(embedding: Tensor, bank: Tensor, *, temperature: float = 0.07) -
     Returns:
         [B, N], rows sum to one, differentiable in ``embedding``.
     """
-    embedding = _in_full_precision(embedding, bank)
-    return F.softmax(embedding @ bank.to(embedding).T / temperature, dim=1)
+    v_BD = embedding.to(_loss_dtype(embedding, bank))
+    return F.softmax(v_BD @ bank.to(v_BD).T / temperature, dim=1)
 
 
 def instance_softmax(
-    embedding: Tensor, bank: Tensor, index: Tensor, *, temperature: float = 0.07
+    embedding: Tensor, bank: Bank, index: Tensor, *, temperature: float = 0.07
 ) -> Tensor:
-    """IR with its exact partition: -mean_B log P(i | v_i); IR eq. 3. No sampling.
+    """Return IR with its exact partition: -mean_B log P(i | v_i); IR eq. 3. No sampling.
 
     One pass over the bank computes both log Z and its gradient (two products a tile).
     Deviation: the reference only has the sampled form, :func:`instance_nce`.
@@ -63,21 +78,25 @@ def instance_softmax(
     Returns:
         Scalar mean loss, differentiable in ``embedding``.
     """
-    embedding = _in_full_precision(embedding, bank)
-    log_Z_B = streaming.log_partition(embedding, bank, temperature)
-    sim_B = (embedding * bank[index].to(embedding)).sum(dim=1)
-    return (log_Z_B - sim_B / temperature).mean()
+    shard = BankShard.whole(bank)
+    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    log_Z_B = search.log_partition(v_BD, shard.rows, temperature)  # of this rank's rows
+    sim_B = shard.similarity_to_own(v_BD, index)
+    top_B = shard.world.maximum(log_Z_B.detach().clone())
+    terms_2B = torch.stack([torch.exp(log_Z_B - top_B), sim_B])
+    Z_B, sim_B = sum_over_ranks(shard.world, terms_2B)
+    return (top_B + Z_B.log() - sim_B / temperature).mean()
 
 
 def instance_nce(
     embedding: Tensor,
-    bank: Tensor,
+    bank: Bank,
     index: Tensor,
     noise_index: Tensor,
     *,
     temperature: float = 0.07,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """IR by noise-contrastive estimation; IR eqs. 5-7, with the reference's constant Z.
+    """Return IR by noise-contrastive estimation; IR eqs. 5-7, with the reference's constant Z.
 
     With p = P(i | v_i), q_k = P(noise_k | v_i), the noise density 1/N and eps = 1e-7::
 
@@ -95,135 +114,150 @@ def instance_nce(
         means over the batch and differentiable in ``embedding``.
     """
     eps = 1e-7  # the reference's, inside both denominators
-    embedding = _in_full_precision(embedding, bank)
-    N, K = len(bank), noise_index.shape[1]
-    Z = NCE_PARTITION_PER_IMAGE * N
-    p_B = torch.exp((embedding * bank[index].to(embedding)).sum(dim=1) / temperature) / Z
-    sim_BK = streaming.similarities(embedding, bank, noise_index)
-    q_BK = torch.exp(sim_BK / temperature) / Z
-    data_term = -torch.log(p_B / (p_B + K / N + eps)).mean()
-    noise_term = -torch.log((K / N) / (q_BK + K / N + eps)).sum(dim=1).mean()
+    shard = BankShard.whole(bank)
+    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    base, Z = noise_index.shape[1] / shard.size, NCE_PARTITION_PER_IMAGE * shard.size
+    here_B, _ = shard.local(index)
+    rows_BC = shard.listed(noise_index)
+    p_B = torch.exp(shard.similarity_to_own(v_BD, index) / temperature) / Z
+    sim_BC = search.similarities(v_BD, shard.rows, rows_BC.clamp(min=0))
+    q_BC = torch.exp(sim_BC / temperature) / Z
+    data_B = -torch.log(p_B / (p_B + base + eps)) * here_B
+    noise_BC = -torch.log(base / (q_BC + base + eps)) * (rows_BC >= 0)
+    terms_2 = torch.stack([data_B.sum(), noise_BC.sum()]) / len(v_BD)
+    data_term, noise_term = sum_over_ranks(shard.world, terms_2)
     return data_term + noise_term, data_term, noise_term
 
 
 # --- Local Aggregation: among the background neighbors, pull the close ones -----------------------
 
 
-def background_neighbors(
-    embedding: Tensor, bank: Tensor | SearchableBank, neighbors: int
-) -> tuple[Tensor, Tensor]:
-    """B_i: the K bank rows with the largest v_i . M_j (LA section 3.1). Self is not excluded.
+def background_neighbors(embedding: Tensor, bank: Bank, neighbors: int) -> Neighbors:
+    """Return B_i: the K bank rows with the largest v_i . M_j (LA section 3.1), self included.
 
-    Exact, see :func:`streaming.nearest`. Where several rows tie at the K-th similarity the lowest
-    indices are taken, as the reference's ``top_k`` does. K > N gives all N rows.
+    Exact. Of rows that tie at the K-th similarity the lowest are taken, as by the reference's
+    ``top_k``. K > N gives all N rows.
 
     Args:
         embedding: [B, D].
-        bank: [N, D], or one that is prepared for many searches.
+        bank: [N, D].
         neighbors: K >= 1.
 
     Returns:
-        (rows, similarity): int64 and float [B, min(K, N)], in no particular order.
+        Rows int64 and similarities float [B, C], in no promised order.
 
     Raises:
-        UserError: on a processor, values that are not finite.
+        UserError: on a CPU, values that are not finite.
     """
-    return streaming.nearest(embedding, bank, neighbors)
+    return BankShard.whole(bank).nearest(embedding.detach(), neighbors)
 
 
-def close_neighbors(labels: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Which of ``rows`` are in C_i: they share a cluster with i in any of the H clusterings.
+def close_neighbors(
+    labels: Tensor, index: Tensor, rows: Tensor, bank: BankShard | None = None
+) -> Tensor:
+    """Return which of ``rows`` are in C_i: they share a cluster with i in any of H clusterings.
 
     C_i = union over h of { j : g[h, j] = g[h, i] } (LA section 3.1).
 
     Args:
-        labels: cluster labels, int [H, N].
+        labels: cluster labels, int [H, N]; of a shard, of its rows. Fastest from
+            ``engine.search.by_row``.
         index: int64 [B], the bank row of each sample.
-        rows: int64 [B, K], candidates j.
+        rows: int64 [B, C], candidates j; -1 is never close.
+        bank: the shard that the rows are of. Default: they are of the whole bank.
 
     Returns:
-        bool [B, K].
+        bool [B, C].
     """
-    return streaming.close_rows(labels, labels[:, index], rows)
+    own_HB = labels[:, index] if bank is None else bank.labels_of(labels, index)
+    return search.close_rows(labels, own_HB, rows)
 
 
 def aggregation_loss(
     embedding: Tensor,
-    bank: Tensor,
-    rows: Tensor,
+    bank: Bank,
+    background: Neighbors,
     close: Tensor,
     *,
-    similarity: Tensor | None = None,
     temperature: float = 0.07,
     eps: float = 1e-7,
-) -> Tensor:
-    """LA eq. 5, given the neighbors: -mean_B log( P(C_i and B_i | v_i) / P(B_i | v_i) + eps ).
+) -> tuple[Tensor, Tensor]:
+    """Return LA eq. 5 of each sample, -log( P(C_i and B_i | v_i) / P(B_i | v_i) + eps ).
 
-    P(A | v) = sum_{j in A} P(j | v); Z cancels, so the ratio is a softmax over B_i summed over
-    C_i. A sample with no close neighbor contributes -log eps and no gradient.
+    P(A | v) = sum_{j in A} P(j | v). Z cancels, so the ratio is a softmax over B_i, summed over
+    C_i. A sample without a close neighbor contributes -log eps and no gradient. The gradient in
+    v_i . M_j is -P(j | B_i) (1[j in C_i] - ratio) / (ratio + eps) / t.
 
     Args:
         embedding: unit rows [B, D].
         bank: [N, D].
-        rows: int64 [B, K], the background neighbors.
-        close: bool [B, K], which of them are close.
-        similarity: v_i . M_j for ``rows`` if already known, [B, K]; its values are trusted.
+        background: of :func:`background_neighbors`.
+        close: bool [B, C], of :func:`close_neighbors`.
         temperature: t > 0.
         eps: added to the ratio.
 
     Returns:
-        Scalar mean loss, differentiable in ``embedding``.
+        (loss, ratio), [B]; the loss is differentiable in ``embedding``.
     """
-    embedding = _in_full_precision(embedding, bank)
-    options = {"similarity": similarity, "temperature": temperature, "eps": eps}
-    loss_B = streaming.aggregation(embedding, bank, rows, close, **options)
-    if loss_B is None:  # no engine has this equation compiled
-        sim_BK = streaming.similarities(embedding, bank, rows, similarity)
-        sim_BK = sim_BK.to(_fine(sim_BK))  # in float32 a share near 1 would cost its rounding
-        share_B = (F.softmax(sim_BK / temperature, dim=1) * close).sum(dim=1)
-        loss_B = -torch.log(share_B + eps)
-    return loss_B.mean().to(embedding.dtype)
+    shard = BankShard.whole(bank)
+    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    with torch.no_grad():
+        weight_BC, sums_2B = search.exponential_sums(
+            background.similarity, close, background.largest, temperature
+        )
+        close_B, other_B = shard.world.sum(sums_2B)  # float64: near 1 float32 would round the ratio
+        ratio_B, rest_B = close_B / (close_B + other_B), other_B / (close_B + other_B)
+        # Of a ratio near 1 the rest is exact, and 1 - ratio is not.
+        loss_B = torch.where(ratio_B < 0.5, -torch.log(ratio_B + eps), -torch.log1p(eps - rest_B))
+        scale_B = 1 / ((close_B + other_B) * (ratio_B + eps) * temperature)
+        rows_BC = background.rows if shard.world.size == 1 else background.rows.clamp(min=0)
+        gradient_BD = search.weigh_split_rows(
+            shard.rows, rows_BC, weight_BC, close, -rest_B * scale_B, ratio_B * scale_B
+        )
+    return search.with_gradient(v_BD, loss_B, gradient_BD), ratio_B
 
 
 def mixed_loss(
     embedding: Tensor,
-    bank: Tensor,
-    rows: Tensor,
+    bank: Bank,
+    background: Neighbors,
     close: Tensor,
     index: Tensor,
     *,
     instance_share: float,
-    similarity: Tensor | None = None,
     temperature: float = 0.07,
-) -> Tensor:
-    """(1 - s) LA + s IR among the background: LA with the sample as its only close neighbor, ::
+) -> tuple[Tensor, Tensor]:
+    """Return (1 - s) LA + s IR among the background neighbors, of each sample.
 
-        IR = -mean_B log( P(i | v_i) / P(B_i | v_i) + eps )
-
-    Deviation: the paper has LA alone. docs/results.md has what the mixture does.
+    IR here is LA with the sample as its only close neighbor, -log( P(i | v_i) / P(B_i | v_i) + eps ).
+    Deviation: the paper has LA alone. docs/results.md has the effect of the mixture.
 
     Args:
-        embedding: as of :func:`aggregation_loss`, like all that is not named here.
-        bank: likewise.
-        rows: likewise.
-        close: likewise.
+        embedding: unit rows [B, D].
+        bank: [N, D].
+        background: of :func:`background_neighbors`.
+        close: bool [B, C], of :func:`close_neighbors`.
         index: int64 [B], the bank row of each sample.
-        instance_share: s in [0, 1].
-        similarity: likewise.
-        temperature: likewise.
+        instance_share: s in [0, 1]. 0 is :func:`aggregation_loss`.
+        temperature: t > 0.
 
     Returns:
-        Scalar mean loss, differentiable in ``embedding``.
+        (loss, ratio of LA), [B]; the loss is differentiable in ``embedding``.
     """
-    options = {"similarity": similarity, "temperature": temperature}
-    apart = aggregation_loss(embedding, bank, rows, rows == index.unsqueeze(1), **options)
-    together = aggregation_loss(embedding, bank, rows, close, **options)
-    return (1 - instance_share) * together + instance_share * apart
+    loss_B, ratio_B = aggregation_loss(embedding, bank, background, close, temperature=temperature)
+    if instance_share:
+        here_B, row_B = BankShard.whole(bank).local(index)
+        itself_BC = (background.rows == row_B.unsqueeze(1)) & here_B.unsqueeze(1)
+        instance_B, _ = aggregation_loss(
+            embedding, bank, background, itself_BC, temperature=temperature
+        )
+        loss_B = (1 - instance_share) * loss_B + instance_share * instance_B
+    return loss_B, ratio_B
 
 
 def local_aggregation(
     embedding: Tensor,
-    bank: Tensor | SearchableBank,
+    bank: Bank,
     labels: Tensor,
     index: Tensor,
     *,
@@ -231,13 +265,12 @@ def local_aggregation(
     temperature: float = 0.07,
     eps: float = 1e-7,
 ) -> Tensor:
-    """The LA objective of a batch, whole: :func:`background_neighbors` of each v_i,
-    :func:`close_neighbors` among them, :func:`aggregation_loss` of the two.
+    """Return the LA objective of a batch: the mean of :func:`aggregation_loss`.
 
     Args:
         embedding: unit rows [B, D].
-        bank: [N, D], read before this step's update; or one that is prepared for many searches.
-        labels: cluster labels, int [H, N].
+        bank: [N, D], read before this step's update.
+        labels: cluster labels, int [H, N]; of a shard, of its rows.
         index: int64 [B], the bank row of each sample.
         neighbors: K; more than N means all N.
         temperature: t > 0.
@@ -247,21 +280,21 @@ def local_aggregation(
         Scalar mean loss, differentiable in ``embedding``.
 
     Raises:
-        UserError: on a processor, values that are not finite.
+        UserError: on a CPU, values that are not finite.
     """
-    rows_BK, sim_BK = background_neighbors(embedding, bank, neighbors)
-    close_BK = close_neighbors(labels, index, rows_BK)
-    rows = bank.rows if isinstance(bank, SearchableBank) else bank
-    return aggregation_loss(
-        embedding, rows, rows_BK, close_BK, similarity=sim_BK, temperature=temperature, eps=eps
-    )
+    shard = BankShard.whole(bank)
+    background = background_neighbors(embedding, shard, neighbors)
+    close_BC = close_neighbors(labels, index, background.rows, shard)
+    options = {"temperature": temperature, "eps": eps}
+    loss_B, _ = aggregation_loss(embedding, shard, background, close_BC, **options)
+    return loss_B.mean().to(_loss_dtype(embedding, shard.rows))
 
 
 # --- After the step: the memory bank follows ------------------------------------------------------
 
 
 def momentum_update(rows: Tensor, embedding: Tensor, *, momentum: float = 0.5) -> Tensor:
-    """M_i <- normalize(m M_i + (1 - m) v_i); LA section 3.2.
+    """Return M_i <- normalize(m M_i + (1 - m) v_i); LA section 3.2.
 
     Args:
         rows: the bank's rows of the batch [B, D].
@@ -272,20 +305,12 @@ def momentum_update(rows: Tensor, embedding: Tensor, *, momentum: float = 0.5) -
         [B, D] unit rows in the dtype of ``rows``, without gradient.
     """
     with torch.no_grad():
-        embedding = _in_full_precision(embedding, rows)
-        moved = momentum * rows.to(embedding.dtype) + (1 - momentum) * embedding
+        dtype = _loss_dtype(embedding, rows)
+        moved = momentum * rows.to(dtype) + (1 - momentum) * embedding.to(dtype)
         return F.normalize(moved, dim=1).to(rows.dtype)
 
 
-# --- Plumbing -------------------------------------------------------------------------------------
-
-
-def _in_full_precision(embedding: Tensor, bank: Tensor) -> Tensor:
-    """The embedding in the common dtype of both, at least float32."""
+def _loss_dtype(embedding: Tensor, bank: Tensor) -> torch.dtype:
+    """Return the common dtype of both, at least float32."""
     dtype = torch.promote_types(embedding.dtype, bank.dtype)
-    return embedding.to(torch.promote_types(dtype, torch.float32))
-
-
-def _fine(values: Tensor) -> torch.dtype:
-    """float64, where a device has it."""
-    return values.dtype if values.device.type == "mps" else torch.float64
+    return torch.promote_types(dtype, torch.float32)

@@ -16,6 +16,7 @@ from localagg.engine import (
 from localagg.engine import (
     search as streaming,
 )
+from localagg.engine.bank_shard import Neighbors
 from localagg.engine.search import nearest
 from localagg.engine.searchable_bank import SearchableBank
 from localagg.objectives import aggregation_loss, close_neighbors, local_aggregation
@@ -44,8 +45,7 @@ def check_loss(found, queries, bank, seed):
     index, t = torch.from_numpy(rng.randint(0, N, B)), [0.07, 0.2, 1.0][seed % 3]
     v, rows = queries.clone().requires_grad_(), found[0]
     marked = close_neighbors(labels, index, rows)
-    known = found[1] if seed % 5 else None
-    loss = aggregation_loss(v, bank, rows, marked, similarity=known, temperature=t)
+    loss = aggregation_loss(v, bank, Neighbors(*found, None), marked, temperature=t)[0].mean()
     (gradient,) = torch.autograd.grad(loss, v)
     expected = naive.aggregation(
         queries.tolist(), bank.tolist(), labels.tolist(), index.tolist(), rows.tolist(), t
@@ -84,7 +84,9 @@ def test_what_is_guessed_is_reached_by_as_many_of_the_sampled_rows(name, sample,
     g = torch.Generator().manual_seed(rank)
     bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (94, 3))
     with engine(name):
-        guess = streaming.guess(queries.requires_grad_(), SearchableBank(bank), rank, sample)
+        guess = streaming.sample_threshold(
+            queries.requires_grad_(), SearchableBank(bank), rank, sample
+        )
     assert not guess.requires_grad
     step = len(bank) // sample
     sim = queries.double() @ bank[: step * sample : step].double().T

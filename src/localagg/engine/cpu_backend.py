@@ -161,7 +161,7 @@ class _Batch:
         rank = max(1, math.ceil(share + sizes.spare * (1 + math.sqrt(share))))
         if rank > size:
             return np.full(len(self.queries), -np.inf, np.float32)
-        return guess(self.coarse, self.bank, rank, size).numpy()
+        return sample_threshold(self.coarse, self.bank, rank, size).numpy()
 
     def _stream(self, part: range, s: int, least_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
         """Make the lists of one stretch of the bank; returns the largest margin [B] there."""
@@ -214,8 +214,8 @@ def _places(B: int, k: int) -> tuple[Tensor, Tensor]:
     return torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
 
 
-def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
-    """As ``streaming.guess``."""
+def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
+    """As ``search.sample_threshold``."""
     rows = bank.sample(sample)
     coarse, guess_B = queries.to(bank.type), torch.empty(len(queries))
 
@@ -292,31 +292,42 @@ def _weigh(part: range, bank: Tensor, rows: Tensor, weight: Tensor, sum_BD: Tens
         list_kernels.weigh_rows(part.start, part.stop, *arguments)
 
 
-def aggregation_forward_backward(
-    bank: Tensor,
-    rows: Tensor,
-    close: Tensor,
-    similarity: Tensor,
-    *,
-    temperature: float,
-    eps: float,
+def exponential_sums(
+    similarity: Tensor, inside: Tensor, largest: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The LA loss of each sample, float64 [B], and its gradient, float32 [B, D]; one gather."""
-    loss_B, slope_BK = torch.empty(len(rows), dtype=torch.float64), torch.empty(rows.shape)
-    sum_BD = torch.empty(len(rows), bank.shape[1])
-    terms = close.numpy(), temperature, eps, loss_B.numpy(), slope_BK.numpy()
+    """See ``search.exponential_sums``."""
+    weight_BC = torch.empty(similarity.shape)
+    sums_2B = torch.empty(2, len(similarity), dtype=torch.float64)
 
     def of_queries(part: range) -> None:
         some = slice(part.start, part.stop)
-        sim_bK, weight_bK = similarity.numpy()[some], slope_BK.numpy()[some]
-        np.subtract(sim_bK, sim_bK.max(axis=1, keepdims=True), out=weight_bK)
-        weight_bK /= np.float32(temperature)
-        np.exp(weight_bK, out=weight_bK)  # numpy's runs in vectors
-        list_kernels.aggregate(part.start, part.stop, *terms)
-        _weigh(part, bank, rows, slope_BK, sum_BD)
+        sim_bC, weight_bC = similarity.numpy()[some], weight_BC.numpy()[some]
+        top_b1 = (
+            sim_bC.max(axis=1, keepdims=True) if largest is None else largest.numpy()[some, None]
+        )
+        np.subtract(sim_bC, top_b1, out=weight_bC)
+        weight_bC /= np.float32(temperature)
+        np.exp(weight_bC, out=weight_bC)  # numpy's runs in vectors
+        arguments = weight_BC.numpy(), inside.numpy(), sums_2B.numpy()
+        list_kernels.sum_inside_and_outside(part.start, part.stop, *arguments)
+
+    in_threads(of_queries, len(similarity))
+    return weight_BC, sums_2B
+
+
+def weigh_split_rows(
+    bank: Tensor, rows: Tensor, weight: Tensor, inside: Tensor, scale: Tensor, other_scale: Tensor
+) -> Tensor:
+    """See ``search.weigh_split_rows``."""
+    sum_BD = torch.empty(len(rows), bank.shape[1])
+    arguments = inside.numpy(), scale.numpy(), other_scale.numpy(), weight.numpy()
+
+    def of_queries(part: range) -> None:
+        list_kernels.scale_inside_and_outside(part.start, part.stop, *arguments)
+        _weigh(part, bank, rows, weight, sum_BD)
 
     in_threads(of_queries, len(rows))
-    return loss_B, sum_BD
+    return sum_BD
 
 
 # --- Plumbing -------------------------------------------------------------------------------------
@@ -342,4 +353,5 @@ def compile_all() -> None:
     found, sim = nearest(rows, SearchableBank(rows), 2)
     labels = torch.zeros(1, 4, dtype=torch.int32)
     close = close_rows(labels, labels, found)
-    aggregation_forward_backward(rows, found, close, sim, temperature=1.0, eps=0.0)
+    weight, (inside, outside) = exponential_sums(sim, close, None, 1.0)
+    weigh_split_rows(rows, found, weight, close, inside, outside)

@@ -4,8 +4,6 @@ Legend as in ``neighbors_kernels``; P places of a shorter list, G buckets of a h
 clusterings.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -74,21 +72,24 @@ def mark_close(first, last, labels_NH, own_BH, rows_BK, close_BK):
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
-def aggregate(first, last, close_BK, temperature, eps, loss_B, weight_BK):
-    """-log of the close ones' share of the weights exp((similarity - the largest) / t), which its
-    slope in each similarity replaces."""
+def sum_inside_and_outside(first, last, weight_BC, inside_BC, sums_2B):
+    """Sums of the weights inside and outside of a set."""
     for i in range(first, last):
-        weight, close, near, far = weight_BK[i], close_BK[i], 0.0, 0.0
+        weight, inside, near, far = weight_BC[i], inside_BC[i], 0.0, 0.0
         for c in range(len(weight)):
-            near += weight[c] if close[c] else np.float32(0)
-            far += np.float32(0) if close[c] else weight[c]
-        share, rest = near / (near + far), far / (near + far)
-        # Of a share near 1 the rest is exact, and 1 - share is not.
-        loss_B[i] = -math.log(share + eps) if share < 0.5 else -math.log1p(eps - rest)
-        scale = 1 / (temperature * (share + eps) * (near + far))
-        near_scale, far_scale = np.float32(-rest * scale), np.float32(share * scale)
+            near += weight[c] if inside[c] else np.float32(0)
+            far += np.float32(0) if inside[c] else weight[c]
+        sums_2B[0, i], sums_2B[1, i] = near, far
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def scale_inside_and_outside(first, last, inside_BC, scale_B, other_scale_B, weight_BC):
+    """Multiply the weights by one scale inside of a set and by another outside, in place."""
+    for i in range(first, last):
+        weight, inside = weight_BC[i], inside_BC[i]
+        scale, other_scale = np.float32(scale_B[i]), np.float32(other_scale_B[i])
         for c in range(len(weight)):
-            weight[c] *= near_scale if close[c] else far_scale
+            weight[c] *= scale if inside[c] else other_scale
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

@@ -38,11 +38,10 @@ from triton import knobs
 
 from ..errors import UserError
 from . import cuda_search_kernels as kernels
-from .cuda_loss_kernels import aggregation_forward_backward, close_rows, log_partition, processors
+from .cuda_loss_kernels import close_rows, log_partition, processors
 
 __all__ = [
     "MAX_DIM",
-    "aggregation_forward_backward",
     "close_rows",
     "log_partition",
     "sample_keys",

@@ -2,7 +2,7 @@
 
 One function, :func:`nearest`, with three back-ends: compiled loops for processors
 (``neighbors_numba``), kernels for NVIDIA's GPUs (``neighbors_triton``), and torch alone for the
-rest (``neighbors_torch``). All are exact: the same rows, up to rows whose similarities differ by
+rest (``torch_backend``). All are exact: the same rows, up to rows whose similarities differ by
 less than float32's rounding.
 
 Legend of shape suffixes: B queries, N rows of the bank, D embedding size, K neighbors,
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import torch_backend as neighbors_torch
+from . import torch_backend
 from .searchable_bank import SearchableBank, not_finite
 
 COMPILED_FROM = 4096  # rows of a bank; below so many torch alone is as quick
@@ -65,7 +65,7 @@ def nearest(
         options = {"bank_low": prepared.coarse, "threshold": at_least}
         rows_BK, sim_BK = gpu.top_rows(queries, rows_ND, k, **options)
     else:
-        rows_BK, sim_BK = neighbors_torch.nearest(queries, rows_ND, k)
+        rows_BK, sim_BK = torch_backend.nearest(queries, rows_ND, k)
     if queries.device.type == "cpu" and not sim_BK.isfinite().all():
         raise not_finite()  # what is not a number counts as the largest
     if at_least is None:
@@ -73,7 +73,7 @@ def nearest(
     return packed(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
 
 
-def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
+def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
     """A similarity [B] that about ``rank`` of ``sample`` rows, taken evenly from the bank, reach.
 
     It is as coarse as bfloat16. There is no bound to how far a sample misleads.
@@ -86,8 +86,8 @@ def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tens
     """
     rows_ND = bank.refresh().rows
     if compiled := numba_engine(rows_ND, queries):
-        return compiled.guess(_single(queries), bank, rank, sample)
-    return neighbors_torch.guess(queries.detach(), bank, rank, sample)
+        return compiled.sample_threshold(_single(queries), bank, rank, sample)
+    return torch_backend.sample_threshold(queries.detach(), bank, rank, sample)
 
 
 def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tens
         similarity: float [B, K].
         kept: bool [B, K].
     """
-    engine = numba_engine(similarity.flatten()) or neighbors_torch
+    engine = numba_engine(similarity.flatten()) or torch_backend
     return engine.packed(rows, similarity, kept)
 
 
@@ -171,33 +171,53 @@ def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         return weight.new_zeros(len(rows), bank.shape[1])
     if compiled := numba_engine(bank, weight):
         return compiled.weigh_rows(bank, rows, _single(weight))
-    return neighbors_torch.weigh_rows(bank, rows, weight)
+    return torch_backend.weigh_rows(bank, rows, weight)
 
 
-def aggregation(
-    embedding: Tensor,
-    bank: Tensor,
-    rows: Tensor,
-    close: Tensor,
-    *,
-    similarity: Tensor | None,
-    temperature: float,
-    eps: float,
-) -> Tensor | None:
-    """``objectives.aggregation_loss`` of each sample [B], with its gradient in the same pass, by a
-    compiled engine; None where there is none for these tensors."""
-    gpu, numba = triton_engine(bank), numba_engine(bank, embedding)
-    options = {"temperature": temperature, "eps": eps}
-    with torch.no_grad():
-        if gpu:
-            found = gpu.aggregation_forward_backward(embedding, bank, rows, close, **options)
-        elif numba:
-            if similarity is None:
-                similarity = numba.similarities(_single(embedding), bank, rows)
-            found = numba.aggregation_forward_backward(bank, rows, close, similarity, **options)
-        else:
-            return None
-    return _Known.apply(embedding, *found)
+def exponential_sums(
+    similarity: Tensor, inside: Tensor, largest: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return exp((similarity - largest) / t), and its sums inside and outside of a set.
+
+    Args:
+        similarity: float [B, C].
+        inside: bool [B, C].
+        largest: [B], at least each similarity of a line. Default: the largest of the line.
+        temperature: t > 0.
+
+    Returns:
+        (exponentials [B, C] in the type of ``similarity``, sums [2, B] in float64).
+    """
+    if compiled := numba_engine(similarity.flatten()):
+        return compiled.exponential_sums(similarity, inside, largest, temperature)
+    return torch_backend.exponential_sums(similarity, inside, largest, temperature)
+
+
+def weigh_split_rows(
+    bank: Tensor, rows: Tensor, weight: Tensor, inside: Tensor, scale: Tensor, other_scale: Tensor
+) -> Tensor:
+    """Return sum_k s_ik weight_ik M_[rows_ik]: s is ``scale`` inside of a set, else ``other_scale``.
+
+    Args:
+        bank: [N, D].
+        rows: int64 [B, C], 0..N-1.
+        weight: [B, C], at least float32. Its values are overwritten.
+        inside: bool [B, C].
+        scale: float64 [B].
+        other_scale: float64 [B].
+
+    Returns:
+        [B, D] in the weights' type.
+    """
+    if rows.shape[1] and (compiled := numba_engine(bank, weight)):
+        return compiled.weigh_split_rows(bank, rows, weight, inside, scale, other_scale)
+    scales = (each.to(weight.dtype).unsqueeze(1) for each in (scale, other_scale))
+    return weigh_rows(bank, rows, weight.mul_(torch.where(inside, *scales)))
+
+
+def with_gradient(embedding: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``value`` [B] with ``gradient`` [B, D] as its gradient in ``embedding``."""
+    return _WithGradient.apply(embedding, value, gradient)
 
 
 def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:
@@ -217,10 +237,10 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
         if gpu := triton_engine(bank, most=256):
             log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
         else:
-            log_Z_B, mean_BD = neighbors_torch.log_partition(
+            log_Z_B, mean_BD = torch_backend.log_partition(
                 embedding, bank, temperature, PRODUCT_TILE_BYTES
             )
-    return _Known.apply(embedding, log_Z_B, mean_BD / temperature)
+    return _WithGradient.apply(embedding, log_Z_B, mean_BD / temperature)
 
 
 # --- Which engine answers -------------------------------------------------------------------------
@@ -294,7 +314,7 @@ def _single(embedding: Tensor) -> Tensor:
     return embedding.detach().to(torch.float32).contiguous()
 
 
-class _Known(Function):
+class _WithGradient(Function):
     """A value [B] of each query, with its gradient [B, D] in the query known beforehand."""
 
     @staticmethod
@@ -316,7 +336,7 @@ class _RowSimilarity(Function):
             return known.to(embedding.dtype, copy=True)
         if compiled := numba_engine(bank, embedding):
             return compiled.similarities(_single(embedding), bank, rows)
-        return neighbors_torch.similarities(embedding, bank, rows)
+        return torch_backend.similarities(embedding, bank, rows)
 
     @staticmethod
     def backward(ctx, grad_BK: Tensor):

@@ -123,8 +123,8 @@ def _settle(
     rows_Bk[tied] = rows_T
 
 
-def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
-    """As ``streaming.guess``."""
+def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
+    """As ``search.sample_threshold``."""
     sim_BT = (queries.to(bank.type) @ bank.sample(sample).T).to(queries.dtype)
     if sim_BT.device.type == "cpu":  # numpy's partition takes a fraction of the time of topk
         place = sample - rank
@@ -152,6 +152,18 @@ def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         for rows_bK, w_bK in zip(rows.split(step), weight.split(step), strict=True)
     ]
     return torch.cat(parts)
+
+
+def exponential_sums(
+    similarity: Tensor, inside: Tensor, largest: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """See ``search.exponential_sums``."""
+    top_B = similarity.amax(dim=1) if largest is None else largest
+    weight_BC = ((similarity - top_B.unsqueeze(1)) / temperature).exp_()
+    sums = similarity.dtype if similarity.device.type == "mps" else torch.float64  # mps has none
+    inside_B = (weight_BC * inside).sum(dim=1, dtype=sums)
+    outside_B = (weight_BC * ~inside).sum(dim=1, dtype=sums)
+    return weight_BC, torch.stack([inside_B, outside_B])
 
 
 def _queries_at_a_time(rows: Tensor, bank: Tensor) -> int:
