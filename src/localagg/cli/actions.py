@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PretrainConfig, TransferConfig, option, override, require_resolved
-from ..data.sources.walk import walk
+from ..data.sources.image_files import walk_images
 from ..errors import UserError, printable
 from ..recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE, recipe
 from .commands import (
@@ -321,7 +321,7 @@ def _counted(data: str) -> str:
     if not folder.is_dir():
         return "starting"
     with show_progress("counting") as show:
-        for count, _ in enumerate(walk(folder), 1):
+        for count, _ in enumerate(walk_images(folder), 1):
             if count % 1000 == 0:
                 show(count, 0)
                 if time.monotonic() - start > 1:

@@ -13,7 +13,7 @@ from ..data.images.augment import Augment
 from ..data.images.nvjpeg import EncodedCrops
 from ..data.loading.cropping import Crops, Measured
 from ..data.loading.loader import report_unreadable, typical_side
-from ..data.sources.protocol import Source
+from ..data.sources.source import Source
 from ..errors import UserError
 from ..io.files import whole
 from ..recipes.defaults import resolve

@@ -15,7 +15,7 @@ from ..checkpoint import load_encoder, weights_digest
 from ..config import ViewConfig, from_dict
 from ..data.images.decode import decode
 from ..data.loading.loader import FAULTS, evaluation_batches
-from ..data.sources.protocol import Sample
+from ..data.sources.source import Sample
 from ..engine.device import make_fabric
 from ..errors import UserError, suggest
 from ..io.console import show_progress

@@ -21,7 +21,7 @@ from ..checkpoint import (
 )
 from ..config import PretrainConfig, ViewConfig
 from ..data.loading.loader import decoded, typical_side
-from ..data.sources.class_names import translation
+from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..distributed.collectives import World
 from ..embeddings.embed import embed
@@ -136,7 +136,7 @@ def _candidates(
     """(held-out images or None, which of them may ask, their labels or -1, what they are)."""
     held_out = open_evaluation(data)
     if held_out is not None and held_out.labels is not None:
-        names = translation(data, source, held_out)
+        names = held_out_to_training_labels(data, source, held_out)
         labels = torch.where(held_out.labels < 0, -1, names[held_out.labels.clamp(min=0)])
         return held_out, torch.arange(len(held_out)), labels, "held-out images"
     if held_out is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
 from ..data.sources.open import Source
-from ..data.sources.protocol import Sample
+from ..data.sources.source import Sample
 from ..errors import UserError
 from ..io.console import notify
 from ..models import Encoder
@@ -34,7 +34,7 @@ NOT_TUNING = frozenset({"ten_crop", "eval_every", "checkpoint_seconds"})
 """Names of those that mean nothing with fine-tuning either, which is measured once at its end."""
 
 
-class Subset:
+class Subset(Source):
     """Some images of a source, as a source.
 
     Args:
@@ -55,16 +55,16 @@ class Subset:
         return Sample(index, found.image, found.label)
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return self.source.name(int(self.index[index]))
 
     def fingerprint(self) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         whole = self.source.fingerprint().encode()
         return hashlib.sha256(whole + self.index.numpy().tobytes()).hexdigest()
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`; estimated by its share of the images."""
+        """See :class:`~localagg.data.sources.source.Source`; estimated by its share of the images."""
         return round(self.source.stored_bytes() * len(self) / len(self.source))
 
 

@@ -21,7 +21,7 @@ from ..data.loading.loader import (
     report_unreadable,
     typical_side,
 )
-from ..data.sources.class_names import translation
+from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..engine.device import make_fabric
 from ..errors import UserError
@@ -91,7 +91,7 @@ def open_labelled(data: str) -> Labelled:
             "TODO",
             f"All training images of '{data}' have the same label; a read-out needs two classes.",
         )
-    names = translation(data, source, held_out)
+    names = held_out_to_training_labels(data, source, held_out)
     classes = len(source.classes or ())
     return Labelled(data, source, source.labels, held_out, names[held_out.labels], classes)
 

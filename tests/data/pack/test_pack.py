@@ -279,13 +279,13 @@ def test_files_that_cannot_be_read_keep_their_index_and_are_tried_again(
 
 
 def test_a_vanished_disk_is_no_folder_of_unreadable_images(pictures, tmp_path, monkeypatch):
-    from localagg.data.sources.folder import Folder
+    from localagg.data.sources.image_folder import ImageFolder
 
     def vanished(self, index):
         raise OSError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr("localagg.data.sources.protocol._FINGERPRINT_SAMPLES", 0)
-    monkeypatch.setattr(Folder, "__getitem__", vanished)
+    monkeypatch.setattr("localagg.data.sources.source._FINGERPRINT_SAMPLES", 0)
+    monkeypatch.setattr(ImageFolder, "__getitem__", vanished)
     with pytest.raises(
         UserError, match=r"flower/00.png and the 15 images behind it cannot be read"
     ):

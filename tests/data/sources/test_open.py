@@ -7,7 +7,7 @@ import torch
 from localagg.data import open_evaluation, open_images
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import stored_splits
-from localagg.data.sources.protocol import split_of
+from localagg.data.sources.source import split_in_name
 from localagg.errors import UserError
 from localagg.evaluation.evaluate import choose
 from localagg.evaluation.probe import open_labelled
@@ -206,7 +206,7 @@ def test_links_that_lead_nowhere_or_back_are_no_trap(pictures, tmp_path):
     ],
 )
 def test_a_file_is_of_the_split_that_a_part_of_its_name_says(name, split):
-    assert split_of(name) == split
+    assert split_in_name(name) == split
 
 
 @pytest.mark.parametrize("held_out", ["val_0", "test0", "validation.0", "set-val-0", "VAL-0"])

@@ -19,7 +19,7 @@ from ..images.decode import JPEG_COLORS, _simplejpeg, decode
 from ..images.headers import FAULTS, Header, read_ends, read_header, reason, stored_bytes
 from ..images.metadata import broken_checksum, odd_metadata
 from ..loading.workers import Progress, Throttle, through_workers
-from ..sources.open import Source, left_out_splits, open_images, stored_splits
+from ..sources.open import Source, open_images, report_other_splits, stored_splits
 from .duplicates import compare, digest, repetitions, shared
 
 _CHUNK = 64  # images a worker looks at before it reports
@@ -146,7 +146,7 @@ def inspect(uri: str, *, workers: int = 0, decode_all: bool = False) -> dict[str
     """
     with show_progress(f"opening {uri}"):
         splits = {split: open_images(uri, split) for split in stored_splits(uri)}
-        left_out = left_out_splits(uri)
+        left_out = report_other_splits(uri)
     tallies: dict[str, _Tally] = {}
     for split, source in splits.items():
         with show_progress(f"looking at {split}") as show:

@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...io.files import whole
 from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
 from ..loading.loader import Throttle, through_workers
-from ..sources.protocol import Record, Source, encoded
+from ..sources.source import ImageRecord, Source, encoded_bytes
 from .formats import Format
 from .state import Partial
 
@@ -89,7 +89,7 @@ class _Items(Dataset):
 def _item(source: Source, index: int, shrink: Shrink | None) -> _Item:
     try:
         _, image, label = source[index]
-        image, fault, lost = encoded(image), None, False
+        image, fault, lost = encoded_bytes(image), None, False
     except (OSError, UserError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         image, fault, lost = b"", reason, True
@@ -131,7 +131,7 @@ def estimate(source: Source, shrink: Shrink | None) -> int:
     before = after = 0
     for i in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
         try:
-            before += len(encoded(source[i].image))
+            before += len(encoded_bytes(source[i].image))
         except (OSError, UserError):
             continue
         after += len(_item(source, i, shrink).image)
@@ -182,7 +182,7 @@ class _Tally:
 
     def records(
         self, chunks: list[range], stream: Iterator, before: int, show: Throttle
-    ) -> Iterator[Record]:
+    ) -> Iterator[ImageRecord]:
         """The images of a file, as they come from the workers."""
         for chunk in chunks:
             items: list[_Item] = next(stream)
@@ -196,7 +196,7 @@ class _Tally:
                 self._note(index, item)
                 path = self.paths[index] if self.paths is not None else None
                 name = self.source.name(index)
-                yield Record(index, name, item.image, item.label, path, item.format)
+                yield ImageRecord(index, name, item.image, item.label, path, item.format)
                 show(before + len(self.digests), len(self.source))
 
     def _note(self, index: int, item: _Item) -> None:
@@ -238,7 +238,7 @@ class _Digests(Dataset):
         found = []
         for index in self.chunks[chunk]:
             try:
-                found.append(hashlib.sha256(encoded(self.source[index].image)).digest())
+                found.append(hashlib.sha256(encoded_bytes(self.source[index].image)).digest())
             except (OSError, UserError):
                 found.append(b"")
         return found

@@ -18,8 +18,8 @@ import torch
 from ...errors import Interrupted, UserError
 from ...io.console import notify, show_progress
 from ..loading.loader import Throttle
-from ..sources.open import left_out_splits, open_images, stored_splits
-from ..sources.protocol import Source
+from ..sources.open import open_images, report_other_splits, stored_splits
+from ..sources.source import Source
 from .formats import FORMATS
 from .images import Shrink, digests, estimate, pack_images
 from .state import Partial, check_destination, room
@@ -200,7 +200,7 @@ def _pack(
         [{"split": splits[s].target, "index": i, "name": splits[s].source.name(i)} for s, i in same]
         for same in partial.duplicates([split.files for split in splits])
     ]
-    report["left_out_splits"] = left_out_splits(uri)
+    report["left_out_splits"] = report_other_splits(uri)
     report["splits"] = facts
     (partial.folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -13,7 +13,7 @@ import pytest
 from localagg.data import open_images
 from localagg.data.inspect.inspect import inspect
 from localagg.data.pack.pack import pack
-from localagg.data.sources import tables as records
+from localagg.data.sources import arrow_tables
 from localagg.errors import UserError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -94,7 +94,7 @@ def test_labels_that_cannot_be_are_refused(tmp_path):
     for label in (-2, 3):  # datasets would not write them
         column = pa.chunked_array([[0, 1], [label, 1]])
         with pytest.raises(UserError, match=f"Record 2 of 'u' has the label {label}, .* 3 classes"):
-            records._labels("u", "label", column, {"names": ["a", "b", "c"]})
+            arrow_tables._labels("u", "label", column, {"names": ["a", "b", "c"]})
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .protocol import ALIASES, Sample, Stored, fingerprint, split_folders
-from .walk import EXTENSIONS, is_folder, walk
+from .image_files import EXTENSIONS, is_folder, walk_images
+from .source import ALIASES, Sample, Source, Splits, fingerprint, split_folders
 
 _NAMED = 5  # folders in a message
 
 
-class Folder:
+class ImageFolder(Source):
     """Image files under a root, sorted by relative path; the first folder of a path is its class.
 
     Labels exist only where every file lies in a class folder and there are at least two of them; or
@@ -52,8 +52,12 @@ class Folder:
         return Sample(index, (self.root / self.paths[index]).read_bytes(), label)
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return self.paths[index]
+
+    def file(self, index: int) -> Path:
+        """Return the path of the image's file."""
+        return self.root / self.paths[index]
 
     def fingerprint(self) -> str:
         """Over all paths and sizes, and the bytes of 64 files."""
@@ -62,11 +66,11 @@ class Folder:
         )
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return sum(self._sizes)
 
 
-def find_folder(uri: str, root: Path) -> Stored:
+def find_folder(uri: str, root: Path) -> Splits:
     """Any folder is taken for one of images, of splits where its sub-folders are called so.
 
     Raises:
@@ -74,7 +78,7 @@ def find_folder(uri: str, root: Path) -> Stored:
     """
     splits = split_folders(root)
     if not splits:
-        return Stored(["train"], lambda split: _open(uri, root))
+        return Splits(["train"], lambda split: _open(uri, root))
     named = {folder.name for folder in splits.values()}
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if e.name[0] != "." and is_folder(e))
@@ -88,13 +92,13 @@ def find_folder(uri: str, root: Path) -> Stored:
         )
     train = next((name for name in ALIASES["train"] if name in splits), None)
 
-    def open_split(split: str) -> Folder:
+    def open_split(split: str) -> ImageFolder:
         known = frozenset()
         if train is not None and split != train:
             known = _class_folders(splits[train])
         return _open(uri, splits[split], known)
 
-    return Stored(list(splits), open_split)
+    return Splits(list(splits), open_split)
 
 
 def _class_folders(train: Path) -> frozenset[str]:
@@ -109,14 +113,14 @@ def _holds_own(root: Path, name: str) -> bool:
     folder, home = root / name, root.resolve()
     target = folder.resolve()
     back = home.is_relative_to(target) or target.is_relative_to(home)
-    return not (folder.is_symlink() and back) and any(walk(folder))
+    return not (folder.is_symlink() and back) and any(walk_images(folder))
 
 
-def _open(uri: str, root: Path, known: frozenset[str] = frozenset()) -> Folder:
-    files = sorted(walk(root))
+def _open(uri: str, root: Path, known: frozenset[str] = frozenset()) -> ImageFolder:
+    files = sorted(walk_images(root))
     if not files:
         kinds = " ".join(sorted(EXTENSIONS))
         raise UserError(
             "TODO", f"'{root}' holds no images (looked for {kinds}); is it the right folder?"
         )
-    return Folder(uri, root, files, known)
+    return ImageFolder(uri, root, files, known)

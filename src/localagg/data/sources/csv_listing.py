@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .protocol import (
+from .source import (
     MOST_CLASSES,
     SPLIT_NAMES,
     Sample,
-    Stored,
+    Source,
+    Splits,
     fingerprint,
     read_file,
     split_folders,
@@ -36,7 +37,7 @@ _PROBED = 64  # paths looked for before a root is said to be the wrong one
 Malformed = Literal["skip", "error"]
 
 
-class Listing:
+class CsvListing(Source):
     """The images of a listing, in the order of its lines.
 
     ``malformed`` has the numbers (from 1) of the lines that were left out.
@@ -58,8 +59,12 @@ class Listing:
         return Sample(index, image, int(self.labels[index]))
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return self.paths[index]
+
+    def file(self, index: int) -> Path:
+        """Return the path of the image's file."""
+        return self.root / self.paths[index]
 
     def fingerprint(self) -> str:
         """Over all paths and labels, and the bytes of 64 files."""
@@ -68,7 +73,7 @@ class Listing:
         return fingerprint(self, (f"{path}\0{label}" for path, label in lines))
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`.
+        """See :class:`~localagg.data.sources.source.Source`.
 
         Raises:
             UserError: images of the listing that are not there.
@@ -88,7 +93,7 @@ class Listing:
         return total
 
 
-def find_listing(uri: str, malformed: Malformed) -> Stored | None:
+def find_listing(uri: str, malformed: Malformed) -> Splits | None:
     """``FILE.csv``, ``FILE.csv:ROOT``, ``FOLDER`` or ``FOLDER:ROOT`` (with train_*.csv inside)."""
     for place in [len(uri), *(i for i, letter in enumerate(uri) if letter == ":")]:
         table = Path(uri[:place]).expanduser()
@@ -129,17 +134,17 @@ def _listings_of(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _stored(uri: str, files: dict[str, Path], root: Path, malformed: Malformed) -> Stored:
+def _stored(uri: str, files: dict[str, Path], root: Path, malformed: Malformed) -> Splits:
     if not root.is_dir():
         raise UserError(
             "TODO", f"The image root '{root}' of '{uri}' is not a folder; write FILE.csv:ROOT."
         )
     if (root / PLACES_FOLDER).is_dir():
         root = root / PLACES_FOLDER
-    return Stored(list(files), lambda split: read_listing(uri, files[split], root, malformed))
+    return Splits(list(files), lambda split: read_listing(uri, files[split], root, malformed))
 
 
-def read_listing(uri: str, table: Path, root: Path, malformed: Malformed = "skip") -> Listing:
+def read_listing(uri: str, table: Path, root: Path, malformed: Malformed = "skip") -> CsvListing:
     """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma. Either may stand in
     double quotes, as Python's ``csv`` writes a path with a comma; a path without holds any blanks
     and commas.
@@ -177,7 +182,7 @@ def read_listing(uri: str, table: Path, root: Path, malformed: Malformed = "skip
             f"None of the first {min(_PROBED, len(paths))} images of '{table}' is below '{root}'"
             f" ('{paths[0]}' for example); name their folder as {table}:ROOT.",
         )
-    return Listing(uri, root, paths, labels, wrong)
+    return CsvListing(uri, root, paths, labels, wrong)
 
 
 def _short_lines(file: TextIO) -> Iterator[str]:

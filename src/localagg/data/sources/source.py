@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     label: int | None
 
 
-class Record(NamedTuple):
+class ImageRecord(NamedTuple):
     """One image on its way into a packed file."""
 
     index: int
@@ -65,6 +65,10 @@ class Source(Protocol):
         """What to call the image in a message: its path, or its record."""
         ...
 
+    def file(self, index: int) -> Path | None:
+        """Return the file that holds only this image, of which a part can be read, or None."""
+        return None
+
     def fingerprint(self) -> str:
         """Hash of (index -> content): the same only if every index still means the same image."""
         ...
@@ -78,7 +82,7 @@ class MissingSplit(UserError):
     """The data exist but have no such split."""
 
 
-class Stored(NamedTuple):
+class Splits(NamedTuple):
     """Data of some kind that were found at a URI, not opened yet."""
 
     splits: Sequence[str]
@@ -103,7 +107,7 @@ def choose(uri: str, available: Sequence[str], split: str) -> str:
     raise MissingSplit("TODO", f"'{uri}' has no split '{split}'; it has {', '.join(available)}.")
 
 
-def split_of(stem: str) -> str:
+def split_in_name(stem: str) -> str:
     """The split that a file's name (without its extension) says; train where it says none.
 
     A part of it between digits, blanks and ``-_.`` is a split's name, in any case, as ``datasets``
@@ -184,7 +188,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         return file.readall()
 
 
-def encoded(image: bytes | Tensor) -> bytes:
+def encoded_bytes(image: bytes | Tensor) -> bytes:
     """The bytes of a sample's image: as they are, or decoded pixels [3, H, W] as PNG."""
     if isinstance(image, bytes):
         return image

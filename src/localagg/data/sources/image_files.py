@@ -25,7 +25,9 @@ EXTENSIONS = frozenset(
 )
 
 
-def walk(root: Path, prefix: str = "", linked: set[str] | None = None) -> Iterator[tuple[str, int]]:
+def walk_images(
+    root: Path, prefix: str = "", linked: set[str] | None = None
+) -> Iterator[tuple[str, int]]:
     """(relative path with '/', size) of every image file.
 
     Hidden files and folders are left out, and what is neither file nor folder: to open a pipe would
@@ -46,7 +48,7 @@ def walk(root: Path, prefix: str = "", linked: set[str] | None = None) -> Iterat
             if known and (size := _size(entry)) is not None:
                 yield path, size
         elif not entry.is_symlink():
-            yield from walk(root, path + "/", linked)
+            yield from walk_images(root, path + "/", linked)
         else:
             target = Path(entry.path).resolve()
             again = (root / prefix).resolve().is_relative_to(target)
@@ -55,7 +57,7 @@ def walk(root: Path, prefix: str = "", linked: set[str] | None = None) -> Iterat
             if not again:
                 followed = set() if linked is None else linked
                 followed.add(str(target))
-                yield from walk(root, path + "/", followed)
+                yield from walk_images(root, path + "/", followed)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

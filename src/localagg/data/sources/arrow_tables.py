@@ -21,7 +21,16 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .protocol import MOST_CLASSES, Sample, Stored, fingerprint, read_file, split_folders, split_of
+from .source import (
+    MOST_CLASSES,
+    Sample,
+    Source,
+    Splits,
+    fingerprint,
+    read_file,
+    split_folders,
+    split_in_name,
+)
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 _compute: Any = pyarrow.compute  # its functions are made at run time, unknown to type checkers
@@ -64,7 +73,7 @@ def _mapped(file: str) -> pa.Table:
         raise OSError(f"'{file}' is damaged ({_line(error)}); copy or pack it again") from None
 
 
-class Records:
+class TableImages(Source):
     """A table with a column of images and perhaps one of labels.
 
     The image column is the first of type Image, or a struct with ``bytes``, or binary; the label
@@ -120,7 +129,7 @@ class Records:
         return Sample(index, image or b"", label)
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return f"record {index} of {self.uri}"
 
     def fingerprint(self) -> str:
@@ -130,7 +139,7 @@ class Records:
         return fingerprint(self, [sizes, *labels])
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`; files that a table only names count too."""
+        """See :class:`~localagg.data.sources.source.Source`; files that a table only names count too."""
         total = 0
         for images, paths in self._chunks:
             sizes = _sizes(images, paths)
@@ -257,29 +266,29 @@ def _labels(
     return torch.from_numpy(labels), [str(name) for name in names]
 
 
-def from_datasets(uri: str, dataset: Any) -> Records:
+def from_datasets(uri: str, dataset: Any) -> TableImages:
     """A whole split that ``datasets`` has loaded.
 
     Raises:
         UserError: no images in it, or labels that are none.
     """
-    return Records(uri, dataset.data, dataset.features.to_dict())
+    return TableImages(uri, dataset.data, dataset.features.to_dict())
 
 
-def find_parquet(uri: str, root: Path) -> Stored | None:
+def find_parquet(uri: str, root: Path) -> Splits | None:
     """A Parquet file, or those under a folder or its split folders, by the split of their name."""
     tables: dict[str, list[Path]] = {}
     if root.is_file() and root.suffix == ".parquet":
         tables["train"] = [root]
     for path in sorted(root.glob("*.parquet")):
-        tables.setdefault(split_of(path.stem), []).append(path)
+        tables.setdefault(split_in_name(path.stem), []).append(path)
     for name, folder in split_folders(root).items():
         if files := sorted(folder.glob("*.parquet")):
             tables.setdefault(name, []).extend(files)
-    return Stored(list(tables), lambda split: _parquet(uri, tables[split])) if tables else None
+    return Splits(list(tables), lambda split: _parquet(uri, tables[split])) if tables else None
 
 
-def _parquet(uri: str, paths: list[Path]) -> Records:
+def _parquet(uri: str, paths: list[Path]) -> TableImages:
     """Files of one split as ``datasets`` copies them to its cache; checksums of their pages are
     verified where they have any."""
     import datasets
@@ -311,17 +320,17 @@ def _parquet(uri: str, paths: list[Path]) -> Records:
         raise UserError("TODO", f"'{uri}' cannot be read as Parquet: {_line(error)}.") from None
 
 
-def find_saved_dataset(uri: str, root: Path) -> Stored | None:
+def find_saved_dataset(uri: str, root: Path) -> Splits | None:
     """A folder written by ``datasets.save_to_disk``, or by ``pack``."""
     if (root / "dataset_dict.json").is_file():
         splits = _field(root / "dataset_dict.json", "splits", list)
-        return Stored([str(name) for name in splits], lambda split: _saved(uri, root / split))
+        return Splits([str(name) for name in splits], lambda split: _saved(uri, root / split))
     if (root / "state.json").is_file():
-        return Stored(["train"], lambda _: _saved(uri, root))
+        return Splits(["train"], lambda _: _saved(uri, root))
     return None
 
 
-def _saved(uri: str, folder: Path) -> Records:
+def _saved(uri: str, folder: Path) -> TableImages:
     files = _field(folder / "state.json", "_data_files", list)
     names = [file.get("filename") for file in files if isinstance(file, dict)]
     names = [name for name in names if isinstance(name, str) and name]
@@ -331,7 +340,7 @@ def _saved(uri: str, folder: Path) -> Records:
         )
     features = _field(folder / "dataset_info.json", "features", dict)
     try:
-        return Records(uri, MappedTable([str(folder / Path(n).name) for n in names]), features)
+        return TableImages(uri, MappedTable([str(folder / Path(n).name) for n in names]), features)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             "TODO", f"'{uri}' cannot be read as a saved dataset: {_line(error)}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .protocol import Source
+from .source import Source
 
 _FILE = "classes-{}.json"
 _LIMIT = 1 << 26  # bytes
@@ -60,7 +60,7 @@ def _read(path: Path) -> list[str] | None:
     return names
 
 
-def translation(data: str, source: Source, held_out: Source) -> Tensor:
+def held_out_to_training_labels(data: str, source: Source, held_out: Source) -> Tensor:
     """Held-out labels to training labels, by class name: int64 [held-out classes].
 
     A name that no held-out image has may be missing in training; it becomes -1.

@@ -9,7 +9,7 @@ import pytest
 
 from localagg.data import open_evaluation, open_images
 from localagg.data.inspect.inspect import inspect
-from localagg.data.sources.listing import PLACES_FOLDER
+from localagg.data.sources.csv_listing import PLACES_FOLDER
 from localagg.errors import UserError
 
 
