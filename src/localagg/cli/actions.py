@@ -361,7 +361,7 @@ def _pack(options: Pack) -> dict[str, Any]:
 
 
 def _import_tf(options: ImportTf) -> dict[str, Any]:
-    from ..interop.weights_file import import_weights
+    from ..interop.import_weights import import_weights
 
     result = import_weights(
         options.prefix,

@@ -55,7 +55,7 @@ def table_schema(facts: dict[str, Any], *, labels: bool) -> "pa.Schema":
     return pa.schema(columns, metadata={_KEY: json.dumps(facts)})
 
 
-class Parts:
+class TableWriter:
     """A table while it is written, batch by batch. Used as a context, which locks it.
 
     Args:
@@ -75,7 +75,7 @@ class Parts:
         self.done = 0
         self._lock = FileLock(self.folder / "lock")
 
-    def __enter__(self) -> "Parts":
+    def __enter__(self) -> "TableWriter":
         """Take the folder and see what is there.
 
         Raises:

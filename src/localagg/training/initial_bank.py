@@ -13,7 +13,7 @@ from ..config import ViewConfig
 from ..data.sources.open import Source
 from ..distributed.batch_norm import SharedBatchNorm
 from ..distributed.collectives import World
-from ..embeddings.embed import Embedded, embed
+from ..embeddings.embed import ImageEmbeddings, embed
 from ..models import Encoder
 
 _BATCH = 256
@@ -74,7 +74,7 @@ def embed_bank(
             norm.alone = False
 
 
-def _put(bank: MemoryBank, found: Embedded) -> None:
+def _put(bank: MemoryBank, found: ImageEmbeddings) -> None:
     mine = (found.index >= bank.part.start) & (found.index < bank.part.stop)
     rows = found.rows[mine.to(found.rows.device)].to(bank.rows)
     bank.rows[(found.index[mine] - bank.part.start).to(bank.rows.device)] = rows

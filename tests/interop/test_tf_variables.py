@@ -4,12 +4,12 @@ them as the reference does."""
 import numpy as np
 import pytest
 import torch
+from tf_networks import Arrays, Program, alexnet_bn, resnet_v2, vgg16_bn_last
 
 from localagg.bank import MemoryBank
 from localagg.errors import UserError
-from localagg.interop.tf_weights import load_variables, map_variables
+from localagg.interop.tf_variables import load_variables, map_variables
 from localagg.models import create_encoder
-from tf_like import Arrays, Program, alexnet_bn, resnet_v2, vgg16_bn_last
 
 PROGRAMS = {
     "preact_resnet18": lambda p, x: resnet_v2(p, x, (2, 2, 2, 2), False),

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from localagg import cli
 from localagg.checkpoint import load_encoder, load_views
-from localagg.interop.tf_weights import map_variables
-from localagg.interop.weights_file import REFERENCE_VIEWS
+from localagg.interop.import_weights import REFERENCE_VIEWS
+from localagg.interop.tf_variables import map_variables
 from localagg.models import create_encoder
 
 

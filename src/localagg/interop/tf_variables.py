@@ -27,7 +27,7 @@ _BANK, _LABELS = "instance/memory_bank", "instance/all_labels"
 _CLUSTERS, _STEP = "instance/cluster_labels", "global_step"
 
 
-class Variables(Protocol):
+class VariableSource(Protocol):
     """Named arrays: an open :class:`~localagg.interop.tf_checkpoint.TFCheckpoint`, for one."""
 
     @property
@@ -37,7 +37,7 @@ class Variables(Protocol):
 
 
 @dataclass(frozen=True)
-class TFReport:
+class LoadReport:
     """What became of a checkpoint's variables."""
 
     matched: tuple[str, ...]
@@ -59,7 +59,7 @@ class TFReport:
 
 def load_tf_checkpoint(
     prefix: str | os.PathLike[str], encoder: Encoder, bank: MemoryBank | None = None
-) -> TFReport:
+) -> LoadReport:
     """Fill an encoder, and a memory bank, from a checkpoint of the reference program.
 
     Nothing is changed if anything is wrong. Bank rows are taken as they are, even where the
@@ -84,12 +84,12 @@ def load_tf_checkpoint(
 
 
 def load_variables(
-    source: Variables,
+    source: VariableSource,
     encoder: Encoder,
     bank: MemoryBank | None = None,
     *,
     where: str = "the checkpoint",
-) -> TFReport:
+) -> LoadReport:
     """:func:`load_tf_checkpoint` from any source of named arrays; ``where`` names it in errors."""
     wanted = map_variables(encoder)
     found = _find(source.names, [*wanted, _BANK, _LABELS, _CLUSTERS, _STEP])
@@ -122,7 +122,7 @@ def load_variables(
             f"{encoder.spec['model']}, {missing[0]} the first; these keep their values.",
             stacklevel=2,
         )
-    return TFReport(
+    return LoadReport(
         matched=tuple(name for name in source.names if name in used),
         left=tuple(name for name in source.names if name not in used),
         missing=missing,
@@ -222,7 +222,7 @@ def _find(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
 
 
 def _refuse_other_network(
-    source: Variables, encoder: Encoder, found: dict[str, str], where: str
+    source: VariableSource, encoder: Encoder, found: dict[str, str], where: str
 ) -> None:
     fits, wrong = _fit(source, encoder, found)
     wanted = map_variables(encoder)
@@ -260,7 +260,9 @@ def _refuse_other_network(
         )
 
 
-def _fit(source: Variables, encoder: Encoder, found: dict[str, str]) -> tuple[list[str], list[str]]:
+def _fit(
+    source: VariableSource, encoder: Encoder, found: dict[str, str]
+) -> tuple[list[str], list[str]]:
     """Variables of the encoder that the file has, by their shape: the right and the wrong ones."""
     targets, fits, wrong = encoder.state_dict(), [], []
     for name, key in map_variables(encoder).items():
@@ -270,7 +272,9 @@ def _fit(source: Variables, encoder: Encoder, found: dict[str, str]) -> tuple[li
     return fits, wrong
 
 
-def _refuse_other_bank(source: Variables, bank: MemoryBank, name: str | None, where: str) -> None:
+def _refuse_other_bank(
+    source: VariableSource, bank: MemoryBank, name: str | None, where: str
+) -> None:
     if name is None:
         raise UserError(
             "TODO", f"{where} holds no memory bank (instance/memory_bank); leave out bank."
@@ -296,7 +300,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def _weights(source: Variables, name: str, target: Tensor, where: str) -> Tensor:
+def _weights(source: VariableSource, name: str, target: Tensor, where: str) -> Tensor:
     """An array in torch's layout: HWIO -> OIHW, [in, out] -> [out, in]; as the target's dtype."""
     array = _array(source, name, "f", where)
     if array.ndim >= 2:
@@ -305,7 +309,7 @@ def _weights(source: Variables, name: str, target: Tensor, where: str) -> Tensor
     return array.reshape(target.shape).to(target)
 
 
-def _integers(source: Variables, name: str | None, axes: int, where: str) -> Tensor | None:
+def _integers(source: VariableSource, name: str | None, axes: int, where: str) -> Tensor | None:
     """int64, of so many axes; None if the file lacks it."""
     if name is None:
         return None
@@ -317,7 +321,7 @@ def _integers(source: Variables, name: str | None, axes: int, where: str) -> Ten
     return array.to(torch.int64)
 
 
-def _array(source: Variables, name: str, kinds: str, where: str) -> Tensor:
+def _array(source: VariableSource, name: str, kinds: str, where: str) -> Tensor:
     array = source.read(name)
     if array.dtype.kind not in kinds:
         wanted = "floating-point" if kinds == "f" else "whole"

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..errors import UserError, suggest
-from .tf_table import TABLE_MAGIC
+from .leveldb_table import TABLE_MAGIC
 
 MOST_INDEX_BYTES = 64 << 20  # an index needs some 80 bytes a variable
 

@@ -13,7 +13,7 @@ from ..errors import UserError, suggest
 from ..io.files import whole
 from ..models import Encoder, create_encoder
 from .tf_checkpoint import open_tf_checkpoint
-from .tf_weights import NETWORKS, TFReport, load_variables
+from .tf_variables import NETWORKS, LoadReport, load_variables
 from .torch_port import load_torch_port, read_torch_port
 
 # How the reference shows an image that it measures (resnet_validate).
@@ -82,7 +82,7 @@ def import_weights(
 _PORT = ("preact_resnet18", "resnet18", "resnet50")
 
 
-def _from_tf(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, MemoryBank | None]:
+def _from_tf(prefix: str, encoder: Encoder, bank: bool) -> tuple[LoadReport, MemoryBank | None]:
     with open_tf_checkpoint(prefix) as checkpoint:
         stored = next((n for n in checkpoint.names if n.endswith("instance/memory_bank")), None)
         rows: MemoryBank | None = None
@@ -93,7 +93,7 @@ def _from_tf(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, Memor
         return load_variables(checkpoint, encoder, rows, where=f"'{prefix}'"), rows
 
 
-def _from_port(prefix: str, encoder: Encoder, bank: bool) -> tuple[TFReport, MemoryBank | None]:
+def _from_port(prefix: str, encoder: Encoder, bank: bool) -> tuple[LoadReport, MemoryBank | None]:
     rows: MemoryBank | None = None
     if bank:
         stored = read_torch_port(prefix).get("memory_bank")

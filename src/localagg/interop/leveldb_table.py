@@ -14,7 +14,7 @@ _TRAILER = 5  # of a block: compression, checksum
 _LONGEST_NAME = 4096
 
 
-class Damaged(Exception):
+class DamagedIndex(Exception):
     """What a file says cannot be; the message says what."""
 
 
@@ -26,14 +26,14 @@ def fields(data: bytes, kinds: dict[int, int]) -> Iterator[tuple[int, int, bytes
         kinds: the wire type of each number that the caller knows (0 varint, 2 bytes, 5 fixed32).
 
     Raises:
-        Damaged: not a message, or a known number has another wire type.
+        DamagedIndex: not a message, or a known number has another wire type.
     """
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         number, kind = tag >> 3, tag & 7
         if kinds.get(number, kind) != kind:
-            raise Damaged("a field has the wrong type")
+            raise DamagedIndex("a field has the wrong type")
         if kind == 0:
             value, at = _varint(data, at)
             yield number, value, b""
@@ -43,9 +43,9 @@ def fields(data: bytes, kinds: dict[int, int]) -> Iterator[tuple[int, int, bytes
         elif kind in (1, 5):
             length = 8 if kind == 1 else 4
         else:
-            raise Damaged("a field has an unknown type")
+            raise DamagedIndex("a field has an unknown type")
         if length > len(data) - at:
-            raise Damaged("a field ends outside of its message")
+            raise DamagedIndex("a field ends outside of its message")
         piece = data[at : at + length]
         at += length
         yield (number, 0, piece) if kind == 2 else (number, int.from_bytes(piece, "little"), b"")
@@ -56,7 +56,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
-            raise Damaged("a number is cut off")
+            raise DamagedIndex("a number is cut off")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
@@ -64,18 +64,18 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             if value >> 64:
                 break
             return value, at
-    raise Damaged("a number has too many digits")
+    raise DamagedIndex("a number has too many digits")
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(key, value) of a LevelDB table, block after block.
 
     Raises:
-        Damaged: not a table, a false checksum or length, overlapping blocks (which could make a
+        DamagedIndex: not a table, a false checksum or length, overlapping blocks (which could make a
             small file take for ever), or compression.
     """
     if len(data) < _FOOTER or data[-8:] != TABLE_MAGIC:
-        raise Damaged("it does not end as one")
+        raise DamagedIndex("it does not end as one")
     handles = data[-_FOOTER:-8]
     meta_offset, at = _varint(handles, 0)
     meta_size, at = _varint(handles, at)
@@ -87,7 +87,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         offset, at = _varint(handle, 0)
         size, at = _varint(handle, at)
         if offset < end:
-            raise Damaged("its blocks overlap")
+            raise DamagedIndex("its blocks overlap")
         end = offset + size + _TRAILER
         yield from _pairs(_read_block(data, offset, size))
 
@@ -95,12 +95,12 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _read_block(data: bytes, offset: int, size: int) -> bytes:
     end = offset + size
     if end + _TRAILER > len(data) - _FOOTER:
-        raise Damaged("a block ends outside of the file")
+        raise DamagedIndex("a block ends outside of the file")
     crc = int.from_bytes(data[end + 1 : end + _TRAILER], "little")
     if masked_crc32c(data[offset : end + 1]) != crc:
-        raise Damaged("a block does not have its checksum")
+        raise DamagedIndex("a block does not have its checksum")
     if data[end]:
-        raise Damaged("it is compressed, which TensorFlow's own never are; save it again")
+        raise DamagedIndex("it is compressed, which TensorFlow's own never are; save it again")
     return data[offset:end]
 
 
@@ -109,14 +109,14 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     restarts = int.from_bytes(block[-4:], "little")
     end = len(block) - 4 * (restarts + 1)
     if not restarts or end < 0:
-        raise Damaged("a block has no room for its restarts")
+        raise DamagedIndex("a block has no room for its restarts")
     entries, at, key = block[:end], 0, b""
     while at < end:
         shared, at = _varint(entries, at)
         own, at = _varint(entries, at)
         length, at = _varint(entries, at)
         if shared > len(key) or own + length > end - at or shared + own > _LONGEST_NAME:
-            raise Damaged("a name or value ends outside of its block")
+            raise DamagedIndex("a name or value ends outside of its block")
         key = key[:shared] + entries[at : at + own]
         at += own + length
         yield key, entries[at - length : at]
