@@ -19,7 +19,7 @@ import torch
 import report
 from localagg.data import Sample, open_images
 from localagg.data.pack.formats import FORMATS
-from localagg.data.pack.pack import pack
+from localagg.data.pack.pack_dataset import pack
 from localagg.data.sources.source import ImageRecord, encoded_bytes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -32,8 +32,8 @@ from localagg.distributed.launcher import loopback_store
 from localagg.errors import UserError
 from localagg.io.console import read_metrics
 from localagg.models import create_encoder
-from localagg.report.health import health_curves
-from localagg.report.page import Page, curves, neighbor_grid, space_map, table, write_page
+from localagg.report.charts import curves, health_curves, space_map
+from localagg.report.page import Page, neighbor_grid, table, write_page
 
 SRC = Path(localagg.__file__).parent
 

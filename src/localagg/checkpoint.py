@@ -136,14 +136,14 @@ def save(
         if world.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
         world.barrier()
-        with _of_all_ranks(world, beside), writing(run):
+        with _of_all_ranks(world, beside), convert_write_errors(run):
             beside.mkdir(parents=True, exist_ok=True)
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
                 _save_optimizer(beside / "optimizer.pt", optimizer)
             _save_rows(beside, bank, clusters, world)
     if world.rank == 0:
-        with writing(run, None if there else beside):
+        with convert_write_errors(run, None if there else beside):
             if there:
                 write_json(folder / "progress.json", progress)
             else:
@@ -192,7 +192,7 @@ def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def writing(run: Path, half: Path | None = None) -> Iterator[None]:
+def convert_write_errors(run: Path, half: Path | None = None) -> Iterator[None]:
     """A full disk, or one that otherwise refuses, becomes one sentence.
 
     Args:

@@ -3,7 +3,7 @@ import pytest
 from localagg.cli import epoch_time as module
 from localagg.cli.epoch_time import epoch_rows, epoch_time
 from localagg.config import PretrainConfig, override
-from localagg.data.inspect.inspect import inspect
+from localagg.data.inspect.inspect_dataset import inspect
 from localagg.errors import UserError
 
 CONFIG = override(

@@ -289,7 +289,7 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     base = None if options.recipe == "none" else recipe(options.recipe).config
     notify(f"Looking at {options.data}.")
     with show_progress(_counted(options.data)):  # torch takes seconds to load
-        from ..data.inspect.inspect import inspect, summary_rows
+        from ..data.inspect.inspect_dataset import inspect, summary_rows
         from ..data.loading.workers import cores
         from .epoch_time import tell_epoch_time
         from .sheet import check_sheet
@@ -340,7 +340,7 @@ def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:
 
 
 def _pack(options: Pack) -> dict[str, Any]:
-    from ..data.pack.pack import pack, pack_rows
+    from ..data.pack.pack_dataset import pack, pack_rows
     from ..io.console import print_table
 
     if options.keep and options.size is not None:

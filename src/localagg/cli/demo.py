@@ -20,8 +20,8 @@ from ..evaluation.knn import knn_accuracy
 from ..io.console import notify, read_metrics
 from ..recipes.builtin import recipe
 from ..recipes.defaults import resolve
-from ..report.health import health_curves
-from ..report.page import Page, curves, neighbor_grid, space_map, table, write_page
+from ..report.charts import curves, health_curves, space_map
+from ..report.page import Page, neighbor_grid, table, write_page
 from ..training.learner import Learner
 from ..training.loop import pretrain
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..checkpoint import has_checkpoint, latest, write_json, writing
+from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_json
 from ..config import PretrainConfig
 from ..data.loading.loader import Feed
 from ..data.loading.waiting import waiting_hint
@@ -140,7 +140,7 @@ class Recorder:
             if step.number % self.config.log_every and step.number != self.last_step:
                 continue
             rate = {"learning_rate": step.facts["learning_rate"]}
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 self.metrics.write(step.number, step.facts | step.values | rate)
             note = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
             if "without_close" in step.values:
@@ -157,7 +157,7 @@ class Recorder:
         good = latest(self.run)
         facts = {"step": step.number, **step.facts, **step.values, "index": index}
         if self.world.rank == 0:
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 write_json(file, {**facts, "checkpoint": str(good)})
         named = ", ".join(map(str, index[:_NAMED]))
         raise UserError(
@@ -184,14 +184,14 @@ class Recorder:
                 self.hinted = True
         self.feed.agree()
         if unreadable := len(self.feed.unreadable):
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 self.metrics.write(
                     self.learner.step, {"epoch": epoch + 1, "unreadable": unreadable}
                 )
             notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are drawn no more.")
 
     def _curve(self, values: dict[str, float]) -> None:
-        with writing(self.run):
+        with convert_write_errors(self.run):
             self.metrics.curve(self.learner.step, values)
 
     def after_clustering(self, number: int, found: KMeans) -> None:
@@ -228,7 +228,7 @@ class Recorder:
             self._curve({"images_per_second": images / (time.monotonic() - start)})
         for warning in news:
             notify(f"epoch {epoch + 1}: warning: {warning}.")
-        with writing(self.run):
+        with convert_write_errors(self.run):
             self.metrics.write(self.learner.step, {"epoch": epoch + 1, **found, **measured})
         if measured:
             self.final = measured
@@ -243,7 +243,7 @@ class Recorder:
     def checkpoint(self, summary: dict[str, Any] | None = None) -> None:
         """Save everything that :meth:`Learner.restore` and this class need to go on."""
         self._look(self.watch.finish())
-        with self.shares("checkpoint", once=True), writing(self.run):
+        with self.shares("checkpoint", once=True), convert_write_errors(self.run):
             self._check_weights()
             self.learner.save(
                 self.run,

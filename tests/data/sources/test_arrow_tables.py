@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from localagg.data import open_images
-from localagg.data.inspect.inspect import inspect
-from localagg.data.pack.pack import pack
+from localagg.data.inspect.inspect_dataset import inspect
+from localagg.data.pack.pack_dataset import pack
 from localagg.data.sources import arrow_tables
 from localagg.errors import UserError
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from localagg.data import open_evaluation, open_images
-from localagg.data.inspect.inspect import inspect
+from localagg.data.inspect.inspect_dataset import inspect
 from localagg.data.sources.csv_listing import PLACES_FOLDER
 from localagg.errors import UserError
 

@@ -114,7 +114,7 @@ def room(folder: Path, size: int) -> None:
         )
 
 
-class Partial:
+class PartialFolder:
     """A pack in the making, locked while it is one; a context manager.
 
     Where nothing was finished, nothing is left behind.
@@ -141,7 +141,7 @@ class Partial:
             return "nothing was finished; run the same command again."
         return f"what is finished is kept in '{self.root}': run the same command to go on."
 
-    def __enter__(self) -> "Partial":
+    def __enter__(self) -> "PartialFolder":
         _check_ours(self.root)
         try:
             for folder in (self.folder, self._state):

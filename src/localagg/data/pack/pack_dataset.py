@@ -21,8 +21,8 @@ from ..loading.loader import Throttle
 from ..sources.open import open_images, report_other_splits, stored_splits
 from ..sources.source import Source
 from .formats import FORMATS
-from .images import Shrink, digests, estimate, pack_images
-from .state import Partial, check_destination, room
+from .partial_folder import PartialFolder, check_destination, room
+from .process_images import Shrink, digests, estimate, pack_images
 
 REPORT = "pack-report.json"
 _NAMED = 5  # unreadable images in the printed table
@@ -102,7 +102,7 @@ def pack(
         "shrink": shrink,
         "splits": {s.target: [s.source.fingerprint(), len(s.files)] for s in splits},
     }
-    partial = Partial(destination, key)
+    partial = PartialFolder(destination, key)
     if not partial.root.exists():
         room(destination, sum(split.size for split in splits))
     with partial:
@@ -178,7 +178,7 @@ def _pack(
     shrink: Shrink | None,
     workers: int,
     verify: bool,
-    partial: Partial,
+    partial: PartialFolder,
 ) -> dict[str, Any]:
     """Fill the folder; returns the report, which is in it too."""
     if partial.finished:
@@ -206,7 +206,7 @@ def _pack(
     return report
 
 
-def _facts(split: _Split, partial: Partial) -> dict[str, Any]:
+def _facts(split: _Split, partial: PartialFolder) -> dict[str, Any]:
     """A split's part of the report."""
     source, parts = split.source, [partial.facts(name) for name in split.files]
     formats: dict[str, int] = {}
@@ -225,7 +225,7 @@ def _facts(split: _Split, partial: Partial) -> dict[str, Any]:
     }
 
 
-def _check_back(split: _Split, workers: int, verify: bool, partial: Partial) -> None:
+def _check_back(split: _Split, workers: int, verify: bool, partial: PartialFolder) -> None:
     """Open what was packed (which builds its index); with ``verify`` compare every image.
 
     Raises:

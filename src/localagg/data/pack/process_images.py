@@ -20,7 +20,7 @@ from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, or
 from ..loading.loader import Throttle, through_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
 from .formats import Format
-from .state import Partial
+from .partial_folder import PartialFolder
 
 _CHUNK = 16  # images that a worker takes at a time
 _SAMPLED = 64  # images shrunk to estimate the size of all
@@ -144,7 +144,7 @@ def pack_images(
     format: Format,
     shrink: Shrink | None,
     workers: int,
-    partial: Partial,
+    partial: PartialFolder,
     show: Callable[[int, int], None],
 ) -> None:
     """Write those files of a split that are not finished.

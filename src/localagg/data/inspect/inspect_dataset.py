@@ -20,7 +20,7 @@ from ..images.headers import FAULTS, Header, read_ends, read_header, reason, sto
 from ..images.metadata import broken_checksum, odd_metadata
 from ..loading.workers import Progress, Throttle, through_workers
 from ..sources.open import Source, open_images, report_other_splits, stored_splits
-from .duplicates import compare, digest, repetitions, shared
+from .identical_images import compare, digest, repetitions, shared
 
 _CHUNK = 64  # images a worker looks at before it reports
 _DECODED = 512  # images whose pixels are looked at, where not all are
