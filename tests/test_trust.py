@@ -30,7 +30,7 @@ from localagg.data import open_images
 from localagg.data.images.decode import UnreadableImage, decode, decode_crops, image_size
 from localagg.distributed.launcher import loopback_store
 from localagg.errors import UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
 from localagg.report.charts import curves, health_curves, space_map
 from localagg.report.page import Page, neighbor_grid, table, write_page

@@ -13,7 +13,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.training.loop import pretrain, resume
 
 CONFIG = override(

@@ -16,7 +16,7 @@ from small_runs import QUICK, assert_same, state
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.errors import Interrupted, UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain, resume
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import PretrainConfig, TransferConfig, option, override, require_resolved
+from ..config import PretrainConfig, TransferConfig, flag, override, require_resolved
 from ..data.sources.image_files import walk_images
 from ..errors import UserError, printable
 from ..recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE, recipe
@@ -29,7 +29,7 @@ from .commands import (
 
 def _demo(options: Demo) -> dict[str, Any]:
     from ..io.console import print_table
-    from .demo import demo
+    from ..report.digits_demo import demo
 
     result = demo(Path(options.out), seed=options.seed)
     columns = {"knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
@@ -41,8 +41,8 @@ def _demo(options: Demo) -> dict[str, Any]:
 
 def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str, Any] | None:
     from ..io.console import console, print_table
+    from ..training.forecast import show_forecast
     from ..training.loop import pretrain, resume
-    from .forecast import show_forecast
 
     if options.resume is not None:
         if options.out not in (None, options.resume):
@@ -118,7 +118,7 @@ def _read_out(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[
 
         if unheeded := sorted(typed - OPTIONS):
             raise UserError(
-                "TODO", f"{option(unheeded[0])} means nothing with --quick; leave it out."
+                "TODO", f"{flag(unheeded[0])} means nothing with --quick; leave it out."
             )
         ten_crop = config.ten_crop and "ten_crop" in typed
         return quick_readout(config, run, data, options.out, ten_crop=ten_crop)
@@ -138,7 +138,7 @@ def _resume_transfer(options: Transfer, run: str | None, typed: set[str]) -> dic
     if fixed := sorted(typed - {"workers", "device"}):
         raise UserError(
             "TODO",
-            f"'{options.resume}' keeps its options; leave out {option(fixed[0])}, or start"
+            f"'{options.resume}' keeps its options; leave out {flag(fixed[0])}, or start"
             " again with another --out.",
         )
     return resume_transfer(
@@ -175,7 +175,7 @@ def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dic
     if unheeded := sorted(typed & NOT_TUNING if config.finetune else typed - OPTIONS):
         tuning = "" if unheeded[0] in NOT_TUNING else " without --finetune"
         raise UserError(
-            "TODO", f"{option(unheeded[0])} means nothing with {asked}{tuning}; leave it out."
+            "TODO", f"{flag(unheeded[0])} means nothing with {asked}{tuning}; leave it out."
         )
     result = few_labels(
         config,
@@ -291,8 +291,8 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     with show_progress(_counted(options.data)):  # torch takes seconds to load
         from ..data.inspect.inspect_dataset import inspect, summary_rows
         from ..data.loading.workers import cores
-        from .epoch_time import tell_epoch_time
-        from .sheet import check_sheet
+        from ..report.contact_sheet import check_sheet
+        from ..training.epoch_time import tell_epoch_time
     if options.augmented is not None:
         check_sheet(Path(options.sheet), options.augmented)
     workers = min(cores(), 16) if options.workers is None else options.workers
@@ -331,7 +331,7 @@ def _counted(data: str) -> str:
 
 def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:
     from ..data import open_images
-    from .sheet import contact_sheet
+    from ..report.contact_sheet import contact_sheet
 
     count = options.augmented or 0
     found = contact_sheet(open_images(options.data), config, count, Path(options.sheet))

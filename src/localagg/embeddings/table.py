@@ -30,7 +30,7 @@ from torch import Tensor
 from ..checkpoint import write_json
 from ..errors import Interrupted, UserError
 from ..io.console import notify
-from ..io.files import flush
+from ..io.files import sync_to_disk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,9 +148,9 @@ class TableWriter:
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
                 " read; none is left to embed.",
             )
-        flush(whole)
+        sync_to_disk(whole)
         os.replace(whole, self.out)
-        flush(self.out.absolute().parent)
+        sync_to_disk(self.out.absolute().parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 

@@ -28,7 +28,8 @@ from ..config import TransferConfig, from_dict, option_names, option_value, to_d
 from ..data.loading.workers import convert_worker_death
 from ..distributed.signals import Interrupt, interruptible
 from ..errors import UserError
-from ..io.console import Metrics, notify, progress_bar
+from ..io.console import notify, progress_bar
+from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .feature_cache import is_fixed
 from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder, usual_drops
@@ -200,9 +201,9 @@ class _Record:
         progress = probe.progress
         self.before, self.started = progress["seconds"], time.monotonic()
         self.saved = self.started
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsLog | None = None
         if run is not None:
-            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=probe.step)
+            self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=probe.step)
         self.bar = progress_bar()
 
     def __enter__(self) -> "_Record":

@@ -26,7 +26,7 @@ from ..data.sources.open import Source, open_evaluation, open_images
 from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
-from ..io.files import whole
+from ..io.files import atomic_write
 from ..models import Encoder
 from ..recipes.defaults import resolve
 from ..recipes.schedule import Schedule
@@ -291,7 +291,7 @@ class Probe:
             "encoder": self.readout.encoder.state_dict() if self.config.finetune else {},
             "progress": progress,
         }
-        with whole(run / "state.pt") as beside:
+        with atomic_write(run / "state.pt") as beside:
             torch.save(state, beside)
 
     def restore(self, run: Path) -> None:

@@ -10,7 +10,7 @@ from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import ViewConfig
 from ..errors import UserError, suggest
-from ..io.files import whole
+from ..io.files import atomic_write
 from ..models import Encoder, create_encoder
 from .tf_checkpoint import open_tf_checkpoint
 from .tf_variables import NETWORKS, LoadReport, load_variables
@@ -60,12 +60,12 @@ def import_weights(
             f"'{prefix}' lacks {len(report.missing)} variables of {model},"
             f" {report.missing[0]} the first; it is not a whole checkpoint of it.",
         )
-    with whole(out) as beside:
+    with atomic_write(out) as beside:
         save_weights(beside, encoder, REFERENCE_VIEWS)
     if bank is not None and rows is not None:
         parts = {"rows": rows.rows, "labels": report.labels, "clusters": report.cluster_labels}
         tensors = {name: t.contiguous() for name, t in parts.items() if t is not None}
-        with whole(bank) as beside:
+        with atomic_write(bank) as beside:
             save_file(tensors, beside)
     return {
         "matched": list(report.matched),

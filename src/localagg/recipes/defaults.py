@@ -8,7 +8,7 @@ gives the reason of each line. It is a starting point: every value can be set by
 import math
 from dataclasses import replace
 
-from ..config import PretrainConfig, option, to_dict
+from ..config import PretrainConfig, flag, to_dict
 from ..errors import UserError
 
 _IMAGENET_SCALE = 1_000_000  # from here on the reference's own settings
@@ -129,7 +129,7 @@ def check(config: PretrainConfig, size: int) -> None:
         if (value or 0) > size:
             raise UserError(
                 "TODO",
-                f"{option(name)} {value:,} is more than the {size:,} images; set it to at most"
+                f"{flag(name)} {value:,} is more than the {size:,} images; set it to at most"
                 f" {size:,}.",
             )
     if (config.ir_epochs or 0) > (config.epochs or 0):

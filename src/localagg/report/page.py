@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.images.decode import UnreadableImage, decode
 from ..data.sources.open import Source
 from ..evaluation.knn import nearest_rows
-from ..io.files import whole
+from ..io.files import atomic_write
 
 _THUMBNAIL = 48  # pixels
 _STYLE = """
@@ -57,7 +57,7 @@ def write_page(path: Path, page: Page) -> None:
         f"<script>{get_plotlyjs()}</script><body><h1>{html.escape(page.title)}</h1>"
         f"<p class=lead>{html.escape(page.lead)}</p>{body}</body></html>"
     )
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..config import PretrainConfig, option, option_value, override, require_resolved
+from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.images.augment import Augment
 from ..data.loading.loader import Feed, Throttle, on_device, typical_side
 from ..data.loading.workers import convert_worker_death
@@ -22,8 +22,8 @@ from ..distributed import process_group as ranks
 from ..distributed.collectives import World
 from ..errors import UserError
 from ..evaluation.evaluate import OnlineNeighbors
-from ..io import runlock
 from ..io.console import notify, show_progress
+from ..io.run_lock import lock_run
 from ..recipes.defaults import explain, resolve
 from ..recipes.schedule import Schedule
 from . import sharded
@@ -131,7 +131,7 @@ def resume(
             elif now != then:
                 raise UserError(
                     "TODO",
-                    f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
+                    f"'{run}' runs with {flag(name)} {then}, not {now}; a resumed run keeps its"
                     " options. Leave it out, or start a new run with another --out.",
                 )
         place = data or str(facts["data"])
@@ -180,7 +180,7 @@ def _way_out(run: Path) -> str:
 @contextlib.contextmanager
 def _held(run: Path, world: World) -> Iterator[None]:
     """The lock of the run, which rank 0 holds for all."""
-    with runlock.hold(run) if world.rank == 0 else contextlib.nullcontext():
+    with lock_run(run) if world.rank == 0 else contextlib.nullcontext():
         world.barrier()
         yield
 

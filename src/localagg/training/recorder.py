@@ -16,11 +16,13 @@ from ..data.loading.waiting import waiting_hint
 from ..distributed.signals import interruptible
 from ..engine.kmeans import KMeans
 from ..errors import UserError
-from ..io.console import Metrics, NoMetrics, Shares, notify, progress_bar
+from ..io.console import notify, progress_bar
+from ..io.metrics_log import MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
 from .deferred_metrics import Step, Watch, not_finite
 from .diagnostics import Health
 from .learner import Learner
+from .time_shares import TimeShares
 
 _NAMED = 8  # images in a message
 WAITING = "waiting for data"  # the part of the time that is called so
@@ -47,7 +49,7 @@ class Recorder:
         self.world = learner.world
         self.due = self.heard = False
         self.last_step = schedule.last
-        self.shares = Shares(learner.device)
+        self.shares = TimeShares(learner.device)
         self.shares.seconds = dict(progress["shares"])
         self.timed = dict(self.shares.seconds)  # when the epoch began
         self.began = (learner.step, time.monotonic())
@@ -55,9 +57,9 @@ class Recorder:
         self.before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
         self.started = self.saved = time.monotonic()
-        self.metrics = NoMetrics()
+        self.metrics = NoMetricsLog()
         if self.world.rank == 0:
-            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=learner.step)
+            self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=learner.step)
         self.watch = Watch()
         self.health = Health(progress.get("health"), self.world)
         self.bar = progress_bar()

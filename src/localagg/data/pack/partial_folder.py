@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ...io.files import flush, whole
+from ...io.files import atomic_write, sync_to_disk
 
 _ROOM = 1.02  # what is written, over what the images take; and a little
 _ROOM_BYTES = 1 << 24
@@ -176,7 +176,7 @@ class PartialFolder:
                     " run that command to go on with it, or remove the folder.",
                 )
         else:
-            with whole(key) as beside:
+            with atomic_write(key) as beside:
                 beside.write_text(text)
         for path in self._state.rglob("*.json"):
             name = path.relative_to(self._state).as_posix().removesuffix(".json")
@@ -205,10 +205,10 @@ class PartialFolder:
         state = self._state / name
         state.parent.mkdir(exist_ok=True)
         hashes = state.with_name(f"{state.name}.sha256")
-        with whole(hashes) as beside:
+        with atomic_write(hashes) as beside:
             beside.write_bytes(b"".join(digests))
         size = (self.folder / name).stat().st_size
-        with whole(state.with_name(f"{state.name}.json")) as beside:
+        with atomic_write(state.with_name(f"{state.name}.json")) as beside:
             beside.write_text(json.dumps({**facts, "size": size}))
         self.finished.add(name)
 
@@ -259,6 +259,6 @@ class PartialFolder:
         for left in self.folder.rglob(".*.tmp"):  # of an index that was not finished
             left.unlink()
         for path in (*self.folder.rglob("*"), self.folder):
-            flush(path)
+            sync_to_disk(path)
         os.rename(self.folder, self.destination)  # over an empty folder too
-        flush(self.destination.parent)
+        sync_to_disk(self.destination.parent)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from ...errors import UserError
-from ...io.files import whole
+from ...io.files import atomic_write
 from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
 from ..loading.loader import Throttle, through_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
@@ -163,7 +163,7 @@ def pack_images(
         tally = _Tally(source)
         path = partial.folder / files[number]
         path.parent.mkdir(exist_ok=True)
-        with whole(path) as beside:
+        with atomic_write(path) as beside:
             format.write(beside, tally.records(chunks[number], stream, before, progress), source)
         before += len(rows[number])
         partial.add(files[number], tally.facts, tally.digests)

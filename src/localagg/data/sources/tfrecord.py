@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...io.files import whole
+from ...io.files import atomic_write
 from .labels import class_names, write_class_names
 from .source import ImageRecord, Sample, Source, Splits, encoded_bytes
 from .tf_example import write_example
@@ -144,7 +144,7 @@ def write_tfrecords(
     names = [tfrecord_name(split, number, files) for number in range(files)]
     for number, name in enumerate(names):
         rows = tfrecord_rows(len(source), number, files)
-        with whole(folder / name) as beside:
+        with atomic_write(folder / name) as beside:
             write_tfrecord(beside, _records(source, rows, on_image))
     if source.classes is not None:
         write_class_names(folder, prefix, source.classes)

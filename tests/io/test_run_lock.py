@@ -8,7 +8,7 @@ import pytest
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.errors import UserError
-from localagg.io import runlock
+from localagg.io.run_lock import lock_run
 from localagg.recipes.builtin import recipe
 from localagg.training.loop import pretrain, resume
 
@@ -18,7 +18,7 @@ def holder(run, *, worker=False):
     ready, told = os.pipe()
     process = os.fork()
     if process == 0:
-        with contextlib.suppress(BaseException), runlock.hold(run):
+        with contextlib.suppress(BaseException), lock_run(run):
             child = os.fork() if worker else 0
             if worker and child == 0:
                 time.sleep(60)
@@ -64,7 +64,7 @@ def test_the_lock_of_a_killed_process_holds_nothing_though_its_worker_lives(tmp_
     kill(process)
     os.kill(worker, 0)  # it lives
     try:
-        with runlock.hold(tmp_path):
+        with lock_run(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -72,7 +72,7 @@ def test_the_lock_of_a_killed_process_holds_nothing_though_its_worker_lives(tmp_
 
 def test_the_lock_ends_with_its_block_and_leaves_a_folder_that_is_new(tmp_path):
     for _ in range(2):
-        with runlock.hold(tmp_path / "run"):
+        with lock_run(tmp_path / "run"):
             pass
     checkpoint.check_new(tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir()

@@ -17,13 +17,14 @@ from ..embeddings.embed import embed
 from ..errors import UserError
 from ..evaluation.cluster_metrics import cluster_scores
 from ..evaluation.knn import knn_accuracy
-from ..io.console import notify, read_metrics
+from ..io.console import notify
+from ..io.metrics_log import read_metrics
 from ..recipes.builtin import recipe
 from ..recipes.defaults import resolve
-from ..report.charts import curves, health_curves, space_map
-from ..report.page import Page, neighbor_grid, table, write_page
 from ..training.learner import Learner
 from ..training.loop import pretrain
+from .charts import curves, health_curves, space_map
+from .page import Page, neighbor_grid, table, write_page
 
 _CLUSTERINGS = 3
 _START = "start"  # the epochs of IR that both runs begin with

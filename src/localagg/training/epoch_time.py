@@ -17,9 +17,9 @@ from ..engine.counter_rng import ORDER, permutation
 from ..errors import UserError
 from ..io.console import notify, print_table, show_progress
 from ..recipes.defaults import resolve
-from ..training.learner import Learner
-from ..training.sharded import Batch
-from ..training.step import score
+from .learner import Learner
+from .sharded import Batch
+from .step import score
 
 _SECONDS = 1.5  # what each part is timed for
 _STEP_SECONDS = 0.4  # a step of CPU time, for which the batch is cut down

@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 
 from localagg import cli
-from localagg.cli.sheet import contact_sheet
 from localagg.config import PretrainConfig, ViewConfig, override
 from localagg.data.images.augment import Augment
 from localagg.data.loading.cropping import Crops
 from localagg.data.loading.loader import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
+from localagg.report.contact_sheet import contact_sheet
 
 VIEWS = ViewConfig(image_size=96, eval_crop=0.875)
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..config import (
     PretrainConfig,
+    flag,
     from_dict,
-    option,
     option_names,
     option_value,
     require_resolved,
@@ -19,8 +19,8 @@ from ..data.sources.open import open_images
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain, resolve
 from ..recipes.schedule import Schedule, images_seen
-from ..training.learner import make_encoder
-from ..training.neighbors import SearchableBank, search_bytes
+from .learner import make_encoder
+from .neighbors import SearchableBank, search_bytes
 
 
 def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
@@ -69,9 +69,7 @@ def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     for note in result["notes"]:
         notify(note)
     resolved = from_dict(PretrainConfig, result["config"])
-    values = [
-        [option(name), _words(option_value(resolved, name))] for name in option_names(resolved)
-    ]
+    values = [[flag(name), _words(option_value(resolved, name))] for name in option_names(resolved)]
     print_table(["option", "value"], values)
     steps = [[name, _words(value)] for name, value in result["steps"].items()]
     print_table(["steps", ""], steps)

@@ -1,10 +1,10 @@
 import pytest
 
-from localagg.cli import epoch_time as module
-from localagg.cli.epoch_time import epoch_rows, epoch_time
 from localagg.config import PretrainConfig, override
 from localagg.data.inspect.inspect_dataset import inspect
 from localagg.errors import UserError
+from localagg.training import epoch_time as module
+from localagg.training.epoch_time import epoch_rows, epoch_time
 
 CONFIG = override(
     PretrainConfig(),

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from localagg import checkpoint
-from localagg.cli.forecast import forecast
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
 from localagg.recipes.defaults import resolve
+from localagg.training.forecast import forecast
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain
 

@@ -15,7 +15,7 @@ from ..data.loading.cropping import Crops, Measured
 from ..data.loading.loader import report_unreadable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
-from ..io.files import whole
+from ..io.files import atomic_write
 from ..recipes.defaults import resolve
 
 _COLUMNS = 8  # the measured view, and those of seven epochs
@@ -49,7 +49,7 @@ def contact_sheet(
     if not len(index):
         report_unreadable(source, failed, "error")
     names = [source.name(i) for i in index.tolist()]
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         _drawn(columns, names).save(beside, format="PNG")
     return {
         "file": str(path),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..errors import UserError
 
-NAME = ".lock"
+LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is made where it is missing.
 
     The lock is the kernel's (``flock`` on ``RUN/.lock``), so it ends with the process that holds
@@ -29,7 +29,7 @@ def hold(run: Path) -> Iterator[None]:
     from filelock import FileLock, SoftFileLock, Timeout
 
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / NAME, timeout=0)
+    lock = FileLock(run / LOCK_NAME, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -46,7 +46,7 @@ def hold(run: Path) -> Iterator[None]:
     try:
         if not isinstance(lock, SoftFileLock):
             with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
-                (run / NAME).write_text(f"{os.getpid()} on {socket.gethostname()}")
+                (run / LOCK_NAME).write_text(f"{os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         lock.release()
@@ -55,7 +55,7 @@ def hold(run: Path) -> Iterator[None]:
 def _holder(run: Path) -> str:
     """`` (1234 on node7)``, where the file says so."""
     try:
-        found = (run / NAME).read_text()
+        found = (run / LOCK_NAME).read_text()
     except OSError:
         return ""
     return f" ({found})" if found else ""
