@@ -131,7 +131,7 @@ def save(
     folder = run / "checkpoints" / f"step-{step:09d}"
     beside = folder.with_name(f".{folder.name}.tmp")
     progress, world = {"step": step, **progress}, world or World()
-    there = world.objects(folder.exists())[0]  # rank 0's view of the disk
+    there = world.gather_objects(folder.exists())[0]  # rank 0's view of the disk
     if not there:
         if world.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
@@ -178,7 +178,7 @@ def _of_all_ranks(world: World, half: Path) -> Iterator[None]:
         yield
     except UserError as error:
         trouble = str(error)
-    if told := [words for words in world.objects(trouble) if words is not None]:
+    if told := [words for words in world.gather_objects(trouble) if words is not None]:
         if world.rank == 0:
             shutil.rmtree(half, ignore_errors=True)
         raise UserError("TODO", told[0])

@@ -19,7 +19,7 @@ from localagg.embeddings.embed import embed, weights_digest, write_embeddings
 from localagg.embeddings.table import TableWriter
 from localagg.errors import UserError
 from localagg.models import create_encoder
-from localagg.recipes.defaults import resolve
+from localagg.recipes.defaults import resolve_defaults
 
 
 @pytest.fixture(scope="module")
@@ -250,4 +250,4 @@ def test_views_travel_with_the_weights(weights, tmp_path):
     encoder = create_encoder("resnet18_small", width=8, seed=0)
     save_weights(tmp_path / "plain.safetensors", encoder)
     assert load_views(tmp_path / "plain.safetensors") is None
-    assert resolve(PretrainConfig(views=VIEWS), 50, 300).views == VIEWS
+    assert resolve_defaults(PretrainConfig(views=VIEWS), 50, 300).views == VIEWS

@@ -26,7 +26,7 @@ from localagg.evaluation.results import (
 )
 from localagg.models import create_encoder
 from localagg.recipes.builtin import readout_recipe
-from localagg.recipes.defaults import resolve
+from localagg.recipes.defaults import resolve_defaults
 
 ENTRY = {
     "measure": "knn",
@@ -298,7 +298,7 @@ def test_published_numbers_stand_beside_the_same_protocol_and_data_alone(run):
 def of_the_recipe(**changes):
     """The protocol of the published read-outs, resolved, with these options changed."""
     recipe = readout_recipe("trans_res50_LA").config
-    views = resolve(PretrainConfig(views=recipe.views), 1_281_167, 375).views
+    views = resolve_defaults(PretrainConfig(views=recipe.views), 1_281_167, 375).views
     return protocol(override(replace(recipe, views=views), **changes))
 
 

@@ -4,7 +4,7 @@ import torch
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
-from localagg.recipes.defaults import resolve
+from localagg.recipes.defaults import resolve_defaults
 from localagg.training.forecast import forecast
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain
@@ -30,7 +30,7 @@ def test_the_forecast_is_what_the_run_becomes(tmp_path):
 
 def test_activations_are_counted_without_computing_them():
     told = forecast(override(PretrainConfig(), model="resnet18", batch_size=2), "digits")
-    encoder = make_encoder(resolve(PretrainConfig(), 1400, 8).encoder, 0)
+    encoder = make_encoder(resolve_defaults(PretrainConfig(), 1400, 8).encoder, 0)
     parameters = sum(p.numel() for p in encoder.parameters())
     assert told["memory"]["weights, gradients and momentum"] == pytest.approx(
         12 * parameters, rel=0.01

@@ -24,7 +24,7 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import progress_bar
 from ..models import Encoder
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from .table import DTYPES, TableWriter, text
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def write_embeddings(
     encoder = load_encoder(weights).to(fabric.device).eval()
     source = open_images(data, split)
     config = PretrainConfig(views=load_views(weights) or ViewConfig())
-    views = resolve(config, len(source), typical_side(source)).views
+    views = resolve_defaults(config, len(source), typical_side(source)).views
     facts = _facts(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
     batches = math.ceil(len(source) / batch)

@@ -29,7 +29,7 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..models import Encoder
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from .cluster_metrics import cluster_scores
 from .knn import VOTES, knn_accuracy, retrieval_scores
 from .shared_neighbors import shared_accuracy
@@ -226,7 +226,7 @@ class OnlineNeighbors:
         if source.labels is None or not config.eval_every:
             return
         try:
-            self.choice = self.world.first(lambda: choose(data, source, valid))
+            self.choice = self.world.rank_zero_first(lambda: choose(data, source, valid))
         except Unmeasurable as error:
             notify(f"Nothing is measured while learning: {error}")
             return
@@ -338,7 +338,7 @@ def _space_of(
     source = open_images(data)
     choose(data, source, torch.arange(len(source)))  # refuses before hours of embedding
     config = PretrainConfig(views=load_views(run) or ViewConfig(), workers=workers)
-    config = resolve(config, len(source), typical_side(source))
+    config = resolve_defaults(config, len(source), typical_side(source))
     if against == "bank":
         bank, valid = _own_bank(run, data, source, facts)
     else:

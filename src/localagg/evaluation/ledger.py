@@ -7,14 +7,14 @@ from ..checkpoint import load_views
 from ..config import PretrainConfig, ViewConfig
 from ..data.loading.loader import typical_side
 from ..data.sources.open import Source, open_evaluation, open_images
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from .results import append_result, dataset_name, knn_protocol, read_results
 
 
 def note_neighbors(run: Path, result: dict[str, Any]) -> None:
     """What ``evaluate.measure_run`` found: the vote, and retrieval and clusters where asked for."""
     source, facts = _facts(result, held_out=result["held_out"])
-    views = resolve(
+    views = resolve_defaults(
         PretrainConfig(views=load_views(run) or ViewConfig()), len(source), typical_side(source)
     ).views
     against, left_out = result["against"], result["left_out"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..checkpoint import check_new, save_weights, weights_digest, write_json
 from ..config import TransferConfig, from_dict, option_names, option_value, to_dict
 from ..data.loading.workers import convert_worker_death
-from ..distributed.signals import Interrupt, interruptible
+from ..distributed.signals import StopRequest, handle_stop_signals
 from ..errors import UserError
 from ..io.console import notify, progress_bar
 from ..io.metrics_log import MetricsLog
@@ -171,10 +171,10 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
     schedule, network = probe.schedule, probe.network
     record = _Record(probe, run)
 
-    with convert_worker_death(), record, interruptible() as interrupt:
+    with convert_worker_death(), record, handle_stop_signals() as interrupt:
         network.train()
-        while probe.step < schedule.last:
-            epoch, first, _ = schedule.at(probe.step)
+        while probe.step < schedule.total_steps:
+            epoch, first, _ = schedule.position(probe.step)
             batches = probe.batches(epoch, first)
             for _ in range(probe.step, schedule.end_of_epoch(probe.step)):
                 index, shown = next(batches)  # views, or their features where those are kept
@@ -187,7 +187,7 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
                 probe.step += 1
                 record.after_step(epoch, losses, interrupt)
             due = probe.config.eval_every and (epoch + 1) % probe.config.eval_every == 0
-            if due and probe.step < schedule.last:
+            if due and probe.step < schedule.total_steps:
                 record.measured(epoch, probe.measure(ten_crop=False)[0])
             record.end_of_epoch(interrupt)
         return record.finish()
@@ -208,7 +208,7 @@ class _Record:
 
     def __enter__(self) -> "_Record":
         self.bar.start()
-        last = self.probe.schedule.last
+        last = self.probe.schedule.total_steps
         self.task = self.bar.add_task("learning", total=last, note="")
         self.bar.update(self.task, completed=self.probe.step)
         return self
@@ -218,7 +218,7 @@ class _Record:
         if self.metrics is not None:
             self.metrics.close()
 
-    def after_step(self, epoch: int, losses: dict[str, Tensor], interrupt: Interrupt) -> None:
+    def after_step(self, epoch: int, losses: dict[str, Tensor], interrupt: StopRequest) -> None:
         """Losses every few steps; the state when it is due. The end of an epoch saves it anyway."""
         step, schedule = self.probe.step, self.probe.schedule
         ends = step == schedule.end_of_epoch(step - 1)
@@ -238,7 +238,7 @@ class _Record:
         self.bar.update(self.task, completed=step)
         if ends:
             return
-        if interrupt.asked or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+        if interrupt.requested or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
             self.save()
         self._stop_if_asked(interrupt)
 
@@ -249,7 +249,7 @@ class _Record:
         shown = ", ".join(f"{layer} {found['top1']:.1%}" for layer, found in layers.items())
         notify(f"epoch {epoch + 1}/{self.config.epochs}, top-1 by layer: {shown}")
 
-    def end_of_epoch(self, interrupt: Interrupt) -> None:
+    def end_of_epoch(self, interrupt: StopRequest) -> None:
         """Save what was learned and measured."""
         self.save()
         self._stop_if_asked(interrupt)
@@ -292,12 +292,12 @@ class _Record:
             write_json(self.run / "results.json", results)
         return results
 
-    def _stop_if_asked(self, interrupt: Interrupt) -> None:
-        if interrupt.asked:
+    def _stop_if_asked(self, interrupt: StopRequest) -> None:
+        if interrupt.requested:
             way = "nothing was to be saved"
             if self.run is not None:
                 way = f"go on with localagg transfer --resume {self.run}"
-            raise interrupt.stopped(f"Stopped after step {self.probe.step:,}; {way}.")
+            raise interrupt.error(f"Stopped after step {self.probe.step:,}; {way}.")
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..io.files import atomic_write
 from ..models import Encoder
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from ..recipes.schedule import Schedule
 from .feature_cache import Extractor, FeatureCache, Kept, is_fixed
 from .readout import ReadOut, accuracies, evaluation_views, make_optimizer
@@ -135,7 +135,7 @@ def resolve_transfer(
     if path is not None and (learned := load_views(path)):
         sizes = {name: getattr(views, name) or getattr(learned, name) for name in _SIZES}
         views = learned if views == ViewConfig() else replace(views, **sizes)
-    general = resolve(
+    general = resolve_defaults(
         replace(general_options(config), views=views, drops=(), ir_epochs=0),
         len(source),
         typical_side(source),

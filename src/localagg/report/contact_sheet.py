@@ -16,7 +16,7 @@ from ..data.loading.loader import report_unreadable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
 from ..io.files import atomic_write
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 
 _COLUMNS = 8  # the measured view, and those of seven epochs
 _SMALL = 96  # pixels; smaller views are enlarged by a whole number
@@ -44,7 +44,7 @@ def contact_sheet(
     """
     index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
     fitted = PretrainConfig(views=config.views)
-    views = resolve(fitted, len(source), typical_side(source)).views
+    views = resolve_defaults(fitted, len(source), typical_side(source)).views
     index, columns, failed = _views(source, views, index, seed)
     if not len(index):
         report_unreadable(source, failed, "error")

@@ -20,7 +20,7 @@ from ..evaluation.knn import knn_accuracy
 from ..io.console import notify
 from ..io.metrics_log import read_metrics
 from ..recipes.builtin import recipe
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from ..training.learner import Learner
 from ..training.loop import pretrain
 from .charts import curves, health_curves, space_map
@@ -55,7 +55,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     _make_room(out)
     learned, held_out = open_images("digits"), open_images("digits", "val")
     asked = override(recipe("digits").config, seed=seed)
-    config = resolve(asked, len(learned), typical_side(learned))
+    config = resolve_defaults(asked, len(learned), typical_side(learned))
     views = config.views
     spaces = {
         "raw pixels": (_pixels(learned, views), _pixels(held_out, views)),

@@ -16,7 +16,7 @@ from ..data.sources.open import Source, open_images
 from ..engine.counter_rng import ORDER, permutation
 from ..errors import UserError
 from ..io.console import notify, print_table, show_progress
-from ..recipes.defaults import resolve
+from ..recipes.defaults import resolve_defaults
 from .learner import Learner
 from .sharded import Batch
 from .step import score
@@ -47,7 +47,7 @@ def epoch_time(config: PretrainConfig, data: str, facts: dict[str, Any]) -> dict
         UserError: options and data do not go together, or no image can be read.
     """
     source = open_images(data)
-    resolved = resolve(config, len(source), typical_side(source))
+    resolved = resolve_defaults(config, len(source), typical_side(source))
     size, batch = len(source) - len(facts["unreadable"]), require_resolved(resolved.batch_size)
     held = _held(resolved, facts)
     read = 0.0 if held else size * _reading(resolved, source)

@@ -17,7 +17,7 @@ from ..config import (
 from ..data.loading.loader import typical_side
 from ..data.sources.open import open_images
 from ..io.console import notify, print_table
-from ..recipes.defaults import explain, resolve
+from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule, images_seen
 from .learner import make_encoder
 from .neighbors import SearchableBank, search_bytes
@@ -41,19 +41,19 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     """
     source = open_images(data)
     size, side = len(source), typical_side(source)
-    resolved = resolve(config, size, side)
+    resolved = resolve_defaults(config, size, side)
     schedule = Schedule(resolved, size)
     memory = _memory(resolved, size, side)
     kept = ("memory bank", "cluster labels")
     return {
         "images": size,
-        "notes": explain(config, resolved, size),
+        "notes": explain_defaults(config, resolved, size),
         "config": to_dict(resolved),
         "steps": {
             "epoch": schedule.la_steps,
-            "ir": schedule.switch,
-            "la": schedule.last - schedule.switch,
-            "total": schedule.last,
+            "ir": schedule.la_start,
+            "la": schedule.total_steps - schedule.la_start,
+            "total": schedule.total_steps,
             "drops": schedule.boundaries,
             "images_seen": images_seen(schedule),
         },

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..bank import MemoryBank
 from ..config import ViewConfig
 from ..data.sources.open import Source
-from ..distributed.batch_norm import SharedBatchNorm
+from ..distributed.batch_norm import SynchronizedBatchNorm
 from ..distributed.collectives import World
 from ..embeddings.embed import ImageEmbeddings, embed
 from ..models import Encoder
@@ -60,8 +60,8 @@ def embed_bank(
             _put(bank, embed(encoder, source, views, **options))
 
     for norm in norms:
-        if isinstance(norm, SharedBatchNorm):
-            norm.alone = True
+        if isinstance(norm, SynchronizedBatchNorm):
+            norm.per_rank = True
     before = [_tracked(norm) for norm in norms]
     fill(slice(first, min(begins, last)))
     for norm, (mean, variance, count) in zip(norms, before, strict=True):
@@ -70,8 +70,8 @@ def embed_bank(
     if world.size > 1:
         _add_up(world, norms, before)
     for norm in norms:
-        if isinstance(norm, SharedBatchNorm):
-            norm.alone = False
+        if isinstance(norm, SynchronizedBatchNorm):
+            norm.per_rank = False
 
 
 def _put(bank: MemoryBank, found: ImageEmbeddings) -> None:

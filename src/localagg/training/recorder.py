@@ -13,7 +13,7 @@ from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_jso
 from ..config import PretrainConfig
 from ..data.loading.loader import Feed
 from ..data.loading.waiting import waiting_hint
-from ..distributed.signals import interruptible
+from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import notify, progress_bar
@@ -48,7 +48,7 @@ class Recorder:
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
         self.world = learner.world
         self.due = self.heard = False
-        self.last_step = schedule.last
+        self.last_step = schedule.total_steps
         self.shares = TimeShares(learner.device)
         self.shares.seconds = dict(progress["shares"])
         self.timed = dict(self.shares.seconds)  # when the epoch began
@@ -70,8 +70,10 @@ class Recorder:
             stack.enter_context(self.bar)
             self.task = self.bar.add_task("learning", total=self.last_step, note="")
             self.bar.update(self.task, completed=self.learner.step)
-            self.interrupt = stack.enter_context(interruptible())
-            if not self.world.objects(has_checkpoint(self.run))[0]:  # rank 0's view of the disk
+            self.interrupt = stack.enter_context(handle_stop_signals())
+            if not self.world.gather_objects(has_checkpoint(self.run))[
+                0
+            ]:  # rank 0's view of the disk
                 self.checkpoint()
             self.stack = stack.pop_all()
         return self
@@ -115,7 +117,7 @@ class Recorder:
     @property
     def asked(self) -> bool:
         """Whether the loop is to stop after this step: on all ranks alike."""
-        return self.interrupt.asked if self.world.size == 1 else self.heard
+        return self.interrupt.requested if self.world.size == 1 else self.heard
 
     def _agree(self) -> None:
         """All ranks learn of a signal to any, and whether rank 0 finds a checkpoint due. One
@@ -215,7 +217,7 @@ class Recorder:
         if self.world.size > 1:
             self._agree()
         if self.asked:
-            raise self.interrupt.stopped(
+            raise self.interrupt.error(
                 f"Stopped after step {self.learner.step:,}; go on with"
                 f" localagg pretrain --resume {self.run}"
             )
@@ -269,7 +271,7 @@ class Recorder:
         """
         encoder, rows = self.learner.encoder, self.learner.bank.rows
         found = not_finite([*encoder.state_dict().items(), ("the memory bank", rows)])
-        if name := next(filter(None, self.world.objects(found)), None):
+        if name := next(filter(None, self.world.gather_objects(found)), None):
             what = f"After step {self.learner.step:,} {name} is not finite"
             if self.watch.last is None:
                 raise UserError("TODO", f"{what}; the run cannot begin so.")

@@ -114,7 +114,7 @@ class Feed:
 
     def agree(self) -> None:
         """Ranks tell one another which images they could not read. One exchange of objects."""
-        for unreadable in self.world.objects(self.unreadable):
+        for unreadable in self.world.gather_objects(self.unreadable):
             self.unreadable = self.unreadable | unreadable
 
     def order(self, epoch: int) -> Tensor:
