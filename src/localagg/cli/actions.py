@@ -87,7 +87,7 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
 
 
 def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
-    from ..evaluation.ledger import are_noted, note_readouts
+    from ..evaluation.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
     if options.resume is not None:
@@ -106,15 +106,15 @@ def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, 
     print(f"{result['seconds']:.0f} s. {result['protocol']}")
     where = run or result["run"]
     # Ended read-outs may have been killed before they were noted. (None: an encoder from Python.)
-    if where is not None and not (options.resume and are_noted(Path(where), result)):
-        note_readouts(Path(where), result)
+    if where is not None and not (options.resume and is_recorded(Path(where), result)):
+        record_readouts(Path(where), result)
     return result
 
 
 def _read_out(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
     config = options.options
     if options.quick:
-        from ..evaluation.quick import OPTIONS, quick_readout
+        from ..evaluation.quick_readout import OPTIONS, quick_readout
 
         if unheeded := sorted(typed - OPTIONS):
             raise UserError(
@@ -165,8 +165,8 @@ def _weights(run: str | None, data: str | None) -> tuple[Path, str]:
 
 
 def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
-    from ..evaluation.ledger import note_few_labels, subset_name
-    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, few_labels
+    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
+    from ..evaluation.record_results import record_low_shot, subset_name
     from ..io.console import print_table
 
     config, asked = options.options, "--few" if options.few else "--per-class"
@@ -177,7 +177,7 @@ def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dic
         raise UserError(
             "TODO", f"{flag(unheeded[0])} means nothing with {asked}{tuning}; leave it out."
         )
-    result = few_labels(
+    result = low_shot_accuracy(
         config,
         run,
         data,
@@ -196,7 +196,7 @@ def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dic
                 rows.append([subset_name(subset), f"{subset['images']:,}", way, layer, *shown])
     print_table(["labels", "images", "heads", "layer", "top1", "top5"], rows)
     print(f"{result['seconds']:.0f} s. Mean of {len(result['seeds'])} draws and 95 % interval.")
-    note_few_labels(run, result)
+    record_low_shot(run, result)
     return result
 
 
@@ -223,8 +223,8 @@ def _embed(options: Embed) -> dict[str, Any]:
 
 
 def _knn(options: Knn) -> dict[str, Any]:
-    from ..evaluation.evaluate import measure_run
-    from ..evaluation.ledger import note_neighbors
+    from ..evaluation.measure_run import measure_run
+    from ..evaluation.record_results import record_knn
     from ..io.console import print_table
 
     run = Path(options.run)
@@ -247,7 +247,7 @@ def _knn(options: Knn) -> dict[str, Any]:
         rows = [[name, *(f"{v[part]:.3f}" for part in parts)] for name, v in spreads.items()]
         print_table([f"{result['clusters']['clusters']} clusters", *parts], rows)
     print(f"{result['asked']:,} images asked {result['known']:,} of {result['against']}.")
-    note_neighbors(run, result)
+    record_knn(run, result)
     return result
 
 
@@ -269,7 +269,7 @@ def _search(options: Search) -> dict[str, Any]:
 
 
 def _results(options: Results) -> dict[str, Any]:
-    from ..evaluation.results import compare, tables
+    from ..evaluation.results_table import compare, tables
     from ..io.console import notify, print_table
 
     if not options.runs:

@@ -32,8 +32,9 @@ from ..io.console import notify, progress_bar
 from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .feature_cache import is_fixed
-from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder, usual_drops
-from .readout import cross_entropies
+from .linear_heads import cross_entropies
+from .linear_probe import LinearProbe
+from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder, usual_drops
 
 
 def transfer(
@@ -69,14 +70,14 @@ def transfer(
     if run is not None:
         _check_new(run)
     encoder, path = take_encoder(weights)
-    return read_out(config, encoder, path, open_labelled(data), run)
+    return read_out(config, encoder, path, open_labeled(data), run)
 
 
 def read_out(
     config: TransferConfig,
     encoder: Encoder,
     path: Path | None,
-    labelled: Labelled,
+    labelled: LabeledSplits,
     run: Path | None = None,
 ) -> dict[str, Any]:
     """:func:`transfer` of images that are open.
@@ -101,7 +102,7 @@ def read_out(
         f" {labelled.classes:,} classes, measured on {len(labelled.held_out):,}:"
         f" {protocol(resolved)}."
     )
-    probe = Probe(resolved, encoder, labelled, facts)
+    probe = LinearProbe(resolved, encoder, labelled, facts)
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "transfer.json", {**facts, "config": to_dict(resolved)})
@@ -149,7 +150,7 @@ def resume_transfer(
             "TODO", f"These weights are not those that '{run}' began with; start a new --out."
         )
     data = data or str(facts["data"])
-    labelled = open_labelled(data)
+    labelled = open_labeled(data)
     if labelled.fingerprints() != facts["fingerprints"]:
         raise UserError(
             "TODO",
@@ -160,13 +161,13 @@ def resume_transfer(
         config = replace(config, workers=workers)
     if device is not None:
         config = from_dict(TransferConfig, {**to_dict(config), "device": device})
-    probe = Probe(config, encoder, labelled, facts)
+    probe = LinearProbe(config, encoder, labelled, facts)
     probe.restore(run)
     notify(f"Going on with '{run}' after step {probe.step:,}.")
     return _learn(probe, run)
 
 
-def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
+def _learn(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels."""
     schedule, network = probe.schedule, probe.network
     record = _Record(probe, run)
@@ -196,7 +197,7 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
 class _Record:
     """The record of a transfer while it learns: console, metrics, state, Ctrl-C, results."""
 
-    def __init__(self, probe: Probe, run: Path | None) -> None:
+    def __init__(self, probe: LinearProbe, run: Path | None) -> None:
         self.probe, self.run, self.config = probe, run, probe.config
         progress = probe.progress
         self.before, self.started = progress["seconds"], time.monotonic()
@@ -255,7 +256,7 @@ class _Record:
         self._stop_if_asked(interrupt)
 
     def save(self) -> None:
-        """Save everything that :meth:`Probe.restore` and this class need to go on."""
+        """Save everything that :meth:`LinearProbe.restore` and this class need to go on."""
         if self.run is not None and self.metrics is not None:
             progress = {"metrics_bytes": self.metrics.flushed(), "seconds": self._seconds()}
             self.probe.save(self.run, progress)

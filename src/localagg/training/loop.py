@@ -21,7 +21,7 @@ from ..data.sources.open import Source, open_images
 from ..distributed.collectives import World
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..errors import UserError
-from ..evaluation.evaluate import OnlineNeighbors
+from ..evaluation.online_knn import OnlineKnn
 from ..io.console import notify, show_progress
 from ..io.run_lock import lock_run
 from ..recipes.defaults import explain_defaults, resolve_defaults
@@ -81,7 +81,7 @@ def pretrain(
             notify(line)
         feed = _feed(source, resolved, world)
         learner = Learner(resolved, len(source), world)
-        measurement = OnlineNeighbors(resolved, data, source, feed.valid, world=world)
+        measurement = OnlineKnn(resolved, data, source, feed.valid, world=world)
         facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
         if start is not None:
             facts["start"] = str(start)
@@ -164,7 +164,7 @@ def _go_on(
         return summary
     feed = _feed(source, config, world, progress)
     learner = Learner(config, len(source), world)
-    measurement = OnlineNeighbors(config, data, source, feed.valid, world=world)
+    measurement = OnlineKnn(config, data, source, feed.valid, world=world)
     if newest is None:
         _begin(learner, feed, facts)
     else:
@@ -261,7 +261,7 @@ def _feed(
 
 
 def _learn(
-    run: Path, feed: Feed, learner: Learner, measurement: OnlineNeighbors, progress: dict[str, Any]
+    run: Path, feed: Feed, learner: Learner, measurement: OnlineKnn, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels: this rank's share of it
     up to the network, and all of it from there to the bank, of which this rank has some rows."""

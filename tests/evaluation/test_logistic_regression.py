@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from localagg.evaluation.logistic import (
+from localagg.evaluation.logistic_regression import (
     DEFAULT_L2,
     GRID,
     Rows,
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_float64():
 
 
 def test_rows_that_are_not_held_give_the_same(monkeypatch):
-    from localagg.evaluation import logistic
+    from localagg.evaluation import logistic_regression as logistic
 
     held, _, _ = digit_rows(300)
     monkeypatch.setattr(logistic, "_CHUNK", 4 * 64 * 77)  # 77 rows a chunk

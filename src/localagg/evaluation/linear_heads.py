@@ -23,7 +23,7 @@ from ..models import Compat, Encoder
 _EVALUATION_BATCH = 256  # views at a time
 
 
-class ReadOut(nn.Module):
+class LinearHeads(nn.Module):
     """An encoder with one linear head a layer; the heads share nothing but its features.
 
     Args:
@@ -81,7 +81,7 @@ class ReadOut(nn.Module):
             for layer, head in zip(self.layers, self.heads, strict=True)
         }
 
-    def train(self, mode: bool = True) -> "ReadOut":
+    def train(self, mode: bool = True) -> "LinearHeads":
         """Training or inference mode; a frozen encoder stays in inference mode."""
         super().train(mode)
         self.encoder.train(mode and self.finetune)
@@ -131,7 +131,7 @@ def cross_entropies(logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tens
 
 
 def make_optimizer(
-    network: ReadOut, *, learning_rate: float, momentum: float, weight_decay: float
+    network: LinearHeads, *, learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.SGD:
     """SGD as in the reference: decay on the heads' weights and biases.
 
@@ -161,7 +161,7 @@ def accuracies(
     """Top-1 and top-5 accuracy of every head over all images of ``batches``.
 
     Args:
-        network: a :class:`ReadOut`, perhaps wrapped by Fabric; its training mode is restored.
+        network: a :class:`LinearHeads`, perhaps wrapped by Fabric; its training mode is restored.
         batches: (index int64 [B], one view [B, 3, S, S] or V views [B, V, 3, S, S] of an image, or
             features {layer: [B, F]}).
         labels: int64 [N], on the network's device.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from ..embeddings.embed import embed
 from ..errors import UserError
 from ..models import Encoder
 from . import knn
-
-if TYPE_CHECKING:
-    from .evaluate import Choice
+from .knn_queries import QuerySelection
 
 _EMBEDDED = 256  # images at a time
 _ASKED = 8192  # queries at a time
@@ -74,7 +72,7 @@ def nearest_rows(
 
 def shared_accuracy(
     world: World,
-    choice: "Choice",
+    choice: QuerySelection,
     encoder: Encoder,
     rows: Tensor,
     part: range,
@@ -85,7 +83,7 @@ def shared_accuracy(
     workers: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
-    """``knn.knn_accuracy`` of a :class:`~localagg.evaluation.evaluate.Choice`, the same on every rank.
+    """``knn.knn_accuracy`` of a :class:`~localagg.evaluation.knn_queries.QuerySelection`, the same on every rank.
 
     Ranks share the work: each embeds some of the held-out images and searches its own rows. All
     hold the queries and the labels, which are numbers.
@@ -141,7 +139,7 @@ def _embedded(
     return world.sum(rows), world.sum(there) > 0
 
 
-def _known(world: World, choice: "Choice", rows: Tensor, part: range) -> Rows:
+def _known(world: World, choice: QuerySelection, rows: Tensor, part: range) -> Rows:
     """The rows that are asked, numbered anew: known ones increase, so each rank has a range."""
     known = choice.known
     start, stop = torch.searchsorted(known, torch.tensor([part.start, part.stop])).tolist()

@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from localagg.checkpoint import save_weights
 from localagg.config import TransferConfig, ViewConfig, override
 from localagg.errors import UserError
-from localagg.evaluation import quick
-from localagg.evaluation.feature_cache import Extractor
-from localagg.evaluation.logistic import DEFAULT_L2, GRID
-from localagg.evaluation.probe import open_labelled
-from localagg.evaluation.quick import quick_readout
+from localagg.evaluation import quick_readout as quick
+from localagg.evaluation.feature_cache import FeatureExtractor
+from localagg.evaluation.logistic_regression import DEFAULT_L2, GRID
+from localagg.evaluation.quick_readout import quick_readout
+from localagg.evaluation.readout_inputs import open_labeled
 
 QUICK = override(TransferConfig(), image_size=8, device="cpu", precision="32-true", workers=0)
 
@@ -82,10 +82,10 @@ def test_ten_crops_are_scored_by_mean_softmax(whole):
 
 def test_held_out_labels_do_not_touch_the_heads(tmp_path, whole, monkeypatch):
     def shuffled(data):
-        labelled = open_labelled(data)
+        labelled = open_labeled(data)
         return labelled._replace(held_out_labels=labelled.held_out_labels.flip(0))
 
-    monkeypatch.setattr(quick, "open_labelled", shuffled)
+    monkeypatch.setattr(quick, "open_labeled", shuffled)
     results = quick_readout(QUICK, network(), "digits", tmp_path / "out")
     assert results["regularization"] == whole[0]["regularization"]
     assert results["layers"]["2"]["top1"] != whole[0]["layers"]["2"]["top1"]
@@ -96,13 +96,13 @@ def test_held_out_labels_do_not_touch_the_heads(tmp_path, whole, monkeypatch):
 def test_features_are_computed_once(tmp_path, monkeypatch):
     config = override(QUICK, cache=str(tmp_path / "cache"))
     first = quick_readout(config, network(), "digits")
-    calls, original = [], Extractor.__call__
+    calls, original = [], FeatureExtractor.__call__
 
     def call(self, images):
         calls.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(Extractor, "__call__", call)
+    monkeypatch.setattr(FeatureExtractor, "__call__", call)
     again = quick_readout(override(config, seed=1, layers=("1",)), network(), "digits")
     assert calls == [1]  # the blank image that tells the sizes
     assert again["layers"]["1"]["top1"] == pytest.approx(first["layers"]["1"]["top1"], abs=0.02)

@@ -7,10 +7,12 @@ import pytest
 from localagg.checkpoint import save_weights, weights_digest
 from localagg.config import ViewConfig
 from localagg.data.sources.open import open_images
-from localagg.evaluation import results
-from localagg.evaluation.evaluate import measure_run
-from localagg.evaluation.ledger import note_few_labels, note_neighbors, note_readouts
-from localagg.evaluation.results import compare, read_results, tables
+from localagg.evaluation import published as literature
+from localagg.evaluation import results_file
+from localagg.evaluation.measure_run import measure_run
+from localagg.evaluation.record_results import record_knn, record_low_shot, record_readouts
+from localagg.evaluation.results_file import read_results
+from localagg.evaluation.results_table import compare, tables
 from localagg.models import create_encoder
 
 
@@ -38,7 +40,7 @@ def fewer(pictures, tmp_path):
 def measured(weights, data, **options):
     options = {"against": "embeddings", "k": (1, 200), "workers": 0, **options}
     result = measure_run(weights, data=str(data), **options)
-    note_neighbors(weights, result)
+    record_knn(weights, result)
     return result
 
 
@@ -58,10 +60,10 @@ def test_other_training_images_are_another_column(weights, pictures, fewer):
 def test_a_part_of_a_data_set_never_stands_beside_its_published_number(
     weights, pictures, fewer, monkeypatch
 ):
-    monkeypatch.setitem(results.DATASETS, "CIFAR-10", (48, 12, 2))
+    monkeypatch.setitem(literature.DATASETS, "CIFAR-10", (48, 12, 2))
     for data in (fewer, pictures):
         result = measure_run(weights, data=str(data), against="embeddings", k=(200,), workers=0)
-        note_neighbors(weights, {**result, "against": "the memory bank"})
+        record_knn(weights, {**result, "against": "the memory bank"})
     found = compare([weights])
     assert [column["training_images"] for column in found["columns"]] == [16, 48]
     (published,) = [row for row in found["rows"] if row["published"]]
@@ -70,10 +72,10 @@ def test_a_part_of_a_data_set_never_stands_beside_its_published_number(
 
 def test_entries_that_name_no_training_images_keep_their_data_set_apart(tmp_path):
     """As written before the training images were noted."""
-    entry = {"measure": "knn", "protocol": results._CIFAR_KNN, "data": "d", "fingerprint": "aa"}
+    entry = {"measure": "knn", "protocol": literature._CIFAR_KNN, "data": "d", "fingerprint": "aa"}
     whole = {**entry, "dataset": "CIFAR-10", "values": {"knn200": 0.75}}
     for old in ({**entry, "values": {"knn200": 0.25}}, whole):
-        results.append_result(tmp_path, old)
+        results_file.append_result(tmp_path, old)
     found = compare([tmp_path])
     assert [row["values"] for row in found["rows"]] == [[0.25, 0.75], [None, 0.808]]
 
@@ -121,7 +123,7 @@ def test_who_was_left_out_and_how_many_voted_is_noted(weights, pictures, tmp_pat
 def test_weights_are_those_that_were_loaded(weights, pictures):
     result = measure_run(weights, data=str(pictures), against="embeddings", k=(1,), workers=0)
     save_weights(weights, small(seed=1), ViewConfig(image_size=32))  # the run went on
-    note_neighbors(weights, result)
+    record_knn(weights, result)
     (entry,) = read_results(weights)
     assert entry["weights_digest"] == weights_digest(small())
 
@@ -131,7 +133,7 @@ READ_OUT = {"data": "digits", "weights_digest": "aa", "measured": 396, "unreadab
 
 def test_readouts_note_how_many_were_learned_from_and_measured(weights):
     layers = {"1": {"top1": 0.5}}
-    note_readouts(weights, {**READ_OUT, "layers": layers, "protocol": "p", "images": 1400})
+    record_readouts(weights, {**READ_OUT, "layers": layers, "protocol": "p", "images": 1400})
     (entry,) = read_results(weights)
     assert entry["values"] == {"1 top1": 0.5}
     assert (entry["images"], entry["asked"], entry["known"]) == (397, 396, 1400)
@@ -146,7 +148,7 @@ def test_few_labels_keep_their_intervals(weights):
         {"per_class": 3, "images": 30, "linear": {"2": {"top1": single}}},
     ]
     protocol = {"linear": "quick", "finetuned": "never asked for"}
-    note_few_labels(
+    record_low_shot(
         weights, {**READ_OUT, "subsets": subsets, "seeds": [0, 1], "protocol": protocol}
     )
     (entry,) = read_results(weights)

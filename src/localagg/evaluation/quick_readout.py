@@ -22,10 +22,16 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..models import Encoder
-from .feature_cache import Extractor, FeatureCache, Kept, read_all
-from .logistic import Head, Rows, quick_head
-from .probe import Labelled, check_classes, open_labelled, resolve_transfer, take_encoder
-from .readout import accuracies, evaluation_views
+from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, read_all
+from .linear_heads import accuracies, evaluation_views
+from .logistic_regression import Head, Rows, quick_head
+from .readout_inputs import (
+    LabeledSplits,
+    check_classes,
+    open_labeled,
+    resolve_transfer,
+    take_encoder,
+)
 
 OPTIONS = frozenset(
     {
@@ -37,15 +43,15 @@ OPTIONS = frozenset(
 _ROWS = 256  # kept features at a time
 
 
-class Frozen(NamedTuple):
-    """Labelled images as features of a frozen encoder."""
+class FrozenFeatures(NamedTuple):
+    """LabeledSplits images as features of a frozen encoder."""
 
     config: TransferConfig
     """Resolved; its layers are those that are kept."""
-    labelled: Labelled
-    extractor: Extractor
-    train: Kept
-    held_out: Kept
+    labelled: LabeledSplits
+    extractor: FeatureExtractor
+    train: CachedFeatures
+    held_out: CachedFeatures
     left_out: dict[str, float]
     """Layers that did not fit the cache, and what they would take in GiB."""
 
@@ -89,7 +95,7 @@ class Frozen(NamedTuple):
 class Scorer(nn.Module):
     """Heads on a frozen encoder's layers, in float32: images or kept features to logits."""
 
-    def __init__(self, extractor: Extractor, heads: dict[str, Head]) -> None:
+    def __init__(self, extractor: FeatureExtractor, heads: dict[str, Head]) -> None:
         super().__init__()
         device = extractor.fabric.device
         self.extractor = extractor
@@ -144,7 +150,7 @@ def quick_readout(
         check_new(run)
     encoder, path = take_encoder(weights)
     digest = weights_digest(encoder)
-    frozen = freeze(config, encoder, path, open_labelled(data))
+    frozen = freeze(config, encoder, path, open_labeled(data))
     heads = fit_heads(frozen, frozen.train.index, config.seed)
     layers = frozen.measure(heads)
     if ten_crop:
@@ -179,8 +185,8 @@ def _save_heads(path: Path, heads: dict[str, Head]) -> None:
 
 
 def freeze(
-    config: TransferConfig, encoder: Encoder, path: Path | None, labelled: Labelled
-) -> Frozen:
+    config: TransferConfig, encoder: Encoder, path: Path | None, labelled: LabeledSplits
+) -> FrozenFeatures:
     """Features of both splits under the central view, from the cache as far as they are there.
 
     Args:
@@ -197,9 +203,11 @@ def freeze(
     fabric = make_fabric(config.device, config.precision)
     encoder.requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def extractor_of(layers: tuple[str, ...]) -> Extractor:
+    def extractor_of(layers: tuple[str, ...]) -> FeatureExtractor:
         views, workers = resolved.views, resolved.workers
-        return Extractor(encoder, layers, views, fabric, compat=config.compat, workers=workers)
+        return FeatureExtractor(
+            encoder, layers, views, fabric, compat=config.compat, workers=workers
+        )
 
     extractor = extractor_of(require_resolved(resolved.layers))
     cache = FeatureCache(config.cache, config.cache_gb)
@@ -217,10 +225,10 @@ def freeze(
     train = _kept(cache, extractor, labelled.source, config.unreadable, learned=True)
     check_classes(labelled, train.index)
     held_out = _kept(cache, extractor, labelled.held_out, config.unreadable, learned=False)
-    return Frozen(resolved, labelled, extractor, train, held_out, left_out)
+    return FrozenFeatures(resolved, labelled, extractor, train, held_out, left_out)
 
 
-def _left_out(cache: FeatureCache, extractor: Extractor, images: int) -> dict[str, float]:
+def _left_out(cache: FeatureCache, extractor: FeatureExtractor, images: int) -> dict[str, float]:
     """Layers that do not fit the cache with the others, and what they would take in GiB."""
     fitting = cache.fitting(extractor, images)
     sizes = {layer: extractor.bytes_of(layer, images) / 2**30 for layer in extractor.layers}
@@ -228,8 +236,8 @@ def _left_out(cache: FeatureCache, extractor: Extractor, images: int) -> dict[st
 
 
 def _kept(
-    cache: FeatureCache, extractor: Extractor, source: Source, policy: str, *, learned: bool
-) -> Kept:
+    cache: FeatureCache, extractor: FeatureExtractor, source: Source, policy: str, *, learned: bool
+) -> CachedFeatures:
     """The features of a source. Held-out images whose damage only decoding shows are counted."""
     digest, failed = read_all(source)
     report_unreadable(source, failed, policy)
@@ -246,7 +254,7 @@ def _kept(
     return kept
 
 
-def fit_heads(frozen: Frozen, index: Tensor, seed: int) -> dict[str, Head]:
+def fit_heads(frozen: FrozenFeatures, index: Tensor, seed: int) -> dict[str, Head]:
     """A head a layer, learned from training images ``index``, int64 [n]."""
     heads: dict[str, Head] = {}
     with show_progress("fitting heads") as show:

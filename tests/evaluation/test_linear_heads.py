@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from localagg.evaluation.readout import (
-    ReadOut,
+from localagg.evaluation.linear_heads import (
+    LinearHeads,
     accuracies,
     linear_head,
     make_optimizer,
@@ -19,7 +19,7 @@ from localagg.models import create_encoder
 
 def test_batch_norm_of_a_fine_tuned_network_does_not_decay():
     encoder = create_encoder("resnet18_small", 16, seed=0, width=8, blocks=(1, 1))
-    probe = ReadOut(encoder, ["1"], 3, 8, finetune=True)
+    probe = LinearHeads(encoder, ["1"], 3, 8, finetune=True)
     optimizer = make_optimizer(probe, learning_rate=1.0, momentum=0.0, weight_decay=0.5)
     for parameter in probe.parameters():
         parameter.grad = torch.zeros_like(parameter)

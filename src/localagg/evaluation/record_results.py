@@ -8,10 +8,11 @@ from ..config import PretrainConfig, ViewConfig
 from ..data.loading.loader import typical_side
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..recipes.defaults import resolve_defaults
-from .results import append_result, dataset_name, knn_protocol, read_results
+from .published import dataset_name, knn_protocol
+from .results_file import append_result, read_results
 
 
-def note_neighbors(run: Path, result: dict[str, Any]) -> None:
+def record_knn(run: Path, result: dict[str, Any]) -> None:
     """What ``evaluate.measure_run`` found: the vote, and retrieval and clusters where asked for."""
     source, facts = _facts(result, held_out=result["held_out"])
     views = resolve_defaults(
@@ -39,21 +40,21 @@ def note_neighbors(run: Path, result: dict[str, Any]) -> None:
         append_result(run, {**facts, "measure": "clusters", "protocol": how, "values": values})
 
 
-def note_readouts(run: Path, result: dict[str, Any]) -> None:
+def record_readouts(run: Path, result: dict[str, Any]) -> None:
     """What ``transfer`` or ``quick_readout`` found."""
     _, facts = _facts(result)
     facts |= {"known": result["images"], **_measured(result)}
     append_result(run, {**facts, **_readouts(result)})
 
 
-def are_noted(run: Path, result: dict[str, Any]) -> bool:
+def is_recorded(run: Path, result: dict[str, Any]) -> bool:
     """Whether these read-outs stand in the run's results.json already."""
     own = {**_readouts(result), **{name: result[name] for name in ("data", "weights_digest")}}
     return any(own == {name: entry.get(name) for name in own} for entry in read_results(run))
 
 
-def note_few_labels(run: Path, result: dict[str, Any]) -> None:
-    """What ``few_labels`` found: the means over its seeds, and half their 95 % intervals."""
+def record_low_shot(run: Path, result: dict[str, Any]) -> None:
+    """What ``low_shot_accuracy`` found: the means over its seeds, and half their 95 % intervals."""
     _, facts = _facts(result)
     facts |= _measured(result)
     for way, how in result["protocol"].items():

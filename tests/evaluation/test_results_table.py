@@ -14,16 +14,9 @@ from localagg import __version__
 from localagg.config import PretrainConfig, TransferConfig, ViewConfig, option_names, override
 from localagg.errors import UserError
 from localagg.evaluation.linear import protocol
-from localagg.evaluation.results import (
-    DATASETS,
-    PUBLISHED,
-    append_result,
-    compare,
-    dataset_name,
-    knn_protocol,
-    read_results,
-    tables,
-)
+from localagg.evaluation.published import DATASETS, PUBLISHED, dataset_name, knn_protocol
+from localagg.evaluation.results_file import append_result, read_results
+from localagg.evaluation.results_table import compare, tables
 from localagg.models import create_encoder
 from localagg.recipes.builtin import readout_recipe
 from localagg.recipes.defaults import resolve_defaults
@@ -371,7 +364,7 @@ def test_data_sets_are_known_by_their_counts():
 def test_printing_results_needs_no_torch(run):
     append_result(run, ENTRY)
     check = (
-        "import sys; from pathlib import Path; from localagg.evaluation.results import compare, tables;"
+        "import sys; from pathlib import Path; from localagg.evaluation.results_table import compare, tables;"
         f" print(len(tables(compare([Path({str(run)!r})]))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

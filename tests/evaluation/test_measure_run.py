@@ -14,7 +14,9 @@ from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.engine.device import make_fabric
 from localagg.errors import UserError
-from localagg.evaluation.evaluate import OnlineNeighbors, choose, measure_run
+from localagg.evaluation.knn_queries import select_queries
+from localagg.evaluation.measure_run import measure_run
+from localagg.evaluation.online_knn import OnlineKnn
 from localagg.models import create_encoder
 
 VIEWS = ViewConfig(image_size=16, eval_crop=0.8)
@@ -95,7 +97,7 @@ def test_without_held_out_images_the_others_are_asked(weights, pictures):
 def test_at_most_5000_images_evenly_spread_ask_the_others(pictures, size):
     digits = open_images("digits")
     digits.labels = torch.arange(size) % 2
-    choice = choose(str(pictures / "train"), digits, torch.arange(size))
+    choice = select_queries(str(pictures / "train"), digits, torch.arange(size))
     assert min(size, 2500) <= len(choice.asking) <= 5000
     assert len(choice.asking.diff().unique()) == 1
 
@@ -176,12 +178,12 @@ def test_a_class_without_held_out_images_is_found_all_the_same(weights, pictures
 def test_classes_are_matched_by_name(pictures, tmp_path):
     for target in ("train/b", "train/c", "train/d", "val/c", "val/d"):
         shutil.copytree(pictures / "val" / "flower", tmp_path / target)
-    choice = choose(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
+    choice = select_queries(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
     assert choice.asking_labels.tolist() == [1] * 6 + [2] * 6
     (tmp_path / "val" / "c").rename(tmp_path / "val" / "C")
     (tmp_path / "val" / "e").mkdir()  # no image: no matter
     with pytest.raises(UserError, match=r"classes that the training images lack: C; rename them"):
-        choose(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
+        select_queries(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
 
 
 REFUSED = [
@@ -214,7 +216,7 @@ def test_two_images_are_enough_to_be_asked(weights, pictures, tmp_path):
 
 def test_training_goes_on_where_nothing_can_be_measured(pictures, tmp_path, capsys):
     data = table(tmp_path / "a", pictures, [1, 1, 1], [1, 1])
-    online = OnlineNeighbors(PretrainConfig(views=VIEWS), data, open_images(data), torch.arange(3))
+    online = OnlineKnn(PretrainConfig(views=VIEWS), data, open_images(data), torch.arange(3))
     assert online(small(), torch.eye(3, 12), make_fabric()) == {}
     assert "Nothing is measured while learning" in capsys.readouterr().err
 
