@@ -8,7 +8,7 @@ from pathlib import Path
 
 import report
 from localagg.checkpoint import latest, read_progress, read_run
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
 from localagg.training.loop import pretrain
 

@@ -30,7 +30,7 @@ from localagg.data import open_images
 from localagg.data.images.augment import Augment, crop_boxes, draw
 from localagg.data.images.decode import decode, decode_crops, image_size
 from localagg.data.loading.cropping import Crops
-from localagg.data.pack.pack import pack
+from localagg.data.pack.pack_dataset import pack
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

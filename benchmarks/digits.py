@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import report
-from localagg.cli.demo import demo
+from localagg.report.digits_demo import demo
 
 COLUMNS = {"knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
 

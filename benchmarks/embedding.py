@@ -18,8 +18,8 @@ from localagg.embeddings.embed import embed
 from localagg.evaluation.cluster_metrics import cluster_scores
 from localagg.evaluation.knn import knn_accuracy
 from localagg.evaluation.linear import transfer
-from localagg.evaluation.logistic import Rows, quick_head
-from localagg.evaluation.quick import quick_readout
+from localagg.evaluation.logistic_regression import Rows, quick_head
+from localagg.evaluation.quick_readout import quick_readout
 from localagg.training.learner import make_encoder
 
 

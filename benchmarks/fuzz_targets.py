@@ -141,6 +141,7 @@ def tfrecords() -> Target:
 
 def _read_tfrecords(folder: Path) -> Any:
     import make_tfrecords as make
+
     from localagg.data import open_images
 
     source = open_images(folder)
@@ -169,6 +170,7 @@ def tars() -> Target:
 
 def _read_tars(folder: Path) -> Any:
     import make_tars as make
+
     from localagg.data import open_images
 
     source = open_images(folder)

@@ -19,8 +19,8 @@ import torch
 import report
 from localagg.data import Sample, open_images
 from localagg.data.pack.formats import FORMATS
-from localagg.data.pack.pack import pack
-from localagg.data.sources.protocol import Record, encoded
+from localagg.data.pack.pack_dataset import pack
+from localagg.data.sources.source import ImageRecord, encoded_bytes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = 8  # of the synthetic records
@@ -35,7 +35,7 @@ def as_files(uri: str, folder: Path, most: int) -> None:
     for i in range(min(most, len(source))):
         place = folder / str(source[i].label)
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{i:06d}.png").write_bytes(encoded(source[i].image))
+        (place / f"{i:06d}.png").write_bytes(encoded_bytes(source[i].image))
 
 
 class ByDatasets:
@@ -93,7 +93,7 @@ class Synthetic:
     def __init__(self, count: int) -> None:
         self.labels = torch.arange(count) % 1000
         self.classes = [f"class {label}" for label in range(1000)]
-        self.picture = encoded(open_images("digits")[0].image)
+        self.picture = encoded_bytes(open_images("digits")[0].image)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,7 +110,7 @@ def write(source: Synthetic, format: str, folder: Path) -> None:
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         rows = kind.rows(len(source), number, FILES)
-        records = (Record(i, "", source.picture, i % 1000, None, "PNG") for i in rows)
+        records = (ImageRecord(i, "", source.picture, i % 1000, None, "PNG") for i in rows)
         kind.write(folder / name, records, source)
     kind.complete(folder, "train", names, source)
 

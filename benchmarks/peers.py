@@ -39,7 +39,7 @@ from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
 from localagg.engine.device import make_fabric
 from localagg.evaluation.knn import knn_accuracy
-from localagg.io.files import whole
+from localagg.io.files import atomic_write
 from localagg.models import Encoder
 from localagg.training.learner import make_encoder
 
@@ -221,7 +221,7 @@ def _once(
         peer, facts = make()
         config = _config(options, seed)
         facts |= measure(peer.cpu(), config, options.data)
-        with whole(kept) as path:
+        with atomic_write(kept) as path:
             path.write_text(json.dumps(facts))
     return json.loads(kept.read_text())
 

@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 import report
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
-from localagg.evaluation.logistic import Rows, quick_head
-from localagg.evaluation.probe import open_labelled
-from localagg.evaluation.quick import freeze
+from localagg.evaluation.logistic_regression import Rows, quick_head
+from localagg.evaluation.quick_readout import freeze
+from localagg.evaluation.readout_inputs import open_labeled
 
 
 def random_rows() -> Rows:
@@ -41,7 +41,7 @@ def main() -> None:
     rows = [["50,000 x 512 random", "", "", "", f"{time.perf_counter() - start:.1f}", ""]]
     config = override(TransferConfig(), layers=options.layers and tuple(options.layers))
     path = Path(options.run)
-    frozen = freeze(config, load_encoder(path), path, open_labelled(options.data))
+    frozen = freeze(config, load_encoder(path), path, open_labeled(options.data))
     labels = frozen.labelled.labels
     for layer in frozen.extractor.layers:
         start = time.perf_counter()

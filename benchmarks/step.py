@@ -31,7 +31,7 @@ from localagg.config import PretrainConfig, require_resolved
 from localagg.data.images.augment import Augment
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import Source, open_images
-from localagg.data.sources.protocol import encoded
+from localagg.data.sources.source import encoded_bytes
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
 from localagg.training.learner import Learner, make_encoder
 from localagg.training.sharded import Batch
@@ -181,7 +181,7 @@ def take_steps(way: Ours | Usual, aggregating: bool, steps: int) -> None:
 def take_out(source: Source, folder: Path) -> None:
     """The images as files, named by their index."""
     for i in range(len(source)):
-        content = encoded(source[i].image)
+        content = encoded_bytes(source[i].image)
         where = folder / f"{i // 1000:03d}"
         where.mkdir(exist_ok=True)
         suffix = "png" if content.startswith(PNG) else "jpg"

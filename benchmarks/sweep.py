@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import report
 from localagg.checkpoint import latest, read_progress
 from localagg.errors import UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 
 METRICS = ("knn1", "knn200", "nmi", "cluster_accuracy")
 

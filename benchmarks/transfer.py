@@ -21,7 +21,7 @@ import report
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
-from localagg.data.sources.protocol import encoded
+from localagg.data.sources.source import encoded_bytes
 from localagg.evaluation.linear import transfer
 from localagg.io import console as logbook
 from localagg.models import Encoder, create_encoder
@@ -38,7 +38,7 @@ def take_out(data: str, root: Path, images: int, held_out: int) -> None:
         for i in range(0, len(source), max(1, len(source) // count))[:count]:
             folder = root / split / source.classes[source.labels[i]].replace("/", "-")
             folder.mkdir(parents=True, exist_ok=True)
-            content = encoded(source[i].image)
+            content = encoded_bytes(source[i].image)
             suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
             (folder / f"{i:06d}.{suffix}").write_bytes(content)
 

@@ -49,7 +49,7 @@ def test_a_bank_of_bfloat16_moves_in_float32_and_is_rounded_once():
 def test_a_run_with_a_bank_of_bfloat16_learns_as_one_of_float32_and_is_measured(tmp_path):
     from localagg.checkpoint import load_bank
     from localagg.config import override
-    from localagg.evaluation.evaluate import measure_run
+    from localagg.evaluation.measure_run import measure_run
     from localagg.recipes.builtin import recipe
     from localagg.training.loop import pretrain
 

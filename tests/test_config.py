@@ -5,8 +5,8 @@ from localagg.config import (
     ObjectiveConfig,
     PretrainConfig,
     ViewConfig,
+    flag,
     from_dict,
-    option,
     option_names,
     option_value,
     override,
@@ -69,7 +69,7 @@ def test_unknown_names_suggest_the_nearest():
     with pytest.raises(UserError, match="not an option of this version"):
         from_dict(PretrainConfig, {"epoch": 3})
     assert suggest("zzzz", ["digits"]) == ""
-    assert option("batch_size") == "--batch-size"
+    assert flag("batch_size") == "--batch-size"
 
 
 def test_option_names_are_unique():

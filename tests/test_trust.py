@@ -30,10 +30,10 @@ from localagg.data import open_images
 from localagg.data.images.decode import UnreadableImage, decode, decode_crops, image_size
 from localagg.distributed.launcher import loopback_store
 from localagg.errors import UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
-from localagg.report.health import health_curves
-from localagg.report.page import Page, curves, neighbor_grid, space_map, table, write_page
+from localagg.report.charts import curves, health_curves, space_map
+from localagg.report.page import Page, neighbor_grid, table, write_page
 
 SRC = Path(localagg.__file__).parent
 

@@ -36,16 +36,16 @@ from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, to_dict
 from .distributed.collectives import World
 from .errors import UserError
-from .io import runlock
-from .io import sharded_tensors as shards
-from .io.files import flush, whole, write_flushed
+from .io.files import atomic_write, sync_to_disk, write_synced
+from .io.run_lock import LOCK_NAME
+from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_tensors
 from .models import Encoder, encoder_from_json, spec_to_json
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside ``path``, flush it to disk and rename."""
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -67,14 +67,14 @@ def _not_left(path: Path) -> bool:
     """Whether a file is something else than a run leaves that was killed before its first word."""
     if path.name == "checkpoints" and path.is_dir():
         return any(path.iterdir())
-    return path.name not in (runlock.NAME, ".config.json.tmp")
+    return path.name not in (LOCK_NAME, ".config.json.tmp")
 
 
 def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
     """Make a run folder with its configuration and the facts that a resume must find again."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {**facts, "config": to_dict(config)})
-    flush(run.absolute().parent)
+    sync_to_disk(run.absolute().parent)
 
 
 def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
@@ -131,26 +131,26 @@ def save(
     folder = run / "checkpoints" / f"step-{step:09d}"
     beside = folder.with_name(f".{folder.name}.tmp")
     progress, world = {"step": step, **progress}, world or World()
-    there = world.objects(folder.exists())[0]  # rank 0's view of the disk
+    there = world.gather_objects(folder.exists())[0]  # rank 0's view of the disk
     if not there:
         if world.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
         world.barrier()
-        with _of_all_ranks(world, beside), writing(run):
+        with _of_all_ranks(world, beside), convert_write_errors(run):
             beside.mkdir(parents=True, exist_ok=True)
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
                 _save_optimizer(beside / "optimizer.pt", optimizer)
             _save_rows(beside, bank, clusters, world)
     if world.rank == 0:
-        with writing(run, None if there else beside):
+        with convert_write_errors(run, None if there else beside):
             if there:
                 write_json(folder / "progress.json", progress)
             else:
                 write_json(beside / "progress.json", progress)
-                flush(beside)  # its files were flushed as they were written
+                sync_to_disk(beside)  # its files were flushed as they were written
                 os.rename(beside, folder)
-                flush(folder.parent)
+                sync_to_disk(folder.parent)
         for old in folder.parent.iterdir():
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -159,10 +159,10 @@ def save(
 
 def _save_rows(folder: Path, bank: MemoryBank, clusters: dict[str, Tensor], world: World) -> None:
     place = (world.rank, world.size)
-    save_tensors(shards.shard(folder, "bank", *place), {"rows": bank.rows})
+    save_tensors(shard_path(folder, "bank", *place), {"rows": bank.rows})
     if clusters:
         whole_file = folder / "clusters.safetensors"
-        file = whole_file if world.size == 1 else shards.shard(folder, "clusters", *place)
+        file = whole_file if world.size == 1 else shard_path(folder, "clusters", *place)
         save_tensors(file, clusters)
 
 
@@ -178,7 +178,7 @@ def _of_all_ranks(world: World, half: Path) -> Iterator[None]:
         yield
     except UserError as error:
         trouble = str(error)
-    if told := [words for words in world.objects(trouble) if words is not None]:
+    if told := [words for words in world.gather_objects(trouble) if words is not None]:
         if world.rank == 0:
             shutil.rmtree(half, ignore_errors=True)
         raise UserError("TODO", told[0])
@@ -188,11 +188,11 @@ def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Through memory: on a full disk torch's own writer hides what the system said."""
     state = io.BytesIO()
     torch.save(optimizer.state_dict(), state)
-    write_flushed(path, [state.getbuffer()])
+    write_synced(path, [state.getbuffer()])
 
 
 @contextlib.contextmanager
-def writing(run: Path, half: Path | None = None) -> Iterator[None]:
+def convert_write_errors(run: Path, half: Path | None = None) -> Iterator[None]:
     """A full disk, or one that otherwise refuses, becomes one sentence.
 
     Args:
@@ -344,10 +344,10 @@ def load_bank(run: Path) -> Tensor:
 
 
 def _read_bank(folder: Path, part: range | None = None) -> Tensor:
-    files = shards.shards(folder, "bank")
+    files = find_shards(folder, "bank")
     if not files:
         raise FileNotFoundError("it has no 'bank-0-of-1.safetensors'")
-    return shards.read(files, "rows", part=part)
+    return read_shards(files, "rows", part=part)
 
 
 def _read_clusters(folder: Path, bank: MemoryBank) -> dict[str, Tensor]:
@@ -355,5 +355,5 @@ def _read_clusters(folder: Path, bank: MemoryBank) -> dict[str, Tensor]:
     whole_file = folder / "clusters.safetensors"
     if whole_file.exists() and len(bank.part) == bank.size:
         return load_file(whole_file)
-    files = [whole_file] if whole_file.exists() else shards.shards(folder, "clusters")
-    return {"labels": shards.read(files, "labels", dim=1, part=bank.part)} if files else {}
+    files = [whole_file] if whole_file.exists() else find_shards(folder, "clusters")
+    return {"labels": read_shards(files, "labels", dim=1, part=bank.part)} if files else {}

@@ -10,7 +10,7 @@ import pytest
 from localagg import cli
 from localagg.checkpoint import load_encoder, weights_digest
 from localagg.cli.actions import COMMANDS
-from localagg.evaluation.results import read_results
+from localagg.evaluation.results_file import read_results
 
 SMALL = [
     *("--epochs", "2", "--ir-epochs", "1", "--width", "8", "--blocks", "1", "--neighbors", "64"),
@@ -304,21 +304,21 @@ def test_search_finds_what_embed_wrote(run, pictures, tmp_path, capsys):
 
 
 def test_readouts_that_were_stopped_are_noted_when_they_end(run, tmp_path, monkeypatch, capsys):
-    from localagg.evaluation.probe import Probe
+    from localagg.evaluation.linear_probe import LinearProbe
 
     copy, out = tmp_path / "copy", tmp_path / "heads"
     shutil.copytree(run, copy)
     (copy / "results.json").unlink(missing_ok=True)
-    measure = Probe.measure
+    measure = LinearProbe.measure
 
     def stop(self, **options):
         raise KeyboardInterrupt
 
     words = ["transfer", str(copy), "--epochs", "2", "--batch-size", "100", "--device", "cpu"]
-    monkeypatch.setattr(Probe, "measure", stop)
+    monkeypatch.setattr(LinearProbe, "measure", stop)
     assert cli.main([*words, "--layers", "1", "--out", str(out)]) == 130
     assert read_results(copy) == []
-    monkeypatch.setattr(Probe, "measure", measure)
+    monkeypatch.setattr(LinearProbe, "measure", measure)
     for _ in range(2):  # and not once more when it has ended already
         assert cli.main(["transfer", "--resume", str(out)]) == 0
     (entry,) = read_results(copy)

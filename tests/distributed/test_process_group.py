@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from localagg import checkpoint, cli
-from localagg.io import sharded_tensors as shards
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
+from localagg.io.sharded_tensors import find_shards
 
 # 70 steps, each saved.
 JOB = (
@@ -111,7 +111,7 @@ def whole(tmp_path_factory):
         for node in (0, 1)
     ]
     assert [end(node) for node in nodes] == [(0, []), (0, [])]
-    assert len(shards.shards(checkpoint.latest(run), "bank")) == 2
+    assert len(find_shards(checkpoint.latest(run), "bank")) == 2
     return run
 
 

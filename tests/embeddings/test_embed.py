@@ -16,10 +16,10 @@ from localagg.config import PretrainConfig, to_dict
 from localagg.data.loading.loader import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed, weights_digest, write_embeddings
-from localagg.embeddings.table import Parts
+from localagg.embeddings.table import TableWriter
 from localagg.errors import UserError
 from localagg.models import create_encoder
-from localagg.recipes.defaults import resolve
+from localagg.recipes.defaults import resolve_defaults
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_wrong_use_is_refused(weights, pictures, tmp_path):
 def test_a_file_that_another_process_writes_is_left_to_it(weights, flat, tmp_path):
     facts = {"dim": 3, "dtype": "float32"}
     with (
-        Parts(tmp_path / "e.parquet", facts, labels=False, batches=1),
+        TableWriter(tmp_path / "e.parquet", facts, labels=False, batches=1),
         pytest.raises(UserError, match="Another process is writing"),
     ):
         write_embeddings(weights[0], str(flat), tmp_path / "e.parquet")
@@ -250,4 +250,4 @@ def test_views_travel_with_the_weights(weights, tmp_path):
     encoder = create_encoder("resnet18_small", width=8, seed=0)
     save_weights(tmp_path / "plain.safetensors", encoder)
     assert load_views(tmp_path / "plain.safetensors") is None
-    assert resolve(PretrainConfig(views=VIEWS), 50, 300).views == VIEWS
+    assert resolve_defaults(PretrainConfig(views=VIEWS), 50, 300).views == VIEWS

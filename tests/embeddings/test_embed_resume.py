@@ -14,7 +14,7 @@ import torch
 
 from embeddings import clean, small, stop_after
 from localagg.embeddings.embed import write_embeddings
-from localagg.embeddings.table import Parts
+from localagg.embeddings.table import TableWriter
 from localagg.errors import Interrupted, UserError
 
 
@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_what_was_computed(weights, pictures, tmp_path, monkeypatch
         with pytest.raises(Interrupted, match="after 2 of 6 batches; the same command goes on"):
             write_embeddings(weights[0], str(pictures), out, batch=8)
     with monkeypatch.context() as patch:  # and while the parts are brought together
-        patch.setattr(Parts, "_groups", _interrupt)
+        patch.setattr(TableWriter, "_groups", _interrupt)
         with pytest.raises(Interrupted, match="after 6 of 6"):
             write_embeddings(weights[0], str(pictures), out, batch=8)
     assert not out.exists()

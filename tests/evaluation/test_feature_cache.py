@@ -17,7 +17,7 @@ from localagg.data.sources.open import open_images
 from localagg.engine.device import make_fabric
 from localagg.errors import UserError
 from localagg.evaluation import feature_cache as features
-from localagg.evaluation.feature_cache import Extractor, FeatureCache, is_fixed, read_all
+from localagg.evaluation.feature_cache import FeatureCache, FeatureExtractor, is_fixed, read_all
 from localagg.models import create_encoder
 
 VIEWS = ViewConfig(image_size=12, eval_crop=0.75, crop="center")
@@ -29,7 +29,7 @@ def network(seed=0):
 
 def extractor(layers=("0", "2"), *, views=VIEWS, encoder=None, precision="32-true", **options):
     fabric = make_fabric("cpu", precision)
-    return Extractor(encoder or network(), layers, views, fabric, **options)
+    return FeatureExtractor(encoder or network(), layers, views, fabric, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def drawn(tmp_path_factory) -> Path:
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
     """How many images went through an encoder, call by call."""
-    calls, original = [], Extractor.__call__
+    calls, original = [], FeatureExtractor.__call__
 
     def call(self, images):
         calls.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(Extractor, "__call__", call)
+    monkeypatch.setattr(FeatureExtractor, "__call__", call)
     return calls
 
 

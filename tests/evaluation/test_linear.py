@@ -23,9 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
 from localagg.errors import UserError
-from localagg.evaluation.feature_cache import Extractor
+from localagg.evaluation.feature_cache import FeatureExtractor
 from localagg.evaluation.linear import resume_transfer, transfer
-from localagg.evaluation.readout import linear_head
+from localagg.evaluation.linear_heads import linear_head
 from localagg.models import create_encoder
 
 
@@ -157,13 +157,13 @@ FIXED = override(
 
 @pytest.mark.parametrize("memory", ["auto", "never"])
 def test_heads_on_kept_features_are_those_on_views(tmp_path, monkeypatch, memory):
-    calls, original = [], Extractor.__call__
+    calls, original = [], FeatureExtractor.__call__
 
     def call(self, images):
         calls.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(Extractor, "__call__", call)
+    monkeypatch.setattr(FeatureExtractor, "__call__", call)
     config = override(FIXED, memory=memory, workers=0, cache=str(tmp_path / "cache"))
     results = {}
     for name, gb in (("kept", 1.0), ("anew", 0.0), ("again", 1.0)):

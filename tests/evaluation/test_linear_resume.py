@@ -15,7 +15,7 @@ from localagg.checkpoint import save_weights
 from localagg.config import override
 from localagg.errors import Interrupted, UserError
 from localagg.evaluation.linear import _Record, resume_transfer, transfer
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from scipy import stats
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
-from localagg.evaluation.logistic import Rows, quick_head
+from localagg.evaluation.logistic_regression import Rows, quick_head
 from localagg.evaluation.low_shot import (
     Subset,
     draw_fraction,
     draw_per_class,
-    few_labels,
     half_width,
+    low_shot_accuracy,
 )
 
 CONFIG = override(
@@ -87,7 +87,7 @@ def test_the_interval_is_students():
 def test_digits_with_few_labels(tmp_path):
     encoder = network()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    results = few_labels(
+    results = low_shot_accuracy(
         override(CONFIG, layers=("1", "2"), seed=7), encoder, "digits", tmp_path / "out",
         few=(0.02, 0.3), per_class=(3,), seeds=2, finetune_epochs=5,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_fine_tuning_learns_from_the_part_alone(tmp_path, pictures, monkeypatch)
     shutil.copytree(pictures, data)
     config = override(CONFIG, image_size=16, layers=("2",), memory="never", unreadable="skip")
     options = {"few": (), "per_class": (4,), "seeds": 1, "finetune_epochs": 1}
-    first = few_labels(config, network(), str(data), **options)
+    first = low_shot_accuracy(config, network(), str(data), **options)
     source = open_images(data)
     from localagg.evaluation import low_shot as module
 
@@ -141,7 +141,7 @@ def test_fine_tuning_learns_from_the_part_alone(tmp_path, pictures, monkeypatch)
     kept = [i for i in range(48) if i not in used.tolist()]
     for i in kept[:-2]:
         (data / "train" / source.name(i)).write_bytes(b"nothing")
-    again = few_labels(config, network(), str(data), **options)
+    again = low_shot_accuracy(config, network(), str(data), **options)
     assert again["unreadable"] == 38
     assert again["subsets"] == first["subsets"]
     assert first["subsets"][0]["finetuned"]["2"]["top1"]["interval"] is None
@@ -161,4 +161,4 @@ def test_fine_tuning_learns_from_the_part_alone(tmp_path, pictures, monkeypatch)
 )
 def test_what_is_refused(options, message):
     with pytest.raises(UserError, match=message):
-        few_labels(override(CONFIG, layers=("2",)), network(), "digits", **options)
+        low_shot_accuracy(override(CONFIG, layers=("2",)), network(), "digits", **options)

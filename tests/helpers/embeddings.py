@@ -6,7 +6,7 @@ import numpy as np
 
 from localagg.checkpoint import save_weights
 from localagg.config import ViewConfig
-from localagg.embeddings.table import Parts
+from localagg.embeddings.table import TableWriter
 from localagg.models import create_encoder
 
 VIEWS = ViewConfig(image_size=16, eval_crop=0.8)
@@ -30,7 +30,7 @@ def clean(folder: Path) -> bool:
 
 def stop_after(monkeypatch, batches: int) -> None:
     """Ctrl-C once so many batches have been written."""
-    put, count = Parts._put, [0]
+    put, count = TableWriter._put, [0]
 
     def counted(self, rows):
         put(self, rows)
@@ -38,4 +38,4 @@ def stop_after(monkeypatch, batches: int) -> None:
         if count[0] == batches:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Parts, "_put", counted)
+    monkeypatch.setattr(TableWriter, "_put", counted)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from localagg import checkpoint
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig, from_dict
-from localagg.distributed.batch_norm import share_batch_norm
+from localagg.distributed.batch_norm import synchronize_batch_norm
 from localagg.distributed.collectives import World
 from localagg.errors import Interrupted, UserError
 from localagg.models import create_encoder
@@ -101,7 +101,7 @@ def normalize(world: World, channels: int, sizes: list[int], dims: int) -> dict[
         norm.bias.copy_(torch.rand(channels, generator=generator))
     network = torch.nn.Sequential(norm).double()
     if world.size > 1:
-        share_batch_norm(network, world)
+        synchronize_batch_norm(network, world)
         start = sum(sizes[: world.rank])
         part = slice(start, start + sizes[world.rank])
         x, slope = x[part], slope[part]

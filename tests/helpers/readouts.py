@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
 from localagg.evaluation.linear import _Record, transfer
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from localagg.bank import MemoryBank
 from localagg.distributed import collectives as distributed
 from localagg.distributed.collectives import World
-from localagg.evaluation import shared_neighbors
+from localagg.evaluation import sharded_knn
 from localagg.objectives import momentum_update
 from localagg.training import sharded
 
@@ -77,7 +77,7 @@ def score(world: World, p: dict[str, Any], loss: str) -> sharded.LossResult:
 
 def nearest(world: World, p: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
     """Neighbors of a problem's batch."""
-    return shared_neighbors.nearest_rows(world, p["embedding"], bank_of(world, p["bank"]), k)
+    return sharded_knn.nearest_rows(world, p["embedding"], bank_of(world, p["bank"]), k)
 
 
 def train(world: World, objective: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from localagg import checkpoint
 from localagg.config import override
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
 
 QUICK = override(

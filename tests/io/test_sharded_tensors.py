@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from localagg.distributed.collectives import share
-from localagg.io import sharded_tensors as shards
+from localagg.io.sharded_tensors import find_shards, read_shards, shard_path
 
 
 @pytest.mark.parametrize("size", [2, 7, 12])
@@ -16,20 +16,20 @@ def test_any_number_of_ranks_reads_what_any_number_has_written(tmp_path, size, d
         for rank in range(writers):
             part = share(size, rank, writers)
             rows = whole.narrow(dim, part.start, len(part)).contiguous()
-            save_file({"x": rows}, shards.shard(folder, "bank", rank, writers))
-        files = shards.shards(folder, "bank")
-        assert torch.equal(shards.read(files, "x", dim=dim), whole)
+            save_file({"x": rows}, shard_path(folder, "bank", rank, writers))
+        files = find_shards(folder, "bank")
+        assert torch.equal(read_shards(files, "x", dim=dim), whole)
         for readers in (1, 2, 3, 5):
             for rank in range(readers):
                 part = share(size, rank, readers)
-                found = shards.read(files, "x", dim=dim, part=part)
+                found = read_shards(files, "x", dim=dim, part=part)
                 assert torch.equal(found, whole.narrow(dim, part.start, len(part)))
         with pytest.raises(ValueError, match=f"has {size} rows, not the {size + 1}"):
-            shards.read(files, "x", dim=dim, part=range(1, size + 1))
+            read_shards(files, "x", dim=dim, part=range(1, size + 1))
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):
-    assert shards.shards(tmp_path, "bank") == []
-    save_file({"x": torch.zeros(1)}, shards.shard(tmp_path, "bank", 1, 3))
+    assert find_shards(tmp_path, "bank") == []
+    save_file({"x": torch.zeros(1)}, shard_path(tmp_path, "bank", 1, 3))
     with pytest.raises(FileNotFoundError, match=r"'bank-0-of-3\.safetensors' is missing"):
-        shards.shards(tmp_path, "bank")
+        find_shards(tmp_path, "bank")

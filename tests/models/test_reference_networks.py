@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tf_networks import pool_same, same_pads
 
 from localagg.errors import UserError
 from localagg.models import available_models, create_encoder
 from localagg.models.backbone import average_pool, truncated_normal_
 from localagg.models.preact_resnet import _max_pool
-from tf_like import pool_same, same_pads
 
 # At 224 pixels: maps (channels, side) and the values of a feature, hand-derived from the source.
 RESNET18 = [(64, 56)] * 4 + [(128, 28)] * 2 + [(256, 14)] * 2 + [(512, 7)] * 2

@@ -5,7 +5,7 @@ import torch
 
 from localagg.config import override
 from localagg.recipes.builtin import RECIPES, recipe
-from localagg.recipes.defaults import resolve
+from localagg.recipes.defaults import resolve_defaults
 from localagg.recipes.schedule import Schedule
 from localagg.training.learner import make_encoder
 
@@ -16,9 +16,9 @@ def test_a_recipe_fits_the_images_it_was_made_for(name):
     size, side = (config.sized_for or 50_000), (config.views.image_size or 32)
     if name == "digits":
         size = 1400
-    config = resolve(config, size, side)
+    config = resolve_defaults(config, size, side)
     schedule = Schedule(config, size)
-    assert 0 < schedule.switch <= schedule.last
+    assert 0 < schedule.la_start <= schedule.total_steps
     assert recipe(name).about
     assert recipe(name).cost
 

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from localagg.config import PretrainConfig, override
 from localagg.errors import UserError
 from localagg.recipes.builtin import recipe
-from localagg.recipes.defaults import derived, explain, resolve
+from localagg.recipes.defaults import derived_options, explain_defaults, resolve_defaults
 
 
 @given(st.integers(1, 3_000_000), st.integers(8, 500))
 def test_the_rule_fits_every_size(size, side):
-    config = resolve(PretrainConfig(), size, side)
+    config = resolve_defaults(PretrainConfig(), size, side)
     objective = config.objective
     assert 1 <= config.batch_size <= min(size, 128)
     assert 1 <= objective.neighbors <= min(size, 4096)
@@ -18,11 +18,11 @@ def test_the_rule_fits_every_size(size, side):
     assert 0 <= config.ir_epochs <= config.epochs
     assert config.epochs * (size // config.batch_size) >= 2200
     assert all(0 < drop < config.epochs for drop in config.drops)
-    assert resolve(config, size, side) == config
+    assert resolve_defaults(config, size, side) == config
 
 
 def test_imagenet_gets_the_references_settings():
-    config = resolve(PretrainConfig(), 1_281_167, 400)
+    config = resolve_defaults(PretrainConfig(), 1_281_167, 400)
     assert (config.batch_size, config.epochs, config.ir_epochs) == (128, 200, 10)
     assert config.objective.neighbors == 4096
     assert len(config.objective.clusters) == 10
@@ -31,16 +31,16 @@ def test_imagenet_gets_the_references_settings():
 
 
 def test_small_images_keep_their_size():
-    config = resolve(PretrainConfig(), 50_000, 32)
+    config = resolve_defaults(PretrainConfig(), 50_000, 32)
     assert (config.encoder.model, config.views.image_size) == ("resnet18_small", 32)
     assert config.views.eval_crop == 1.0
 
 
 def test_what_was_set_stays_and_only_the_rest_is_told():
     config = override(PretrainConfig(), epochs=9, neighbors=5, image_size=20)
-    resolved = resolve(config, 1000, 32)
+    resolved = resolve_defaults(config, 1000, 32)
     assert (resolved.epochs, resolved.objective.neighbors, resolved.views.image_size) == (9, 5, 20)
-    told = derived(config, resolved)
+    told = derived_options(config, resolved)
     assert not {"epochs", "neighbors", "image_size", "temperature"} & set(told)
     assert {"batch_size", "clusters", "ir_epochs", "model"} <= set(told)
 
@@ -49,19 +49,21 @@ def test_what_was_set_stays_and_only_the_rest_is_told():
     ("size", "clusters"), [(2, 2), (8, 2), (20, 5), (110, 8), (512, 8), (640, 10), (50_000, 781)]
 )
 def test_few_images_have_several_clusters(size, clusters):
-    assert resolve(PretrainConfig(), size, 32).objective.clusters == (clusters,) * 3
+    assert resolve_defaults(PretrainConfig(), size, 32).objective.clusters == (clusters,) * 3
     made = override(PretrainConfig(), clusters=(30_000,) * 3, sized_for=1_281_167)
-    assert resolve(made, size, 32).objective.clusters == (max(2, round(size * 0.023416)),) * 3
+    assert (
+        resolve_defaults(made, size, 32).objective.clusters == (max(2, round(size * 0.023416)),) * 3
+    )
 
 
 def test_one_cluster_is_refused_where_la_would_read_it():
     alone = override(PretrainConfig(), clusters=(1,), epochs=5, ir_epochs=5)
-    assert resolve(alone, 100, 32).objective.clusters == (1,)
+    assert resolve_defaults(alone, 100, 32).objective.clusters == (1,)
 
 
 def test_a_cosine_is_given_no_drops():
     config = override(PretrainConfig(), rate_schedule="cosine")
-    assert "drops" not in derived(config, resolve(config, 1000, 32))
+    assert "drops" not in derived_options(config, resolve_defaults(config, 1000, 32))
 
 
 @pytest.mark.parametrize(
@@ -76,26 +78,28 @@ def test_a_cosine_is_given_no_drops():
 )
 def test_more_than_there_is_is_refused_with_the_numbers(options, message):
     with pytest.raises(UserError) as caught:
-        resolve(override(PretrainConfig(), **options), 100, 32)
+        resolve_defaults(override(PretrainConfig(), **options), 100, 32)
     assert message in str(caught.value)
 
 
 def test_a_recipe_made_for_other_images_is_scaled_and_says_so():
     config = recipe("res18_LA").config
-    same = resolve(config, 1_281_167, 400)
+    same = resolve_defaults(config, 1_281_167, 400)
     assert same.objective.clusters == (30_000,) * 10
-    assert explain(config, same, 1_281_167) == ["Derived from 1,281,167 images: eval_crop 0.875."]
-    small = resolve(config, 5_000, 400)
+    assert explain_defaults(config, same, 1_281_167) == [
+        "Derived from 1,281,167 images: eval_crop 0.875."
+    ]
+    small = resolve_defaults(config, 5_000, 400)
     assert small.objective.clusters == (117,) * 10  # 43 images a cluster, as with 1,281,167
     assert small.objective.neighbors == 2_500
     assert (small.epochs, small.ir_epochs, small.drops) == (same.epochs, 10, same.drops)
-    told = explain(config, small, 5_000)[-1]
+    told = explain_defaults(config, small, 5_000)[-1]
     assert "Made for 1,281,167 images" in told
     assert "neighbors 4,096 -> 2,500" in told
     assert "clusters 10 x 30,000 -> 10 x 117" in told
-    assert resolve(small, 5_000, 400) == small
+    assert resolve_defaults(small, 5_000, 400) == small
 
 
 def test_what_is_set_by_hand_is_not_scaled():
     config = override(recipe("res18_LA").config, sized_for=None, clusters=(9,), neighbors=7)
-    assert resolve(config, 5_000, 400).objective.clusters == (9,)
+    assert resolve_defaults(config, 5_000, 400).objective.clusters == (9,)

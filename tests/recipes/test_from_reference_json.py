@@ -5,7 +5,11 @@ import pytest
 from localagg.config import override
 from localagg.errors import UserError
 from localagg.recipes.builtin import READOUT_RECIPES, recipe
-from localagg.recipes.from_reference_json import overlay, read_json, readout_overlay
+from localagg.recipes.from_reference_json import (
+    convert_pretrain_json,
+    convert_readout_json,
+    read_json,
+)
 
 LA = {
     "exp_id": "mine",
@@ -33,7 +37,7 @@ def write(tmp_path):
 
 
 def test_the_references_la_is_our_recipe(write):
-    config, notes = overlay(write({"res18_LA": LA}) + ":res18_LA")
+    config, notes = convert_pretrain_json(write({"res18_LA": LA}) + ":res18_LA")
     assert config == recipe("res18_LA").config
     told = " ".join(notes)
     assert all(key in told for key in ("exp_id", "port", "db_name", "col_name", "load_exp"))
@@ -47,7 +51,7 @@ def test_every_value_is_laid_over(write):
         "instance_t": 0.1, "instance_m": 0.9, "instance_k": 128, "kmeans_k": "20", "data_len": 6400,
         "lr_boundaries": "150", "train_num_steps": 400, "task": "IR",
     }  # fmt: skip
-    config, notes = overlay(write(values))
+    config, notes = convert_pretrain_json(write(values))
     assert notes == []
     expected = override(
         recipe("res18_IR").config,
@@ -59,7 +63,9 @@ def test_every_value_is_laid_over(write):
 
 
 def test_it_is_laid_over_the_named_recipe(write):
-    config, _ = overlay(write({"x": {"init_lr": 0.1}}) + ":x", recipe("vggnet_LA").config)
+    config, _ = convert_pretrain_json(
+        write({"x": {"init_lr": 0.1}}) + ":x", recipe("vggnet_LA").config
+    )
     assert config == override(
         recipe("vggnet_LA").config, learning_rate=0.1, sized_for=config.sized_for
     )
@@ -67,14 +73,14 @@ def test_it_is_laid_over_the_named_recipe(write):
 
 def test_comments_are_left_out_and_odd_keys_are_named(write):
     text = '// made by hand\n{"x": {\n  // slow\n  "task": "LA", "kmeans_kk": "5", "gpu": "0"}}'
-    _, notes = overlay(write(text) + ":x")
+    _, notes = convert_pretrain_json(write(text) + ":x")
     assert "kmeans_kk is not an option of the reference" in notes[0]
     assert "Did you mean 'kmeans_k'" in notes[0]
     assert notes[1].startswith("gpu means nothing here")
 
 
 def test_steps_that_are_no_whole_epochs_are_told(write):
-    config, notes = overlay(write({"train_num_steps": 10_010, "task": "IR"}))
+    config, notes = convert_pretrain_json(write({"train_num_steps": 10_010, "task": "IR"}))
     assert config.epochs == 2
     assert "no whole number of epochs" in notes[0]
 
@@ -89,7 +95,7 @@ def test_readouts_are_our_recipes(write):
         ("trans_res18_LA", {}),
         ("plc_trans_res18_LA", {"num_classes": 205, "train_crop": "alexnet_crop_flip"}),
     ):
-        config, notes = readout_overlay(write({"z": {**values, **more}}) + ":z")
+        config, notes = convert_readout_json(write({"z": {**values, **more}}) + ":z")
         assert config == READOUT_RECIPES[name].config
         assert any("port means nothing" in note for note in notes)
 
@@ -115,14 +121,14 @@ def test_readouts_are_our_recipes(write):
 def test_wrong_files_are_refused_in_one_sentence(write, text, name, message):
     path = "/no/such/file.json" if text is None else write(text)
     with pytest.raises(UserError) as caught:
-        overlay(path + name)
+        convert_pretrain_json(path + name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_readout_files_are_refused_likewise(write):
     with pytest.raises(UserError, match="a value cannot be"):
-        readout_overlay(write({"train_crop": "weird"}))
+        convert_readout_json(write({"train_crop": "weird"}))
 
 
 def test_a_section_is_found_by_name(write):

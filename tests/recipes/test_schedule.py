@@ -15,11 +15,13 @@ def schedule(images=1000, **options):
 def walk(s: Schedule) -> list[tuple[int, int, bool]]:
     """Every step of a run, as the training loop takes them."""
     seen, step = [], 0
-    while step < s.last:
-        for batch in range(s.at(step).batch, s.at(step).batch + s.end_of_epoch(step) - step):
-            seen.append((s.at(step).epoch, batch, s.at(step).aggregating))
+    while step < s.total_steps:
+        for batch in range(
+            s.position(step).batch, s.position(step).batch + s.end_of_epoch(step) - step
+        ):
+            seen.append((s.position(step).epoch, batch, s.position(step).aggregating))
             step += 1
-    assert step == s.last
+    assert step == s.total_steps
     return seen
 
 
@@ -41,11 +43,11 @@ def test_every_step_has_one_place(images, batch, ir_batch, ir_epochs, more):
         epochs=max(1, ir_epochs + more),
     )  # fmt: skip
     seen = walk(s)
-    assert len(seen) == len(set(seen)) == s.last
-    assert sum(not aggregating for _, _, aggregating in seen) == s.switch
+    assert len(seen) == len(set(seen)) == s.total_steps
+    assert sum(not aggregating for _, _, aggregating in seen) == s.la_start
     for _, batch_number, aggregating in seen:
         assert 0 <= batch_number < (s.la_steps if aggregating else s.ir_steps)
-    assert images_seen(s) == s.switch * ir_batch + (s.last - s.switch) * batch
+    assert images_seen(s) == s.la_start * ir_batch + (s.total_steps - s.la_start) * batch
 
 
 def test_the_rate_drops_on_the_step_after_the_boundary():
@@ -65,16 +67,16 @@ def test_a_cosine_takes_the_place_of_drops():
 
 def test_clusters_are_made_when_la_starts_and_at_each_epoch():
     s = schedule()
-    asked = [step for step in range(s.last) if s.reclusters(step, has_labels=step > 20)]
+    asked = [step for step in range(s.total_steps) if s.should_cluster(step, has_labels=step > 20)]
     assert asked == [20, 30, 40, 50]
     s = schedule(images=1020, ir_batch_size=60, ir_epochs=1)  # IR ends at step 17
-    asked = [step for step in range(s.last) if s.reclusters(step, has_labels=step > 17)]
+    asked = [step for step in range(s.total_steps) if s.should_cluster(step, has_labels=step > 17)]
     assert asked == [17, 20, 30, 40, 50]
 
 
 def test_the_references_vgg_switches_inside_an_epoch_of_its_larger_batch():
     s = Schedule(recipe("vggnet_LA").config, 1_281_167)
-    assert (s.ir_steps, s.la_steps, s.switch, s.last) == (10_009, 5_004, 100_090, 890_712)
-    assert s.at(100_089) == (9, 10_008, False)
-    assert s.at(100_090) == (20, 10, True)
+    assert (s.ir_steps, s.la_steps, s.la_start, s.total_steps) == (10_009, 5_004, 100_090, 890_712)
+    assert s.position(100_089) == (9, 10_008, False)
+    assert s.position(100_090) == (20, 10, True)
     assert s.boundaries == [680_681, 790_791]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from localagg.config import PretrainConfig, override
-from localagg.evaluation.probe import general_options
+from localagg.evaluation.readout_inputs import general_options
 from localagg.recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE
 from localagg.recipes.paper import IMAGENET, PLACES
 from localagg.recipes.schedule import Schedule
@@ -34,7 +34,7 @@ def test_rates_of_the_sixteen(recorded):
             if step >= begin:
                 assert schedule.learning_rate(step - begin) == pytest.approx(rate, rel=1e-6)
         if name.endswith("_LA") and name in RECIPES:
-            assert schedule.last == values["steps"][-1]
+            assert schedule.total_steps == values["steps"][-1]
 
 
 def test_reclustering(recorded):
@@ -46,5 +46,5 @@ def test_reclustering(recorded):
         assert schedule.la_steps == case["steps_per_epoch"]
         first = case["start_global_step"]
         steps = range(first, first + case["num_steps"])
-        found = [s for s in steps if schedule.reclusters(s, has_labels=s > first)]
+        found = [s for s in steps if schedule.should_cluster(s, has_labels=s > first)]
         assert found == case["recompute_at_global_step"]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from localagg.data import open_images
-from localagg.data.pack.pack import pack
+from localagg.data.pack.pack_dataset import pack
 from localagg.data.sources.open import stored_splits
 from localagg.data.sources.tfrecord import write_tfrecords
 

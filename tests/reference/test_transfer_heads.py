@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from localagg.evaluation.readout import (
-    ReadOut,
+from localagg.evaluation.linear_heads import (
+    LinearHeads,
     accuracies,
     cross_entropies,
     make_optimizer,
@@ -47,7 +47,7 @@ def network(folder):
     encoder = create_encoder("preact_resnet18")
     load_tf_checkpoint(folder / "checkpoint" / "model.ckpt-10", encoder)
     shapes = json.loads((folder / "transfer_heads.json").read_text())["heads"]
-    probe = ReadOut(encoder, LAYERS, 10, 224)
+    probe = LinearHeads(encoder, LAYERS, 10, 224)
     with torch.no_grad():
         for layer, head in zip(LAYERS, probe.heads, strict=True):
             name = f"instance/transfer_dense_{layer}"

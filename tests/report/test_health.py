@@ -1,4 +1,4 @@
-from localagg.report.health import health_curves
+from localagg.report.charts import health_curves
 
 
 def line(epoch, **values):

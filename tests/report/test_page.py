@@ -1,7 +1,8 @@
 import torch
 
 from localagg.data import open_images
-from localagg.report.page import Page, curves, neighbor_grid, space_map, table, write_page
+from localagg.report.charts import curves, space_map
+from localagg.report.page import Page, neighbor_grid, table, write_page
 
 
 def unit(count):

@@ -13,7 +13,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.training.loop import pretrain, resume
 
 CONFIG = override(
@@ -90,14 +90,14 @@ def test_a_cut_image_is_named_before_the_first_step(data, tmp_path):
 DYING = """
 import os, signal, sys
 from torch.utils.data import get_worker_info
-from localagg.data.folder import Folder
+from localagg.data.sources.image_folder import ImageFolder
 from localagg.cli import main
-read = Folder.__getitem__
+read = ImageFolder.__getitem__
 def deadly(self, index):
     if get_worker_info() is not None and index == 17:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, index)
-Folder.__getitem__ = deadly
+ImageFolder.__getitem__ = deadly
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -20,7 +20,7 @@ from localagg.config import override
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
 from localagg.errors import Interrupted, UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
 from localagg.training.learner import Learner
 from localagg.training.loop import pretrain, resume

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from localagg.config import override
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
 from localagg.training import diagnostics as health
 from localagg.training.diagnostics import (

@@ -16,7 +16,7 @@ from small_runs import QUICK, assert_same, state
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.errors import Interrupted, UserError
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain, resume
 
@@ -136,10 +136,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_killed_between_the_end_of_an_epoch_and_its_measurement(tmp_path, monkeypatch, epoch):
-    from localagg.evaluation.evaluate import OnlineNeighbors
+    from localagg.evaluation.online_knn import OnlineKnn
 
     pretrain(QUICK, "digits", tmp_path / "whole")
-    measure, calls = OnlineNeighbors.__call__, []
+    measure, calls = OnlineKnn.__call__, []
 
     def die(self, *arguments):
         calls.append(1)
@@ -147,7 +147,7 @@ def test_killed_between_the_end_of_an_epoch_and_its_measurement(tmp_path, monkey
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr(OnlineNeighbors, "__call__", die)
+    monkeypatch.setattr(OnlineKnn, "__call__", die)
     often = override(QUICK, checkpoint_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         pretrain(often, "digits", tmp_path / "broken")

@@ -16,8 +16,8 @@ from localagg import checkpoint, cli
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig, override, to_dict
 from localagg.errors import UserError
-from localagg.io import sharded_tensors as shards
-from localagg.io.console import read_metrics
+from localagg.io.metrics_log import read_metrics
+from localagg.io.sharded_tensors import find_shards, read_shards
 from localagg.recipes.builtin import recipe
 
 EXACT = override(
@@ -44,13 +44,13 @@ def numbers(run: Path) -> dict[str, torch.Tensor]:
     """Weights, momenta, bank and clusters of the newest checkpoint, whoever wrote them."""
     folder = checkpoint.latest(run)
     whole = folder / "clusters.safetensors"
-    files = [whole] if whole.exists() else shards.shards(folder, "clusters")
+    files = [whole] if whole.exists() else find_shards(folder, "clusters")
     state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     return {
         **load_file(folder / "model.safetensors"),
         **{f"momentum {number}": found["momentum_buffer"] for number, found in state.items()},
         "bank": checkpoint.load_bank(run),
-        "clusters": shards.read(files, "labels", dim=1),
+        "clusters": read_shards(files, "labels", dim=1),
     }
 
 
@@ -94,7 +94,7 @@ def test_any_number_of_ranks_learns_the_same(pool, alone, tmp_path, pictures, ra
     size = len(checkpoint.load_bank(alone / name))
     assert sum(held) == size
     assert max(held) == -(-size // ranks)
-    files = shards.shards(checkpoint.latest(tmp_path / "run"), "bank")
+    files = find_shards(checkpoint.latest(tmp_path / "run"), "bank")
     assert [len(load_file(file)["rows"]) for file in files] == held
 
 

@@ -22,7 +22,7 @@ from localagg.distributed.collectives import World, share
 from localagg.engine import search as streaming
 from localagg.engine import torch_backend as neighbors_torch
 from localagg.errors import UserError
-from localagg.evaluation import knn, shared_neighbors
+from localagg.evaluation import knn, sharded_knn
 from localagg.training import sharded
 
 
@@ -125,7 +125,7 @@ def test_nearest_rows(p, leave_out):
         return
     found = in_threads(
         p["ranks"],
-        lambda world: shared_neighbors.nearest_rows(
+        lambda world: sharded_knn.nearest_rows(
             world, p["embedding"], cases.bank_of(world, p["bank"]), k, exclude=exclude
         ),
     )
@@ -141,7 +141,7 @@ def test_more_neighbors_than_rows_of_all_ranks_are_refused():
     with pytest.raises(UserError, match="6 neighbors of 5 images cannot be"):
         in_threads(
             2,
-            lambda world: shared_neighbors.nearest_rows(
+            lambda world: sharded_knn.nearest_rows(
                 world, torch.eye(3), cases.bank_of(world, torch.ones(5, 3)), 6
             ),
         )

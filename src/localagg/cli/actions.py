@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import PretrainConfig, TransferConfig, option, override, require_resolved
-from ..data.sources.walk import walk
+from ..config import PretrainConfig, TransferConfig, flag, override, require_resolved
+from ..data.sources.image_files import walk_images
 from ..errors import UserError, printable
 from ..recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE, recipe
 from .commands import (
@@ -29,7 +29,7 @@ from .commands import (
 
 def _demo(options: Demo) -> dict[str, Any]:
     from ..io.console import print_table
-    from .demo import demo
+    from ..report.digits_demo import demo
 
     result = demo(Path(options.out), seed=options.seed)
     columns = {"knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
@@ -41,8 +41,8 @@ def _demo(options: Demo) -> dict[str, Any]:
 
 def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str, Any] | None:
     from ..io.console import console, print_table
+    from ..training.forecast import show_forecast
     from ..training.loop import pretrain, resume
-    from .forecast import show_forecast
 
     if options.resume is not None:
         if options.out not in (None, options.resume):
@@ -87,7 +87,7 @@ def _pretrain(options: Pretrain, named: str | None, typed: set[str]) -> dict[str
 
 
 def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, Any]:
-    from ..evaluation.ledger import are_noted, note_readouts
+    from ..evaluation.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
     if options.resume is not None:
@@ -106,19 +106,19 @@ def _transfer(options: Transfer, run: str | None, typed: set[str]) -> dict[str, 
     print(f"{result['seconds']:.0f} s. {result['protocol']}")
     where = run or result["run"]
     # Ended read-outs may have been killed before they were noted. (None: an encoder from Python.)
-    if where is not None and not (options.resume and are_noted(Path(where), result)):
-        note_readouts(Path(where), result)
+    if where is not None and not (options.resume and is_recorded(Path(where), result)):
+        record_readouts(Path(where), result)
     return result
 
 
 def _read_out(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
     config = options.options
     if options.quick:
-        from ..evaluation.quick import OPTIONS, quick_readout
+        from ..evaluation.quick_readout import OPTIONS, quick_readout
 
         if unheeded := sorted(typed - OPTIONS):
             raise UserError(
-                "TODO", f"{option(unheeded[0])} means nothing with --quick; leave it out."
+                "TODO", f"{flag(unheeded[0])} means nothing with --quick; leave it out."
             )
         ten_crop = config.ten_crop and "ten_crop" in typed
         return quick_readout(config, run, data, options.out, ten_crop=ten_crop)
@@ -138,7 +138,7 @@ def _resume_transfer(options: Transfer, run: str | None, typed: set[str]) -> dic
     if fixed := sorted(typed - {"workers", "device"}):
         raise UserError(
             "TODO",
-            f"'{options.resume}' keeps its options; leave out {option(fixed[0])}, or start"
+            f"'{options.resume}' keeps its options; leave out {flag(fixed[0])}, or start"
             " again with another --out.",
         )
     return resume_transfer(
@@ -165,8 +165,8 @@ def _weights(run: str | None, data: str | None) -> tuple[Path, str]:
 
 
 def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dict[str, Any]:
-    from ..evaluation.ledger import note_few_labels, subset_name
-    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, few_labels
+    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
+    from ..evaluation.record_results import record_low_shot, subset_name
     from ..io.console import print_table
 
     config, asked = options.options, "--few" if options.few else "--per-class"
@@ -175,9 +175,9 @@ def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dic
     if unheeded := sorted(typed & NOT_TUNING if config.finetune else typed - OPTIONS):
         tuning = "" if unheeded[0] in NOT_TUNING else " without --finetune"
         raise UserError(
-            "TODO", f"{option(unheeded[0])} means nothing with {asked}{tuning}; leave it out."
+            "TODO", f"{flag(unheeded[0])} means nothing with {asked}{tuning}; leave it out."
         )
-    result = few_labels(
+    result = low_shot_accuracy(
         config,
         run,
         data,
@@ -196,7 +196,7 @@ def _few_labels(options: Transfer, run: Path, data: str, typed: set[str]) -> dic
                 rows.append([subset_name(subset), f"{subset['images']:,}", way, layer, *shown])
     print_table(["labels", "images", "heads", "layer", "top1", "top5"], rows)
     print(f"{result['seconds']:.0f} s. Mean of {len(result['seeds'])} draws and 95 % interval.")
-    note_few_labels(run, result)
+    record_low_shot(run, result)
     return result
 
 
@@ -223,8 +223,8 @@ def _embed(options: Embed) -> dict[str, Any]:
 
 
 def _knn(options: Knn) -> dict[str, Any]:
-    from ..evaluation.evaluate import measure_run
-    from ..evaluation.ledger import note_neighbors
+    from ..evaluation.measure_run import measure_run
+    from ..evaluation.record_results import record_knn
     from ..io.console import print_table
 
     run = Path(options.run)
@@ -247,7 +247,7 @@ def _knn(options: Knn) -> dict[str, Any]:
         rows = [[name, *(f"{v[part]:.3f}" for part in parts)] for name, v in spreads.items()]
         print_table([f"{result['clusters']['clusters']} clusters", *parts], rows)
     print(f"{result['asked']:,} images asked {result['known']:,} of {result['against']}.")
-    note_neighbors(run, result)
+    record_knn(run, result)
     return result
 
 
@@ -269,7 +269,7 @@ def _search(options: Search) -> dict[str, Any]:
 
 
 def _results(options: Results) -> dict[str, Any]:
-    from ..evaluation.results import compare, tables
+    from ..evaluation.results_table import compare, tables
     from ..io.console import notify, print_table
 
     if not options.runs:
@@ -289,10 +289,10 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     base = None if options.recipe == "none" else recipe(options.recipe).config
     notify(f"Looking at {options.data}.")
     with show_progress(_counted(options.data)):  # torch takes seconds to load
-        from ..data.inspect.inspect import inspect, summary_rows
+        from ..data.inspect.inspect_dataset import inspect, summary_rows
         from ..data.loading.workers import cores
-        from .epoch_time import tell_epoch_time
-        from .sheet import check_sheet
+        from ..report.contact_sheet import check_sheet
+        from ..training.epoch_time import tell_epoch_time
     if options.augmented is not None:
         check_sheet(Path(options.sheet), options.augmented)
     workers = min(cores(), 16) if options.workers is None else options.workers
@@ -321,7 +321,7 @@ def _counted(data: str) -> str:
     if not folder.is_dir():
         return "starting"
     with show_progress("counting") as show:
-        for count, _ in enumerate(walk(folder), 1):
+        for count, _ in enumerate(walk_images(folder), 1):
             if count % 1000 == 0:
                 show(count, 0)
                 if time.monotonic() - start > 1:
@@ -331,7 +331,7 @@ def _counted(data: str) -> str:
 
 def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:
     from ..data import open_images
-    from .sheet import contact_sheet
+    from ..report.contact_sheet import contact_sheet
 
     count = options.augmented or 0
     found = contact_sheet(open_images(options.data), config, count, Path(options.sheet))
@@ -340,7 +340,7 @@ def _sheet(options: Inspect, config: PretrainConfig) -> dict[str, Any]:
 
 
 def _pack(options: Pack) -> dict[str, Any]:
-    from ..data.pack.pack import pack, pack_rows
+    from ..data.pack.pack_dataset import pack, pack_rows
     from ..io.console import print_table
 
     if options.keep and options.size is not None:
@@ -361,7 +361,7 @@ def _pack(options: Pack) -> dict[str, Any]:
 
 
 def _import_tf(options: ImportTf) -> dict[str, Any]:
-    from ..interop.weights_file import import_weights
+    from ..interop.import_weights import import_weights
 
     result = import_weights(
         options.prefix,

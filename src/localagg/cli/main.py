@@ -14,7 +14,7 @@ from .. import __version__
 from ..config import PretrainConfig, TransferConfig, option_names
 from ..errors import Interrupted, ReportedElsewhere, UserError, printable, suggest
 from ..recipes.builtin import readout_recipe, recipe
-from ..recipes.from_reference_json import overlay, readout_overlay
+from ..recipes.from_reference_json import convert_pretrain_json, convert_readout_json
 from .actions import COMMANDS
 from .commands import Pretrain, Transfer
 from .parse import parse
@@ -102,11 +102,11 @@ def _base(kind: type, named: str | None, words: list[str]) -> PretrainConfig | T
     spec = _peek(words, "--config")
     if kind is Pretrain:
         base = recipe(named).config if named else None
-        translate, default = overlay, PretrainConfig()
+        translate, default = convert_pretrain_json, PretrainConfig()
     else:
         chosen = _peek(words, "--recipe")
         base = readout_recipe(chosen).config if chosen else None
-        translate, default = readout_overlay, TransferConfig()
+        translate, default = convert_readout_json, TransferConfig()
     if spec is None:
         return base or default
     config, notes = translate(spec, base)  # type: ignore[arg-type]

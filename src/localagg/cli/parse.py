@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from ..config import option, option_names
+from ..config import flag, option_names
 from ..errors import UserError, suggest
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def parse(
         SystemExit: after ``--help``, with status 0.
     """
     names = option_names(default) if default is not None else _fields(kind)
-    known = {option(name): name for name in names}
+    known = {flag(name): name for name in names}
     typed = set()
     for word in words:
         spelled = word.split("=")[0].replace("_", "-")

@@ -1,8 +1,8 @@
 """Options of a run: dataclasses, their checks, and access to their fields by name."""
 
 from .fields import (
+    flag,
     from_dict,
-    option,
     option_names,
     option_value,
     override,
@@ -17,8 +17,8 @@ __all__ = [
     "PretrainConfig",
     "TransferConfig",
     "ViewConfig",
+    "flag",
     "from_dict",
-    "option",
     "option_names",
     "option_value",
     "override",

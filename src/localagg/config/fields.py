@@ -9,7 +9,7 @@ from ..errors import UserError, suggest
 T = TypeVar("T")
 
 
-def option(name: str) -> str:
+def flag(name: str) -> str:
     """The command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
     return "--" + name.replace("_", "-")
 

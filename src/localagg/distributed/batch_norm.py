@@ -10,30 +10,30 @@ from ..errors import UserError
 from .collectives import World
 
 
-class SharedBatchNorm(nn.SyncBatchNorm):
+class SynchronizedBatchNorm(nn.SyncBatchNorm):
     """Batch-norm by the mean and variance over all ranks' samples; torch's own on CUDA, where
     ``nn.SyncBatchNorm`` knows no other device.
 
     Collectives in training: forward one all-gather of [2 C + 1], backward one all-reduce of [2, C].
 
     Attributes:
-        alone: normalize by this rank's samples, as ``nn.BatchNorm2d`` does.
+        per_rank: normalize by this rank's samples, as ``nn.BatchNorm2d`` does.
     """
 
     world: World
-    alone: bool
+    per_rank: bool
 
     @classmethod
-    def of(cls, norm: _BatchNorm, world: World) -> "SharedBatchNorm":
+    def of(cls, norm: _BatchNorm, world: World) -> "SynchronizedBatchNorm":
         """A batch-norm with the parameters and statistics of another."""
         shared = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
         shared._parameters, shared._buffers = norm._parameters, norm._buffers
-        shared.world, shared.alone = world, False
+        shared.world, shared.per_rank = world, False
         return shared.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalized [B, C, ...]."""
-        if self.alone or not self.training:
+        if self.per_rank or not self.training:
             return _BatchNorm.forward(self, input)
         if input.is_cuda:
             return super().forward(input)
@@ -92,8 +92,8 @@ def _columns(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
-def share_batch_norm(network: nn.Module, world: World) -> None:
-    """Put a :class:`SharedBatchNorm` in the place of each batch-norm.
+def synchronize_batch_norm(network: nn.Module, world: World) -> None:
+    """Put a :class:`SynchronizedBatchNorm` in the place of each batch-norm.
 
     Raises:
         UserError: a batch-norm that does more than torch's, as some of timm's do.
@@ -108,7 +108,7 @@ def share_batch_norm(network: nn.Module, world: World) -> None:
                     f"--sync-batch-norm knows no {type(child).__name__}, which this network has;"
                     " leave it out.",
                 )
-            setattr(parent, name, SharedBatchNorm.of(child, world))
+            setattr(parent, name, SynchronizedBatchNorm.of(child, world))
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

@@ -23,7 +23,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 T = TypeVar("T")
 
 
-class Disconnected(RuntimeError):
+class CollectiveError(RuntimeError):
     """A collective has failed: another rank has ended, hangs, or cannot be reached."""
 
 
@@ -66,11 +66,11 @@ class World:
         calls: collectives that were begun, by which a rank that lags behind the others is found.
 
     Raises:
-        Disconnected: of each method, where a collective fails.
+        CollectiveError: of each method, where a collective fails.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local, self.calls = rank, size, local, 0
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank, self.calls = rank, size, local_rank, 0
 
     @classmethod
     def current(cls) -> "World":
@@ -146,7 +146,7 @@ class World:
         self._reduce_scatter(out, padded)
         return out[: len(part)]
 
-    def objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """The Python values of all ranks: a few small ones, now and then. They are pickled."""
         if self.size == 1:
             return [value]
@@ -158,7 +158,7 @@ class World:
         """Wait until all ranks are here. One all-reduce of a number."""
         self.sum(torch.zeros(1))
 
-    def first(self, call: Callable[[], T]) -> T:
+    def rank_zero_first(self, call: Callable[[], T]) -> T:
         """What a call returns, which rank 0 makes before the others: it may leave a file that they
         find then. One barrier."""
         if self.rank:
@@ -194,6 +194,6 @@ class World:
         try:
             collective(*tensors)
         except RuntimeError as error:
-            raise Disconnected(str(error)) from error
+            raise CollectiveError(str(error)) from error
         if self.calls == 1:  # now its threads have their names
             _calm_gloo()

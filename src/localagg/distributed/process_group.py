@@ -24,12 +24,12 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore
 
 from ..errors import Interrupted, ReportedElsewhere, UserError
 from ..io.console import console
-from .collectives import Disconnected, World
+from .collectives import CollectiveError, World
 
 if TYPE_CHECKING:  # it takes a second to load, which what starts the ranks need not wait for
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
-TIMEOUT = 600.0  # seconds
+RANK_TIMEOUT = 600.0  # seconds
 LAUNCHED = "localagg-"  # and the process id of what has started the ranks, as the name of the job
 _PULSE = 1.0  # seconds
 _STILL = 4 * _PULSE  # without a beat: dead, where a connection was lost
@@ -39,7 +39,9 @@ _END, _LEFT = "end", "left"
 
 
 @contextlib.contextmanager
-def joined(timeout: float = TIMEOUT, way_out: str = "begin again") -> Iterator[World]:
+def join_process_group(
+    timeout: float = RANK_TIMEOUT, way_out: str = "begin again"
+) -> Iterator[World]:
     """The ranks of the job that this process belongs to; one rank where it was started alone.
 
     A process group that the caller has made is taken as it is.
@@ -94,8 +96,8 @@ class Job:
 
     Args:
         environment: who it is, and where the store is.
-        timeout: see :func:`joined`.
-        way_out: see :func:`joined`.
+        timeout: see :func:`join_process_group`.
+        way_out: see :func:`join_process_group`.
     """
 
     def __init__(self, environment: "ClusterEnvironment", timeout: float, way_out: str) -> None:
@@ -127,8 +129,8 @@ class Job:
                 timeout=datetime.timedelta(seconds=2 * self.timeout + 60),
             )
             self.world.barrier()
-        except (dist.DistError, Disconnected) as error:
-            raise Disconnected(str(error)) from None
+        except (dist.DistError, CollectiveError) as error:
+            raise CollectiveError(str(error)) from None
 
     def _meet(self) -> None:
         assert self._store is not None
@@ -136,7 +138,7 @@ class Job:
         names = [f"who/{rank}" for rank in range(self.size)]
         while not self._store.check(names):
             if self._store.check([_END]):
-                raise Disconnected("another rank has ended")
+                raise CollectiveError("another rank has ended")
             if time.monotonic() > until:
                 missing = [r for r, name in enumerate(names) if not self._store.check([name])]
                 raise UserError(
@@ -169,7 +171,7 @@ class Job:
 
     def ending(self, error: BaseException) -> BaseException:
         """What this rank raises in the end: the error, if it is the first of all ranks."""
-        lost = isinstance(error, (Disconnected, dist.DistError))
+        lost = isinstance(error, (CollectiveError, dist.DistError))
         store = self._store
         if store is None:
             return error

@@ -18,31 +18,31 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 _OWN = (signal.SIG_DFL, signal.default_int_handler)
 
 
-class Interrupt:
+class StopRequest:
     """Whether the loop has been asked to stop."""
 
-    asked = False
+    requested = False
     status = 0
     """The exit status, once asked."""
 
-    def stopped(self, message: str) -> Interrupted:
+    def error(self, message: str) -> Interrupted:
         """The exception that ends the loop once it has saved."""
         return Interrupted(message, status=self.status)
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
+def handle_stop_signals() -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGUSR1 ask the loop to stop after its step; a second one of the same
     kind does what it did before.
 
     A signal that somebody else handles already (submitit takes SIGTERM and SIGUSR2, for example) is
     left to them. Outside of the main thread no signal can be handled, so nothing is ever asked.
     """
-    interrupt = Interrupt()
+    interrupt = StopRequest()
     before = {number: signal.getsignal(number) for number in STATUS}
 
     def ask(number: int, _: FrameType | None) -> None:
-        interrupt.asked = True
+        interrupt.requested = True
         interrupt.status = interrupt.status or STATUS[signal.Signals(number)]
         signal.signal(number, before[signal.Signals(number)])
         notify("Stopping after this step (once more: at once, losing what is not saved).")

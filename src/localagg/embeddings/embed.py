@@ -24,14 +24,14 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import progress_bar
 from ..models import Encoder
-from ..recipes.defaults import resolve
-from .table import DTYPES, Parts, text
+from ..recipes.defaults import resolve_defaults
+from .table import DTYPES, TableWriter, text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Embedded(NamedTuple):
+class ImageEmbeddings(NamedTuple):
     """Embeddings of the readable images of a source."""
 
     index: Tensor
@@ -55,7 +55,7 @@ def embed(
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     part: slice = slice(None),
     on_progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Embedded:
+) -> ImageEmbeddings:
     """Embed the central view of every readable image of a source.
 
     Args:
@@ -72,7 +72,7 @@ def embed(
         on_progress: called as ``on_progress(done, of)``.
 
     Returns:
-        An :class:`Embedded` on the encoder's device; unreadable images are missing from it.
+        An :class:`ImageEmbeddings` on the encoder's device; unreadable images are missing from it.
 
     Raises:
         UserError: no image can be read.
@@ -102,7 +102,7 @@ def embed(
         )
     index = torch.cat(found_index)
     labels = None if source.labels is None else source.labels[index]
-    return Embedded(index, torch.cat(found_rows), labels)
+    return ImageEmbeddings(index, torch.cat(found_rows), labels)
 
 
 def write_embeddings(
@@ -148,11 +148,11 @@ def write_embeddings(
     encoder = load_encoder(weights).to(fabric.device).eval()
     source = open_images(data, split)
     config = PretrainConfig(views=load_views(weights) or ViewConfig())
-    views = resolve(config, len(source), typical_side(source)).views
+    views = resolve_defaults(config, len(source), typical_side(source)).views
     facts = _facts(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
     batches = math.ceil(len(source) / batch)
-    with Parts(out, facts, labels=facts["labels"] is not None, batches=batches) as parts:
+    with TableWriter(out, facts, labels=facts["labels"] is not None, batches=batches) as parts:
         first, begun = min(parts.done * batch, len(source)), time.perf_counter()
         for index, found in _embedded(encoder, source, views, facts, fabric, first, workers):
             parts.write(int(index[0]) // batch, _rows(parts.schema, source, index, found))

@@ -15,7 +15,7 @@ from ..checkpoint import load_encoder, weights_digest
 from ..config import ViewConfig, from_dict
 from ..data.images.decode import decode
 from ..data.loading.loader import FAULTS, evaluation_batches
-from ..data.sources.protocol import Sample
+from ..data.sources.source import Sample
 from ..engine.device import make_fabric
 from ..errors import UserError, suggest
 from ..io.console import show_progress
@@ -29,7 +29,7 @@ _LEAST = 8  # ... and into so many at least
 _TRAINED = 64  # rows that a list is trained on
 
 
-class Asked(NamedTuple):
+class SearchQuery(NamedTuple):
     """An image that is asked about: in the table already, or a file."""
 
     name: str
@@ -93,7 +93,7 @@ def search(
 
 
 def _answer(
-    table: EmbeddingTable, image: Asked, sim_k: np.ndarray, rows_k: np.ndarray, k: int
+    table: EmbeddingTable, image: SearchQuery, sim_k: np.ndarray, rows_k: np.ndarray, k: int
 ) -> dict[str, Any]:
     """What is told of an image: the k best of what the index found, but itself; ties by row."""
     hits = [
@@ -108,7 +108,7 @@ def _answer(
     return {"image": image.name, "index": own, "neighbors": neighbors}
 
 
-def _resolve(table: EmbeddingTable, image: str | Path | int) -> Asked:
+def _resolve(table: EmbeddingTable, image: str | Path | int) -> SearchQuery:
     """What an image that was asked for is.
 
     Raises:
@@ -117,14 +117,14 @@ def _resolve(table: EmbeddingTable, image: str | Path | int) -> Asked:
     name = str(image)
     if not isinstance(image, int):
         if Path(image).is_file():
-            return Asked(name, None, Path(image))
+            return SearchQuery(name, None, Path(image))
         if (row := table.find("path", text(name))) is not None:
-            return Asked(name, row, None)
+            return SearchQuery(name, row, None)
         if Path(image).is_dir():
             raise UserError("TODO", f"'{name}' is a folder; name image files in it.")
     if name.isdecimal() and int(name) < 2**63:
         if (row := table.find("index", int(name))) is not None:
-            return Asked(name, row, None)
+            return SearchQuery(name, row, None)
         raise UserError(
             "TODO",
             f"'{table.path}' has no image {name}: it holds {len(table):,} of the images 0 to"
@@ -138,7 +138,9 @@ def _resolve(table: EmbeddingTable, image: str | Path | int) -> Asked:
     )
 
 
-def _queries(table: EmbeddingTable, asked: Sequence[Asked], weights: str | Path | None) -> Tensor:
+def _queries(
+    table: EmbeddingTable, asked: Sequence[SearchQuery], weights: str | Path | None
+) -> Tensor:
     """Unit rows [Q, F] of the images that are asked about."""
     files = [image.file for image in asked if image.file is not None]
     embedded = iter(_embed_files(table, files, weights) if files else ())
@@ -146,7 +148,7 @@ def _queries(table: EmbeddingTable, asked: Sequence[Asked], weights: str | Path 
     return F.normalize(torch.stack(found), dim=1)
 
 
-class _Files:
+class _ImageFiles:
     """Image files, as ``evaluation_batches`` reads a source."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -188,7 +190,7 @@ def _embed_files(
             " those with --run, or embed the images again.",
         )
     views = from_dict(ViewConfig, facts["views"])
-    source: Any = _Files(files)
+    source: Any = _ImageFiles(files)
     batches = evaluation_batches(source, views, batch=64)
     found = [encode(encoder, views_BCHW, facts["layer"], fabric) for _, views_BCHW in batches]
     return torch.cat(found)

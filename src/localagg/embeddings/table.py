@@ -30,7 +30,7 @@ from torch import Tensor
 from ..checkpoint import write_json
 from ..errors import Interrupted, UserError
 from ..io.console import notify
-from ..io.files import flush
+from ..io.files import sync_to_disk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +55,7 @@ def table_schema(facts: dict[str, Any], *, labels: bool) -> "pa.Schema":
     return pa.schema(columns, metadata={_KEY: json.dumps(facts)})
 
 
-class Parts:
+class TableWriter:
     """A table while it is written, batch by batch. Used as a context, which locks it.
 
     Args:
@@ -75,7 +75,7 @@ class Parts:
         self.done = 0
         self._lock = FileLock(self.folder / "lock")
 
-    def __enter__(self) -> "Parts":
+    def __enter__(self) -> "TableWriter":
         """Take the folder and see what is there.
 
         Raises:
@@ -148,9 +148,9 @@ class Parts:
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
                 " read; none is left to embed.",
             )
-        flush(whole)
+        sync_to_disk(whole)
         os.replace(whole, self.out)
-        flush(self.out.absolute().parent)
+        sync_to_disk(self.out.absolute().parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         return rows
 

@@ -39,7 +39,7 @@ from ..data.sources.open import Source
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Compat, Encoder
-from .readout import evaluation_views
+from .linear_heads import evaluation_views
 
 _ABANDONED = 24 * 3600  # seconds after which an unfinished entry belongs to nobody
 _KEY = 40  # hexadecimal digits
@@ -76,7 +76,7 @@ def read_all(source: Source) -> tuple[str, dict[int, str]]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedFeatures:
     """Features that are kept: those of the readable images of a source."""
 
     index: Tensor
@@ -95,7 +95,7 @@ class Kept:
             yield index, {layer: self.rows(layer, index) for layer in self.layers}
 
 
-class Extractor:
+class FeatureExtractor:
     """How features are made: a frozen encoder, its layers, the view, the arithmetic.
 
     Args:
@@ -180,7 +180,7 @@ class FeatureCache:
         self.budget = int(gb * 2**30)
         self.given: dict[str, int] = {}  # bytes by key
 
-    def fitting(self, extractor: Extractor, images: int) -> list[str]:
+    def fitting(self, extractor: FeatureExtractor, images: int) -> list[str]:
         """The layers whose features of so many images fit together, the last ones preferred."""
         left, found = self.budget - sum(self.given.values()), []
         for layer in reversed(extractor.layers):
@@ -192,13 +192,13 @@ class FeatureCache:
 
     def keep(
         self,
-        extractor: Extractor,
+        extractor: FeatureExtractor,
         source: Source,
         *,
         pixels: Tensor | None = None,
         index: Tensor | None = None,
         digest: str | None = None,
-    ) -> Kept | None:
+    ) -> CachedFeatures | None:
         """Features of every readable image of a source under the fixed view, of all layers.
 
         Args:
@@ -249,10 +249,12 @@ class FeatureCache:
                     " name another --cache, or raise --cache-gb.",
                 )
         self.given |= wanted
-        return Kept(next(iter(found.values()))[1], {layer: found[layer][0] for layer in keys})
+        return CachedFeatures(
+            next(iter(found.values()))[1], {layer: found[layer][0] for layer in keys}
+        )
 
     def _find(
-        self, keys: dict[str, str], extractor: Extractor, images: int
+        self, keys: dict[str, str], extractor: FeatureExtractor, images: int
     ) -> dict[str, tuple[np.ndarray, Tensor]]:
         """(features, index) of the layers that are there, whole, and of the same images."""
         found: dict[str, tuple[np.ndarray, Tensor]] = {}
@@ -297,7 +299,7 @@ class FeatureCache:
 
 def _compute(
     made: dict[str, Path],
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     source: Source,
     pixels: Tensor | None,
     index: Tensor | None,

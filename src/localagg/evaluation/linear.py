@@ -26,13 +26,15 @@ from torch import Tensor
 from ..checkpoint import check_new, save_weights, weights_digest, write_json
 from ..config import TransferConfig, from_dict, option_names, option_value, to_dict
 from ..data.loading.workers import convert_worker_death
-from ..distributed.signals import Interrupt, interruptible
+from ..distributed.signals import StopRequest, handle_stop_signals
 from ..errors import UserError
-from ..io.console import Metrics, notify, progress_bar
+from ..io.console import notify, progress_bar
+from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .feature_cache import is_fixed
-from .probe import Labelled, Probe, open_labelled, resolve_transfer, take_encoder, usual_drops
-from .readout import cross_entropies
+from .linear_heads import cross_entropies
+from .linear_probe import LinearProbe
+from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder, usual_drops
 
 
 def transfer(
@@ -68,14 +70,14 @@ def transfer(
     if run is not None:
         _check_new(run)
     encoder, path = take_encoder(weights)
-    return read_out(config, encoder, path, open_labelled(data), run)
+    return read_out(config, encoder, path, open_labeled(data), run)
 
 
 def read_out(
     config: TransferConfig,
     encoder: Encoder,
     path: Path | None,
-    labelled: Labelled,
+    labelled: LabeledSplits,
     run: Path | None = None,
 ) -> dict[str, Any]:
     """:func:`transfer` of images that are open.
@@ -100,7 +102,7 @@ def read_out(
         f" {labelled.classes:,} classes, measured on {len(labelled.held_out):,}:"
         f" {protocol(resolved)}."
     )
-    probe = Probe(resolved, encoder, labelled, facts)
+    probe = LinearProbe(resolved, encoder, labelled, facts)
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "transfer.json", {**facts, "config": to_dict(resolved)})
@@ -148,7 +150,7 @@ def resume_transfer(
             "TODO", f"These weights are not those that '{run}' began with; start a new --out."
         )
     data = data or str(facts["data"])
-    labelled = open_labelled(data)
+    labelled = open_labeled(data)
     if labelled.fingerprints() != facts["fingerprints"]:
         raise UserError(
             "TODO",
@@ -159,21 +161,21 @@ def resume_transfer(
         config = replace(config, workers=workers)
     if device is not None:
         config = from_dict(TransferConfig, {**to_dict(config), "device": device})
-    probe = Probe(config, encoder, labelled, facts)
+    probe = LinearProbe(config, encoder, labelled, facts)
     probe.restore(run)
     notify(f"Going on with '{run}' after step {probe.step:,}.")
     return _learn(probe, run)
 
 
-def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
+def _learn(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels."""
     schedule, network = probe.schedule, probe.network
     record = _Record(probe, run)
 
-    with convert_worker_death(), record, interruptible() as interrupt:
+    with convert_worker_death(), record, handle_stop_signals() as interrupt:
         network.train()
-        while probe.step < schedule.last:
-            epoch, first, _ = schedule.at(probe.step)
+        while probe.step < schedule.total_steps:
+            epoch, first, _ = schedule.position(probe.step)
             batches = probe.batches(epoch, first)
             for _ in range(probe.step, schedule.end_of_epoch(probe.step)):
                 index, shown = next(batches)  # views, or their features where those are kept
@@ -186,7 +188,7 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
                 probe.step += 1
                 record.after_step(epoch, losses, interrupt)
             due = probe.config.eval_every and (epoch + 1) % probe.config.eval_every == 0
-            if due and probe.step < schedule.last:
+            if due and probe.step < schedule.total_steps:
                 record.measured(epoch, probe.measure(ten_crop=False)[0])
             record.end_of_epoch(interrupt)
         return record.finish()
@@ -195,19 +197,19 @@ def _learn(probe: Probe, run: Path | None) -> dict[str, Any]:
 class _Record:
     """The record of a transfer while it learns: console, metrics, state, Ctrl-C, results."""
 
-    def __init__(self, probe: Probe, run: Path | None) -> None:
+    def __init__(self, probe: LinearProbe, run: Path | None) -> None:
         self.probe, self.run, self.config = probe, run, probe.config
         progress = probe.progress
         self.before, self.started = progress["seconds"], time.monotonic()
         self.saved = self.started
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsLog | None = None
         if run is not None:
-            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=probe.step)
+            self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=probe.step)
         self.bar = progress_bar()
 
     def __enter__(self) -> "_Record":
         self.bar.start()
-        last = self.probe.schedule.last
+        last = self.probe.schedule.total_steps
         self.task = self.bar.add_task("learning", total=last, note="")
         self.bar.update(self.task, completed=self.probe.step)
         return self
@@ -217,7 +219,7 @@ class _Record:
         if self.metrics is not None:
             self.metrics.close()
 
-    def after_step(self, epoch: int, losses: dict[str, Tensor], interrupt: Interrupt) -> None:
+    def after_step(self, epoch: int, losses: dict[str, Tensor], interrupt: StopRequest) -> None:
         """Losses every few steps; the state when it is due. The end of an epoch saves it anyway."""
         step, schedule = self.probe.step, self.probe.schedule
         ends = step == schedule.end_of_epoch(step - 1)
@@ -237,7 +239,7 @@ class _Record:
         self.bar.update(self.task, completed=step)
         if ends:
             return
-        if interrupt.asked or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+        if interrupt.requested or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
             self.save()
         self._stop_if_asked(interrupt)
 
@@ -248,13 +250,13 @@ class _Record:
         shown = ", ".join(f"{layer} {found['top1']:.1%}" for layer, found in layers.items())
         notify(f"epoch {epoch + 1}/{self.config.epochs}, top-1 by layer: {shown}")
 
-    def end_of_epoch(self, interrupt: Interrupt) -> None:
+    def end_of_epoch(self, interrupt: StopRequest) -> None:
         """Save what was learned and measured."""
         self.save()
         self._stop_if_asked(interrupt)
 
     def save(self) -> None:
-        """Save everything that :meth:`Probe.restore` and this class need to go on."""
+        """Save everything that :meth:`LinearProbe.restore` and this class need to go on."""
         if self.run is not None and self.metrics is not None:
             progress = {"metrics_bytes": self.metrics.flushed(), "seconds": self._seconds()}
             self.probe.save(self.run, progress)
@@ -291,12 +293,12 @@ class _Record:
             write_json(self.run / "results.json", results)
         return results
 
-    def _stop_if_asked(self, interrupt: Interrupt) -> None:
-        if interrupt.asked:
+    def _stop_if_asked(self, interrupt: StopRequest) -> None:
+        if interrupt.requested:
             way = "nothing was to be saved"
             if self.run is not None:
                 way = f"go on with localagg transfer --resume {self.run}"
-            raise interrupt.stopped(f"Stopped after step {self.probe.step:,}; {way}.")
+            raise interrupt.error(f"Stopped after step {self.probe.step:,}; {way}.")
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started

@@ -18,15 +18,15 @@ from torch import Tensor
 from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
 from ..data.sources.open import Source
-from ..data.sources.protocol import Sample
+from ..data.sources.source import Sample
 from ..errors import UserError
 from ..io.console import notify
 from ..models import Encoder
 from .linear import protocol, read_out
-from .logistic import stratified_folds
-from .probe import Labelled, open_labelled, take_encoder
-from .quick import OPTIONS as QUICK_OPTIONS
-from .quick import Frozen, fit_heads, freeze, quick_protocol
+from .logistic_regression import stratified_folds
+from .quick_readout import OPTIONS as QUICK_OPTIONS
+from .quick_readout import FrozenFeatures, fit_heads, freeze, quick_protocol
+from .readout_inputs import LabeledSplits, open_labeled, take_encoder
 
 OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
 """Names of the options of :class:`TransferConfig` and its views that few labels heed."""
@@ -34,7 +34,7 @@ NOT_TUNING = frozenset({"ten_crop", "eval_every", "checkpoint_seconds"})
 """Names of those that mean nothing with fine-tuning either, which is measured once at its end."""
 
 
-class Subset:
+class Subset(Source):
     """Some images of a source, as a source.
 
     Args:
@@ -55,16 +55,16 @@ class Subset:
         return Sample(index, found.image, found.label)
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return self.source.name(int(self.index[index]))
 
     def fingerprint(self) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         whole = self.source.fingerprint().encode()
         return hashlib.sha256(whole + self.index.numpy().tobytes()).hexdigest()
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`; estimated by its share of the images."""
+        """See :class:`~localagg.data.sources.source.Source`; estimated by its share of the images."""
         return round(self.source.stored_bytes() * len(self) / len(self.source))
 
 
@@ -107,7 +107,7 @@ def draw_per_class(
     return index[place < number].sort().values
 
 
-def few_labels(
+def low_shot_accuracy(
     config: TransferConfig,
     weights: str | Path | Encoder,
     data: str,
@@ -155,7 +155,7 @@ def few_labels(
     encoder, path = take_encoder(weights)
     digest = weights_digest(encoder)
     layers = config.layers or (encoder.layers[-1],)
-    labelled = open_labelled(data)
+    labelled = open_labeled(data)
     frozen = freeze(replace(config, layers=layers), encoder, path, labelled)
     numbers = range(config.seed, config.seed + seeds)
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
@@ -187,7 +187,7 @@ def few_labels(
 
 
 def _measure(
-    frozen: Frozen,
+    frozen: FrozenFeatures,
     part: dict[str, Any],
     drawn: dict[int, Tensor],
     encoder: Encoder,
@@ -208,7 +208,7 @@ def _measure(
     return found
 
 
-def _tuning(config: TransferConfig, frozen: Frozen, epochs: int) -> TransferConfig:
+def _tuning(config: TransferConfig, frozen: FrozenFeatures, epochs: int) -> TransferConfig:
     """Of fine-tuning: one head on the last layer, measured once, at the end."""
     layers, views = require_resolved(frozen.config.layers), frozen.config.views
     return replace(
@@ -239,7 +239,7 @@ def _check(few: Sequence[float], per_class: Sequence[int], seeds: int, epochs: i
             raise UserError("TODO", f"{name} is {value}; it must be at least 1.")
 
 
-def _draw(frozen: Frozen, part: dict[str, Any], seed: int) -> Tensor:
+def _draw(frozen: FrozenFeatures, part: dict[str, Any], seed: int) -> Tensor:
     index = frozen.train.index
     labels = frozen.labelled.labels[index]
     if "few" in part:
@@ -253,7 +253,11 @@ def _named(part: dict[str, Any]) -> str:
 
 
 def _finetuned(
-    config: TransferConfig, encoder: Encoder, path: Path | None, labelled: Labelled, index: Tensor
+    config: TransferConfig,
+    encoder: Encoder,
+    path: Path | None,
+    labelled: LabeledSplits,
+    index: Tensor,
 ) -> dict[str, dict[str, float]]:
     """Accuracies by layer of the encoder fine-tuned on training images ``index``."""
     subset = Subset(labelled.source, index)

@@ -1,11 +1,11 @@
 """Weights in from the reference program and from its PyTorch port."""
 
 from .tf_checkpoint import open_tf_checkpoint
-from .tf_weights import TFReport, load_tf_checkpoint
+from .tf_variables import LoadReport, load_tf_checkpoint
 from .torch_port import load_torch_port, read_torch_port
 
 __all__ = [
-    "TFReport",
+    "LoadReport",
     "load_tf_checkpoint",
     "load_torch_port",
     "open_tf_checkpoint",

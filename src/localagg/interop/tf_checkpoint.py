@@ -20,8 +20,8 @@ import numpy as np
 
 from ..errors import UserError, suggest
 from ..io.crc32c import masked_crc32c
-from .tf_files import MOST_INDEX_BYTES, find_prefix, index_file, is_archive, unpack
-from .tf_table import Damaged, fields, read_table
+from .leveldb_table import DamagedIndex, fields, read_table
+from .tf_checkpoint_files import MOST_INDEX_BYTES, find_prefix, index_file, is_archive, unpack
 
 _MOST_VARIABLES = 100_000
 _MOST_SHARDS = 99_999  # five digits in a file name
@@ -94,9 +94,9 @@ class TFCheckpoint:
         file = index_file(prefix)
         try:
             if file.stat().st_size > MOST_INDEX_BYTES:
-                raise Damaged("it is too large for an index")
+                raise DamagedIndex("it is too large for an index")
             self._shards, self._entries = _read_index(file.read_bytes())
-        except Damaged as error:
+        except DamagedIndex as error:
             raise UserError(
                 "TODO",
                 f"'{self._shown(file)}' is not a whole index of a TensorFlow V2 checkpoint"
@@ -232,9 +232,9 @@ def _read_index(data: bytes) -> tuple[int, dict[str, _Entry]]:
     entries: dict[str, _Entry] = {}
     for count, (key, value) in enumerate(read_table(data)):
         if (key != b"") if last is None else (key <= last):
-            raise Damaged("its names are not in order")
+            raise DamagedIndex("its names are not in order")
         if count > _MOST_VARIABLES:
-            raise Damaged(f"it names more than {_MOST_VARIABLES:,} variables")
+            raise DamagedIndex(f"it names more than {_MOST_VARIABLES:,} variables")
         last = key
         if not count:
             shards = _read_header(value)
@@ -242,10 +242,10 @@ def _read_index(data: bytes) -> tuple[int, dict[str, _Entry]]:
             try:
                 name = key.decode()
             except UnicodeDecodeError:
-                raise Damaged("a name is not UTF-8") from None
+                raise DamagedIndex("a name is not UTF-8") from None
             entries[name] = _read_entry(value, shards)
     if not shards:
-        raise Damaged("it has no header")
+        raise DamagedIndex("it has no header")
     return shards, entries
 
 
@@ -256,13 +256,15 @@ def _read_header(message: bytes) -> int:
         if number == 1:
             shards = value
         elif number == 2 and value:
-            raise Damaged("its numbers are big-endian; save it again on a little-endian machine")
+            raise DamagedIndex(
+                "its numbers are big-endian; save it again on a little-endian machine"
+            )
         elif number == 3:
             for part, version, _ in fields(inner, {1: 0, 2: 0}):
                 if part == 2 and version > 1:
-                    raise Damaged("it asks for a newer reader than this one")
+                    raise DamagedIndex("it asks for a newer reader than this one")
     if not 0 < shards <= _MOST_SHARDS:
-        raise Damaged(f"it claims {shards} data files")
+        raise DamagedIndex(f"it claims {shards} data files")
     return shards
 
 
@@ -280,15 +282,15 @@ def _read_entry(message: bytes, shards: int) -> _Entry:
             numbers[number] = value
     dtype, shard, offset, size, crc = numbers.values()
     if shard >= shards or offset + size >= _FULL:  # negative ones too: varints above 2 ** 63
-        raise Damaged("a variable lies outside of all data files")
+        raise DamagedIndex("a variable lies outside of all data files")
     if len(shape) > _MOST_AXES or max(shape, default=0) >= _FULL:
-        raise Damaged("a variable has an impossible shape")
+        raise DamagedIndex("a variable has an impossible shape")
     if dtype in _DTYPES and not sliced and dtype != _STRING:
         width = 2 if dtype == _BFLOAT16 else np.dtype(_DTYPES[dtype]).itemsize
         if math.prod(axis or 1 for axis in shape) * width >= _FULL:
-            raise Damaged("a variable has an impossible shape")
+            raise DamagedIndex("a variable has an impossible shape")
         if math.prod(shape) * width != size:
-            raise Damaged("a variable's size is not that of its shape")
+            raise DamagedIndex("a variable's size is not that of its shape")
     return _Entry(dtype, shape, shard, offset, size, crc, sliced)
 
 
@@ -297,7 +299,7 @@ def _read_shape(message: bytes) -> tuple[int, ...]:
     shape = []
     for number, value, inner in fields(message, {2: 2, 3: 0}):
         if number == 3 and value:
-            raise Damaged("a variable has no known shape")
+            raise DamagedIndex("a variable has no known shape")
         if number == 2:
             axis = 0
             for part, length, _ in fields(inner, {1: 0}):

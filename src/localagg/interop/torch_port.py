@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
 from ..models.torchvision_resnet import TorchvisionResNet
-from .tf_weights import TFReport
+from .tf_variables import LoadReport
 
 _BANK, _CLUSTERS, _STEP = "memory_bank", "cluster_labels", "iteration"
 _COUNTER = "num_batches_tracked"  # of batch-norm; old files lack it, and nothing here reads it
@@ -135,7 +135,7 @@ def _tensor(value: object, path: Path) -> Tensor:
 
 def load_torch_port(
     path: str | os.PathLike[str], encoder: Encoder, bank: MemoryBank | None = None
-) -> TFReport:
+) -> LoadReport:
     """Fill an encoder, and a memory bank, from a checkpoint of the PyTorch port.
 
     Nothing is changed if anything is wrong. The port's optimizer state is not read.
@@ -185,7 +185,7 @@ def load_torch_port(
         )
     used = {*matched, _STEP, _CLUSTERS, *([_BANK] if bank is not None else [])}
     clusters = found.get(_CLUSTERS)
-    return TFReport(
+    return LoadReport(
         matched=tuple(name for name in found if name in used),
         left=tuple(name for name in found if name not in used),
         missing=missing,

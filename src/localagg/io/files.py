@@ -9,7 +9,7 @@ _WINDOW = 1 << 25  # bytes
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. It takes the place of ``path`` when the block has ended;
     where the block fails it is removed, and ``path`` stays as it was.
 
@@ -22,9 +22,9 @@ def whole(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         yield beside
-        flush(beside)
+        sync_to_disk(beside)
         os.replace(beside, path)
-        flush(path.parent)
+        sync_to_disk(path.parent)
     except OSError as error:
         if error.filename is None:  # of a write, which knows a handle alone
             error.filename = str(path)
@@ -34,7 +34,7 @@ def whole(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Force a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -43,7 +43,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_flushed(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write bytes and force them to disk, 32 MB at a time.
 
     What has reached the disk leaves the page cache, so a large checkpoint does not push the images

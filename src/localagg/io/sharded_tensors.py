@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 
-def shard(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> Path:
+def shard_path(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> Path:
     """The file of a rank."""
     return folder / f"{name}-{rank}-of-{ranks}.safetensors"
 
 
-def shards(folder: Path, name: str) -> list[Path]:
+def find_shards(folder: Path, name: str) -> list[Path]:
     """All files of a name, in the order of the ranks that have written them; none where there are
     none.
 
@@ -26,20 +26,22 @@ def shards(folder: Path, name: str) -> list[Path]:
     found = [path.stem.split("-of-")[1] for path in folder.glob(f"{name}-*-of-*.safetensors")]
     if not found:
         return []
-    files = [shard(folder, name, rank, int(found[0])) for rank in range(int(found[0]))]
+    files = [shard_path(folder, name, rank, int(found[0])) for rank in range(int(found[0]))]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"'{file.name}' is missing")
     return files
 
 
-def read(files: list[Path], tensor: str, *, dim: int = 0, part: range | None = None) -> Tensor:
+def read_shards(
+    files: list[Path], tensor: str, *, dim: int = 0, part: range | None = None
+) -> Tensor:
     """A tensor that is split along ``dim`` over files, or a part of it.
 
     No more is read than is asked for.
 
     Args:
-        files: of :func:`shards`.
+        files: of :func:`find_shards`.
         tensor: its name in them.
         dim: 0 or 1.
         part: which rows (or columns); None: all.

@@ -1,4 +1,4 @@
-"""Tensors as a safetensors file, written by :func:`localagg.io.files.write_flushed`.
+"""Tensors as a safetensors file, written by :func:`localagg.io.files.write_synced`.
 
 The library's own writer hands the file to the system in one piece. The format is eight bytes with
 the header's length, the header (JSON: dtype, shape and place of each tensor), and the tensors.
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import write_flushed
+from .files import write_synced
 
 _NAMES = {
     torch.float64: "F64",
@@ -55,7 +55,7 @@ def save_tensors(
         for name in names:
             yield _bytes(tensors[name])
 
-    write_flushed(path, parts())
+    write_synced(path, parts())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

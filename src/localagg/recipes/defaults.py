@@ -8,7 +8,7 @@ gives the reason of each line. It is a starting point: every value can be set by
 import math
 from dataclasses import replace
 
-from ..config import PretrainConfig, option, to_dict
+from ..config import PretrainConfig, flag, to_dict
 from ..errors import UserError
 
 _IMAGENET_SCALE = 1_000_000  # from here on the reference's own settings
@@ -16,7 +16,7 @@ _FEWEST = 2  # clusters: where all images share one, all are close and the loss 
 _SMALL_SIDE = 64  # pixels; up to here the network without a down-sampling stem
 
 
-def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
+def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     """The configuration with every None derived from the images.
 
     Args:
@@ -59,7 +59,7 @@ def resolve(config: PretrainConfig, size: int, side: int) -> PretrainConfig:
     ):  # where the reference's ResNet-18 has them: 160 and 187 of 200
         drops = (round(0.8 * epochs, 2), round(0.935 * epochs, 2))
 
-    objective = scaled(config, size).objective
+    objective = scale_to_images(config, size).objective
     objective = replace(
         objective,
         neighbors=objective.neighbors or max(1, min(4096, size // 2)),
@@ -85,7 +85,7 @@ def _clusters(size: int) -> int:
     return max(min(_FEWEST, size), min(8, size // 4), size // 64)
 
 
-def scaled(config: PretrainConfig, size: int) -> PretrainConfig:
+def scale_to_images(config: PretrainConfig, size: int) -> PretrainConfig:
     """The configuration with K and clusters fitted to ``size`` images, if it was made for others.
 
     Clusters go with the number of images, so that a cluster holds as many of them; K stays where
@@ -129,7 +129,7 @@ def check(config: PretrainConfig, size: int) -> None:
         if (value or 0) > size:
             raise UserError(
                 "TODO",
-                f"{option(name)} {value:,} is more than the {size:,} images; set it to at most"
+                f"{flag(name)} {value:,} is more than the {size:,} images; set it to at most"
                 f" {size:,}.",
             )
     if (config.ir_epochs or 0) > (config.epochs or 0):
@@ -140,10 +140,10 @@ def check(config: PretrainConfig, size: int) -> None:
         )
 
 
-def explain(config: PretrainConfig, resolved: PretrainConfig, size: int) -> list[str]:
-    """Sentences that tell what :func:`resolve` chose or changed."""
+def explain_defaults(config: PretrainConfig, resolved: PretrainConfig, size: int) -> list[str]:
+    """Sentences that tell what :func:`resolve_defaults` chose or changed."""
     lines = []
-    if chosen := derived(config, resolved):
+    if chosen := derived_options(config, resolved):
         listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
         lines.append(f"Derived from {size:,} images: {listed}.")
     if config.sized_for not in (None, size):
@@ -166,8 +166,8 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def derived(config: PretrainConfig, resolved: PretrainConfig) -> dict[str, object]:
-    """The options that :func:`resolve` chose, by name."""
+def derived_options(config: PretrainConfig, resolved: PretrainConfig) -> dict[str, object]:
+    """The options that :func:`resolve_defaults` chose, by name."""
 
     def differences(before: dict, after: dict) -> dict[str, object]:
         found: dict[str, object] = {}

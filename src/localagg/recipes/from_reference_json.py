@@ -43,7 +43,7 @@ _RENAMED = {
 _READOUT_KEYS = ("get_all_layers", "train_crop", "ten_crop", "num_classes")
 
 
-class Overlay(NamedTuple):
+class ConvertedConfig(NamedTuple):
     """A configuration of the reference, translated."""
 
     config: Any
@@ -92,7 +92,7 @@ def read_json(spec: str) -> tuple[str, dict[str, Any]]:
     return "", found
 
 
-def overlay(spec: str, base: PretrainConfig | None = None) -> Overlay:
+def convert_pretrain_json(spec: str, base: PretrainConfig | None = None) -> ConvertedConfig:
     """A configuration of the reference laid over one of ours.
 
     Args:
@@ -125,7 +125,7 @@ _CROPS = {
 }
 
 
-def readout_overlay(spec: str, base: TransferConfig | None = None) -> Overlay:
+def convert_readout_json(spec: str, base: TransferConfig | None = None) -> ConvertedConfig:
     """Likewise for read-outs: ``exp_configs/la_trans_final.json:trans_res18_LA``.
 
     Args:
@@ -145,7 +145,7 @@ def readout_overlay(spec: str, base: TransferConfig | None = None) -> Overlay:
         ) from None
 
 
-def _readout_overlay(config: TransferConfig, values: dict[str, Any]) -> Overlay:
+def _readout_overlay(config: TransferConfig, values: dict[str, Any]) -> ConvertedConfig:
     unused = ("num_classes", "model_type", "load_step")
     notes = [_note(key) for key in values if key not in {*_KNOWN, *_READOUT_KEYS}]
     notes += [f"{key} follows from RUN and --data." for key in unused if key in values]
@@ -169,10 +169,10 @@ def _readout_overlay(config: TransferConfig, values: dict[str, Any]) -> Overlay:
         changes["drops"] = tuple((int(step) - begin) / steps for step in boundaries)
     if "train_num_steps" in values:
         changes["epochs"] = max(1, round((int(values["train_num_steps"]) - begin) / steps))
-    return Overlay(override(config, **changes), notes)
+    return ConvertedConfig(override(config, **changes), notes)
 
 
-def _overlay(config: PretrainConfig, values: dict[str, Any]) -> Overlay:
+def _overlay(config: PretrainConfig, values: dict[str, Any]) -> ConvertedConfig:
     notes = [_note(key) for key in values if key not in _KNOWN]
     images = int(values.get("data_len", IMAGENET))
     changes: dict[str, Any] = {"sized_for": images}
@@ -211,7 +211,7 @@ def _overlay(config: PretrainConfig, values: dict[str, Any]) -> Overlay:
         notes.append(f"load_step: IR runs first, for {changes['ir_epochs']} epochs.")
     elif require_resolved(config.ir_epochs) > changes.get("epochs", config.epochs):
         changes["ir_epochs"] = changes.get("epochs", config.epochs)
-    return Overlay(override(config, **changes), notes)
+    return ConvertedConfig(override(config, **changes), notes)
 
 
 _KNOWN = {

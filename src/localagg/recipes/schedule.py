@@ -39,50 +39,50 @@ class Schedule:
     @property
     def la_steps(self) -> int:
         """Steps of an epoch of LA."""
-        return self.images // self.batch(aggregating=True)
+        return self.images // self.batch_size(aggregating=True)
 
     @property
     def ir_steps(self) -> int:
         """Steps of an epoch of IR."""
-        return self.images // self.batch(aggregating=False)
+        return self.images // self.batch_size(aggregating=False)
 
-    def batch(self, *, aggregating: bool) -> int:
+    def batch_size(self, *, aggregating: bool) -> int:
         """Images of a step of LA, or of IR."""
         batch = require_resolved(self.config.batch_size)
         return batch if aggregating else self.config.ir_batch_size or batch
 
     @property
-    def switch(self) -> int:
+    def la_start(self) -> int:
         """The first step of LA."""
         return require_resolved(self.config.ir_epochs) * self.ir_steps
 
     @property
-    def last(self) -> int:
+    def total_steps(self) -> int:
         """Steps of the whole run. A run without LA ends with IR's epochs."""
         if self.config.ir_epochs == self.config.epochs:
-            return self.switch
-        return max(self.switch, require_resolved(self.config.epochs) * self.la_steps)
+            return self.la_start
+        return max(self.la_start, require_resolved(self.config.epochs) * self.la_steps)
 
-    def at(self, step: int) -> Position:
+    def position(self, step: int) -> Position:
         """Epoch, batch and phase of a step."""
-        aggregating = step >= self.switch
+        aggregating = step >= self.la_start
         steps = self.la_steps if aggregating else self.ir_steps
         return Position(step // steps, step % steps, aggregating)
 
     def end_of_epoch(self, step: int) -> int:
         """The step at which the epoch of ``step`` ends."""
-        epoch, _, aggregating = self.at(step)
+        epoch, _, aggregating = self.position(step)
         return (epoch + 1) * (self.la_steps if aggregating else self.ir_steps)
 
-    def reclusters(self, step: int, *, has_labels: bool) -> bool:
+    def should_cluster(self, step: int, *, has_labels: bool) -> bool:
         """Whether the bank is clustered anew before a step: when LA starts, and at each epoch."""
-        now = self.at(step)
+        now = self.position(step)
         return now.aggregating and (now.batch == 0 or not has_labels)
 
-    def measures(self, epoch: int) -> bool:
+    def should_evaluate(self, epoch: int) -> bool:
         """Whether the embedding is measured when an epoch has ended: the last one is."""
         every = self.config.eval_every
-        last = self.at(self.last - 1).epoch
+        last = self.position(self.total_steps - 1).epoch
         return every > 0 and ((epoch + 1) % every == 0 or epoch == last)
 
     def learning_rate(self, step: int) -> float:
@@ -92,7 +92,7 @@ class Schedule:
         paper; Loshchilov & Hutter 2017) takes the place of drops where it is asked for.
         """
         if self.config.rate_schedule == "cosine":
-            return self.config.learning_rate * (1 + math.cos(math.pi * step / self.last)) / 2
+            return self.config.learning_rate * (1 + math.cos(math.pi * step / self.total_steps)) / 2
         passed = sum(step > boundary for boundary in self.boundaries)
         return self.config.learning_rate * 0.1**passed
 
@@ -108,5 +108,7 @@ class Schedule:
 
 def images_seen(schedule: Schedule) -> int:
     """Images that go through the network in a run, repeats counted."""
-    of_ir = schedule.switch * schedule.batch(aggregating=False)
-    return of_ir + (schedule.last - schedule.switch) * schedule.batch(aggregating=True)
+    of_ir = schedule.la_start * schedule.batch_size(aggregating=False)
+    return of_ir + (schedule.total_steps - schedule.la_start) * schedule.batch_size(
+        aggregating=True
+    )

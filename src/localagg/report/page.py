@@ -8,28 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.images.decode import UnreadableImage, decode
 from ..data.sources.open import Source
 from ..evaluation.knn import nearest_rows
-from ..io.files import whole
+from ..io.files import atomic_write
 
-_COLORS = (  # Okabe & Ito's, which color-blind readers can tell apart, and three of Tol's
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
-    "#B8A900",
-    "#882255",
-    "#44AA99",
-    "#6B6B6B",
-)
-_MAPPED = 5000  # points on the map, at most: t-SNE takes seconds for these
 _THUMBNAIL = 48  # pixels
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1060px;
@@ -71,7 +57,7 @@ def write_page(path: Path, page: Page) -> None:
         f"<script>{get_plotlyjs()}</script><body><h1>{html.escape(page.title)}</h1>"
         f"<p class=lead>{html.escape(page.lead)}</p>{body}</body></html>"
     )
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -87,75 +73,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         cells = (f"{v:.3f}" if isinstance(v, float) else html.escape(str(v)) for v in row.values())
         lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<table><tr>{head}</tr>{lines}</table>"
-
-
-def curves(metrics: Mapping[str, list[dict[str, Any]]], *, switch: int | None = None) -> str:
-    """Loss and accuracies by epoch, one color a run.
-
-    Args:
-        metrics: lines of metrics.jsonl by the name of the run.
-        switch: the epoch where LA takes over, marked.
-    """
-    from plotly.subplots import make_subplots
-
-    lines = [line for run in metrics.values() for line in run]
-    measured = sorted({key for line in lines for key in line if "knn" in key})
-    names = ["loss", *measured]
-    figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
-    for number, (run, found) in enumerate(metrics.items()):
-        last = max(line["step"] for line in found)
-        epochs = max(line["epoch"] for line in found)
-        for column, name in enumerate(names, start=1):
-            points = [line for line in found if name in line]
-            figure.add_scatter(
-                x=[line["step"] * epochs / last for line in points],
-                y=[line[name] for line in points],
-                name=html.escape(run),
-                mode="lines",
-                line_color=_COLORS[number],
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
-    if switch:
-        figure.add_vline(switch, line_dash="dot", line_color="#888")
-    figure.update_xaxes(title="epoch")
-    figure.update_layout(height=340)
-    return _figure(figure)
-
-
-def space_map(rows: Tensor, source: Source) -> str:
-    """The embedding on a plane by t-SNE (cosine distance), colored by class where there is one.
-
-    Args:
-        rows: unit rows [N, D], of all images of ``source``.
-        source: gives classes and names.
-    """
-    import plotly.graph_objects as go
-    from sklearn.manifold import TSNE
-
-    shown = torch.arange(0, len(rows), -(-len(rows) // _MAPPED))
-    flow = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(shown) / 4))
-    x, y = flow.fit_transform(rows[shown].cpu().numpy()).T
-    figure = go.Figure()
-    classes = source.classes or ["images"]
-    labels = source.labels[shown].numpy() if source.labels is not None else np.zeros(len(shown))
-    names = np.array([html.escape(source.name(i)) for i in shown.tolist()])
-    for number, name in enumerate(classes):
-        chosen = labels == number
-        figure.add_scattergl(
-            x=x[chosen],
-            y=y[chosen],
-            text=names[chosen],
-            name=html.escape(name),
-            mode="markers",
-            marker={"size": 5, "color": _COLORS[number % len(_COLORS)]},
-            hovertemplate="%{text}",
-        )
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x")
-    figure.update_layout(height=620, legend={"itemsizing": "constant"})
-    return _figure(figure)
 
 
 def neighbor_grid(
@@ -214,8 +131,3 @@ def _image(source: Source, index: int, label: str | None, wanted: str | None) ->
     verdict = "" if wanted is None else " class=right" if label == wanted else " class=wrong"
     title = html.escape(source.name(index) + (f": {label}" if label else ""), quote=True)
     return f"<img{verdict} title=\"{title}\" src='data:image/png;base64,{data}'>"
-
-
-def _figure(figure: Any) -> str:
-    figure.update_layout(template="plotly_white", margin={"l": 50, "r": 10, "t": 40, "b": 40})
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})

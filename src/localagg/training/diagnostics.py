@@ -155,7 +155,7 @@ def cluster_facts(
 def _sampled(labels: Tensor, size: int, world: World) -> Tensor:
     """The labels [H, 100,000 at most] of rows spread evenly over all ranks, on the CPU."""
     step, start = -(-size // _COMPARED), world.part(size).start
-    return torch.cat(world.objects(labels[:, -start % step :: step].cpu()), dim=1)
+    return torch.cat(world.gather_objects(labels[:, -start % step :: step].cpu()), dim=1)
 
 
 def _agreement(one: Tensor, other: Tensor) -> float:

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..bank import MemoryBank
 from ..config import ViewConfig
 from ..data.sources.open import Source
-from ..distributed.batch_norm import SharedBatchNorm
+from ..distributed.batch_norm import SynchronizedBatchNorm
 from ..distributed.collectives import World
-from ..embeddings.embed import Embedded, embed
+from ..embeddings.embed import ImageEmbeddings, embed
 from ..models import Encoder
 
 _BATCH = 256
@@ -60,8 +60,8 @@ def embed_bank(
             _put(bank, embed(encoder, source, views, **options))
 
     for norm in norms:
-        if isinstance(norm, SharedBatchNorm):
-            norm.alone = True
+        if isinstance(norm, SynchronizedBatchNorm):
+            norm.per_rank = True
     before = [_tracked(norm) for norm in norms]
     fill(slice(first, min(begins, last)))
     for norm, (mean, variance, count) in zip(norms, before, strict=True):
@@ -70,11 +70,11 @@ def embed_bank(
     if world.size > 1:
         _add_up(world, norms, before)
     for norm in norms:
-        if isinstance(norm, SharedBatchNorm):
-            norm.alone = False
+        if isinstance(norm, SynchronizedBatchNorm):
+            norm.per_rank = False
 
 
-def _put(bank: MemoryBank, found: Embedded) -> None:
+def _put(bank: MemoryBank, found: ImageEmbeddings) -> None:
     mine = (found.index >= bank.part.start) & (found.index < bank.part.stop)
     rows = found.rows[mine.to(found.rows.device)].to(bank.rows)
     bank.rows[(found.index[mine] - bank.part.start).to(bank.rows.device)] = rows

@@ -13,7 +13,7 @@ from ..bank import MemoryBank
 from ..clustering import cluster
 from ..config import EncoderConfig, PretrainConfig
 from ..data.sources.open import Source
-from ..distributed.batch_norm import running_statistics, share_batch_norm
+from ..distributed.batch_norm import running_statistics, synchronize_batch_norm
 from ..distributed.collectives import World
 from ..engine.device import make_fabric
 from ..engine.kmeans import KMeans
@@ -41,11 +41,11 @@ class Learner:
 
     def __init__(self, config: PretrainConfig, size: int, world: World | None = None) -> None:
         self.config, self.world = config, world or World()
-        number = self.world.local if self.world.size > 1 else None
+        number = self.world.local_rank if self.world.size > 1 else None
         self.fabric = make_fabric(config.device, config.precision, number)
         self.encoder = make_encoder(config.encoder, config.seed)
         if config.sync_batch_norm and self.world.size > 1:
-            share_batch_norm(self.encoder, self.world)
+            synchronize_batch_norm(self.encoder, self.world)
         self.encoder.to(memory_format=torch.channels_last)
         self.device = self.fabric.device
         if self.world.size > 1 and self.device.type == "mps":

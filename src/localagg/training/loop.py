@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..config import PretrainConfig, option, option_value, override, require_resolved
+from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.images.augment import Augment
 from ..data.loading.loader import Feed, Throttle, on_device, typical_side
 from ..data.loading.workers import convert_worker_death
 from ..data.sources.open import Source, open_images
-from ..distributed import process_group as ranks
 from ..distributed.collectives import World
+from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..errors import UserError
-from ..evaluation.evaluate import OnlineNeighbors
-from ..io import runlock
+from ..evaluation.online_knn import OnlineKnn
 from ..io.console import notify, show_progress
-from ..recipes.defaults import explain, resolve
+from ..io.run_lock import lock_run
+from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from . import sharded
 from .learner import Learner
@@ -39,7 +39,7 @@ def pretrain(
     out: str | Path,
     *,
     start: str | Path | None = None,
-    rank_timeout: float = ranks.TIMEOUT,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
 
@@ -68,20 +68,20 @@ def pretrain(
         Elsewhere: either of them, which another process tells.
     """
     run = Path(out)
-    with ranks.joined(rank_timeout, _way_out(run)) as world:
+    with join_process_group(rank_timeout, _way_out(run)) as world:
         if world.rank == 0:
             checkpoint.check_new(run)
-        source = world.first(lambda: open_images(data))
+        source = world.rank_zero_first(lambda: open_images(data))
         fingerprint = source.fingerprint()
         if start is not None:
             config = _continuing(config, Path(start), fingerprint)
-        resolved = resolve(config, len(source), typical_side(source))
+        resolved = resolve_defaults(config, len(source), typical_side(source))
         _check_ranks(resolved, world)
-        for line in explain(config, resolved, len(source)):
+        for line in explain_defaults(config, resolved, len(source)):
             notify(line)
         feed = _feed(source, resolved, world)
         learner = Learner(resolved, len(source), world)
-        measurement = OnlineNeighbors(resolved, data, source, feed.valid, world=world)
+        measurement = OnlineKnn(resolved, data, source, feed.valid, world=world)
         facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
         if start is not None:
             facts["start"] = str(start)
@@ -99,7 +99,7 @@ def resume(
     *,
     data: str | None = None,
     typed: Iterable[str] = (),
-    rank_timeout: float = ranks.TIMEOUT,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Go on with a run from its newest checkpoint; the end is that of a run never stopped.
 
@@ -122,7 +122,7 @@ def resume(
         Elsewhere: either of them, which another process tells.
     """
     run = Path(out)
-    with ranks.joined(rank_timeout, _way_out(run)) as world:
+    with join_process_group(rank_timeout, _way_out(run)) as world:
         stored, facts = checkpoint.read_run(run)
         for name in typed:
             now, then = option_value(config, name), option_value(stored, name)
@@ -131,11 +131,11 @@ def resume(
             elif now != then:
                 raise UserError(
                     "TODO",
-                    f"'{run}' runs with {option(name)} {then}, not {now}; a resumed run keeps its"
+                    f"'{run}' runs with {flag(name)} {then}, not {now}; a resumed run keeps its"
                     " options. Leave it out, or start a new run with another --out.",
                 )
         place = data or str(facts["data"])
-        source = world.first(lambda: open_images(place))
+        source = world.rank_zero_first(lambda: open_images(place))
         if source.fingerprint() != facts["fingerprint"]:
             raise UserError(
                 "TODO",
@@ -157,14 +157,14 @@ def _go_on(
 ) -> dict[str, Any]:
     """From the newest checkpoint; from the beginning where the run was killed before its first."""
     newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
-    newest = world.objects(newest)[0]  # rank 0's view of the disk
+    newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
     progress = START if newest is None else checkpoint.read_progress(newest)
     if summary := progress.get("summary"):
         notify(f"'{run}' has finished its {config.epochs} epochs; there is nothing to go on with.")
         return summary
     feed = _feed(source, config, world, progress)
     learner = Learner(config, len(source), world)
-    measurement = OnlineNeighbors(config, data, source, feed.valid, world=world)
+    measurement = OnlineKnn(config, data, source, feed.valid, world=world)
     if newest is None:
         _begin(learner, feed, facts)
     else:
@@ -180,7 +180,7 @@ def _way_out(run: Path) -> str:
 @contextlib.contextmanager
 def _held(run: Path, world: World) -> Iterator[None]:
     """The lock of the run, which rank 0 holds for all."""
-    with runlock.hold(run) if world.rank == 0 else contextlib.nullcontext():
+    with lock_run(run) if world.rank == 0 else contextlib.nullcontext():
         world.barrier()
         yield
 
@@ -261,7 +261,7 @@ def _feed(
 
 
 def _learn(
-    run: Path, feed: Feed, learner: Learner, measurement: OnlineNeighbors, progress: dict[str, Any]
+    run: Path, feed: Feed, learner: Learner, measurement: OnlineKnn, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """The loop. It reads from top to bottom as a batch of images travels: this rank's share of it
     up to the network, and all of it from there to the bank, of which this rank has some rows."""
@@ -270,17 +270,17 @@ def _learn(
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     book = Recorder(config, run, feed, learner, schedule, progress)
-    if schedule.last > schedule.switch and (note := engine_note(bank.rows)):
+    if schedule.total_steps > schedule.la_start and (note := engine_note(bank.rows)):
         notify(note)
 
     with convert_worker_death(), book:
-        while learner.step < schedule.last:
-            epoch, first, aggregating = schedule.at(learner.step)
-            if schedule.reclusters(learner.step, has_labels=learner.labels is not None):
+        while learner.step < schedule.total_steps:
+            epoch, first, aggregating = schedule.position(learner.step)
+            if schedule.should_cluster(learner.step, has_labels=learner.labels is not None):
                 with _new_labels(book):
                     learner.recluster(book.after_clustering)
 
-            size = schedule.batch(aggregating=aggregating)
+            size = schedule.batch_size(aggregating=aggregating)
             batches = on_device(feed.batches(epoch, first, size), device, feed.fail)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
@@ -312,12 +312,12 @@ def _learn(
                     break
             if learner.step == end:
                 measured = {}
-                if schedule.measures(epoch):
+                if schedule.should_evaluate(epoch):
                     with book.shares("measuring", once=True):
                         measured = measurement(learner.encoder, bank.rows, learner.fabric)
                 book.after_epoch(epoch, measured)
             book.checkpoint()
-            if learner.step < schedule.last:
+            if learner.step < schedule.total_steps:
                 book.stop_if_asked()
         return book.finish()
 

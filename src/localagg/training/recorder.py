@@ -9,18 +9,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..checkpoint import has_checkpoint, latest, write_json, writing
+from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_json
 from ..config import PretrainConfig
 from ..data.loading.loader import Feed
 from ..data.loading.waiting import waiting_hint
-from ..distributed.signals import interruptible
+from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
-from ..io.console import Metrics, NoMetrics, Shares, notify, progress_bar
+from ..io.console import notify, progress_bar
+from ..io.metrics_log import MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
 from .deferred_metrics import Step, Watch, not_finite
 from .diagnostics import Health
 from .learner import Learner
+from .time_shares import TimeShares
 
 _NAMED = 8  # images in a message
 WAITING = "waiting for data"  # the part of the time that is called so
@@ -46,8 +48,8 @@ class Recorder:
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
         self.world = learner.world
         self.due = self.heard = False
-        self.last_step = schedule.last
-        self.shares = Shares(learner.device)
+        self.last_step = schedule.total_steps
+        self.shares = TimeShares(learner.device)
         self.shares.seconds = dict(progress["shares"])
         self.timed = dict(self.shares.seconds)  # when the epoch began
         self.began = (learner.step, time.monotonic())
@@ -55,9 +57,9 @@ class Recorder:
         self.before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
         self.started = self.saved = time.monotonic()
-        self.metrics = NoMetrics()
+        self.metrics = NoMetricsLog()
         if self.world.rank == 0:
-            self.metrics = Metrics(run, keep=progress["metrics_bytes"], step=learner.step)
+            self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=learner.step)
         self.watch = Watch()
         self.health = Health(progress.get("health"), self.world)
         self.bar = progress_bar()
@@ -68,8 +70,10 @@ class Recorder:
             stack.enter_context(self.bar)
             self.task = self.bar.add_task("learning", total=self.last_step, note="")
             self.bar.update(self.task, completed=self.learner.step)
-            self.interrupt = stack.enter_context(interruptible())
-            if not self.world.objects(has_checkpoint(self.run))[0]:  # rank 0's view of the disk
+            self.interrupt = stack.enter_context(handle_stop_signals())
+            if not self.world.gather_objects(has_checkpoint(self.run))[
+                0
+            ]:  # rank 0's view of the disk
                 self.checkpoint()
             self.stack = stack.pop_all()
         return self
@@ -113,7 +117,7 @@ class Recorder:
     @property
     def asked(self) -> bool:
         """Whether the loop is to stop after this step: on all ranks alike."""
-        return self.interrupt.asked if self.world.size == 1 else self.heard
+        return self.interrupt.requested if self.world.size == 1 else self.heard
 
     def _agree(self) -> None:
         """All ranks learn of a signal to any, and whether rank 0 finds a checkpoint due. One
@@ -140,7 +144,7 @@ class Recorder:
             if step.number % self.config.log_every and step.number != self.last_step:
                 continue
             rate = {"learning_rate": step.facts["learning_rate"]}
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 self.metrics.write(step.number, step.facts | step.values | rate)
             note = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
             if "without_close" in step.values:
@@ -157,7 +161,7 @@ class Recorder:
         good = latest(self.run)
         facts = {"step": step.number, **step.facts, **step.values, "index": index}
         if self.world.rank == 0:
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 write_json(file, {**facts, "checkpoint": str(good)})
         named = ", ".join(map(str, index[:_NAMED]))
         raise UserError(
@@ -184,14 +188,14 @@ class Recorder:
                 self.hinted = True
         self.feed.agree()
         if unreadable := len(self.feed.unreadable):
-            with writing(self.run):
+            with convert_write_errors(self.run):
                 self.metrics.write(
                     self.learner.step, {"epoch": epoch + 1, "unreadable": unreadable}
                 )
             notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are drawn no more.")
 
     def _curve(self, values: dict[str, float]) -> None:
-        with writing(self.run):
+        with convert_write_errors(self.run):
             self.metrics.curve(self.learner.step, values)
 
     def after_clustering(self, number: int, found: KMeans) -> None:
@@ -213,7 +217,7 @@ class Recorder:
         if self.world.size > 1:
             self._agree()
         if self.asked:
-            raise self.interrupt.stopped(
+            raise self.interrupt.error(
                 f"Stopped after step {self.learner.step:,}; go on with"
                 f" localagg pretrain --resume {self.run}"
             )
@@ -228,7 +232,7 @@ class Recorder:
             self._curve({"images_per_second": images / (time.monotonic() - start)})
         for warning in news:
             notify(f"epoch {epoch + 1}: warning: {warning}.")
-        with writing(self.run):
+        with convert_write_errors(self.run):
             self.metrics.write(self.learner.step, {"epoch": epoch + 1, **found, **measured})
         if measured:
             self.final = measured
@@ -243,7 +247,7 @@ class Recorder:
     def checkpoint(self, summary: dict[str, Any] | None = None) -> None:
         """Save everything that :meth:`Learner.restore` and this class need to go on."""
         self._look(self.watch.finish())
-        with self.shares("checkpoint", once=True), writing(self.run):
+        with self.shares("checkpoint", once=True), convert_write_errors(self.run):
             self._check_weights()
             self.learner.save(
                 self.run,
@@ -267,7 +271,7 @@ class Recorder:
         """
         encoder, rows = self.learner.encoder, self.learner.bank.rows
         found = not_finite([*encoder.state_dict().items(), ("the memory bank", rows)])
-        if name := next(filter(None, self.world.objects(found)), None):
+        if name := next(filter(None, self.world.gather_objects(found)), None):
             what = f"After step {self.learner.step:,} {name} is not finite"
             if self.watch.last is None:
                 raise UserError("TODO", f"{what}; the run cannot begin so.")

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from localagg.config import PretrainConfig, override
 from localagg.data.images.decode import PIXEL_LIMIT, UnreadableImage, decode
-from localagg.data.inspect.inspect import inspect
+from localagg.data.inspect.inspect_dataset import inspect
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError

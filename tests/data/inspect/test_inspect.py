@@ -16,9 +16,9 @@ from PIL import Image
 from localagg.cli.main import main
 from localagg.data import open_images
 from localagg.data.images.headers import HEAD
-from localagg.data.inspect.duplicates import digest, groups
-from localagg.data.inspect.inspect import inspect, nearly_empty, summary_rows
-from localagg.data.pack.pack import pack, pack_rows
+from localagg.data.inspect.identical_images import digest, groups
+from localagg.data.inspect.inspect_dataset import inspect, nearly_empty, summary_rows
+from localagg.data.pack.pack_dataset import pack, pack_rows
 from localagg.errors import UserError
 
 
@@ -201,7 +201,7 @@ def test_nearly_empty_is_99_percent_within_8_levels():
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 def test_empty_files_are_found_without_decoding_all(tmp_path, kind, pictures, monkeypatch):
-    monkeypatch.setattr("localagg.data.inspect.inspect._DECODED", 1)
+    monkeypatch.setattr("localagg.data.inspect.inspect_dataset._DECODED", 1)
     for i in range(3):
         shutil.copy(pictures / "train" / "temple" / f"{4 * i:02d}.png", tmp_path)
         Image.new("RGB", (200, 150), (i * 90, 20, 60)).save(tmp_path / f"empty{i}.{kind}")
@@ -215,7 +215,7 @@ def test_empty_files_are_found_without_decoding_all(tmp_path, kind, pictures, mo
 
 SLOW = """
 import sys, time
-import localagg.data.inspect.inspect as module
+import localagg.data.inspect.inspect_dataset as module
 from localagg.cli import main
 look = module._look
 def slow(*arguments):
@@ -253,7 +253,7 @@ def test_ctrl_c_stops_at_once_and_leaves_no_process(pictures):
 
 def test_progress_is_told_while_images_are_looked_at(pictures, monkeypatch):
     """Chunk after chunk, not when all is done."""
-    from localagg.data.inspect import inspect as module
+    from localagg.data.inspect import inspect_dataset as module
 
     told = []
     monkeypatch.setattr(module, "_CHUNK", 7)

@@ -14,7 +14,7 @@ from localagg.data.images.decode import decode
 from localagg.data.loading.cropping import Crops, Measured
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
-from localagg.data.sources.protocol import Sample
+from localagg.data.sources.source import Sample
 
 VIEWS = ViewConfig(image_size=24, eval_crop=0.875)
 

@@ -6,7 +6,7 @@ import pytest
 from localagg.config import PretrainConfig, override
 from localagg.data.loading import waiting
 from localagg.data.loading.waiting import waiting_hint
-from localagg.data.sources.folder import Folder
+from localagg.data.sources.image_folder import ImageFolder
 from localagg.training.loop import pretrain
 
 CONFIG = override(PretrainConfig(), image_size=224, workers=2, memory_gb=2.0)
@@ -53,7 +53,7 @@ def test_the_hint_names_the_knob_that_helps(given, knob):
 def test_a_run_that_waits_is_told_so_after_its_first_epoch_and_at_its_end(
     pictures, tmp_path, monkeypatch, capsys
 ):
-    read = Folder.__getitem__
+    read = ImageFolder.__getitem__
 
     def slow(self, index):
         time.sleep(0.03)
@@ -65,7 +65,7 @@ def test_a_run_that_waits_is_told_so_after_its_first_epoch_and_at_its_end(
         eval_every=0, memory="never", bank_start="random",
     )  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "__getitem__", slow)
+        patch.setattr(ImageFolder, "__getitem__", slow)
         out = pretrain(config, str(pictures), tmp_path / "slow")
     assert out["shares"]["waiting for data"] > 0.3
     assert "--workers 4" in out["hint"]

@@ -16,7 +16,7 @@ from tables import embedded
 
 from localagg.data import open_images
 from localagg.data.images.decode import decode
-from localagg.data.pack.pack import pack, pack_rows
+from localagg.data.pack.pack_dataset import pack, pack_rows
 from localagg.data.sources.open import stored_splits
 from localagg.errors import UserError
 
@@ -267,7 +267,7 @@ def test_files_that_cannot_be_read_keep_their_index_and_are_tried_again(
     gone.unlink()
     gone.symlink_to(tmp_path / "nowhere.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr("localagg.data.pack.state.Partial.finish", lambda self: 1 // 0)
+        patch.setattr("localagg.data.pack.partial_folder.PartialFolder.finish", lambda self: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             pack(str(tmp_path / "data"), tmp_path / "packed", format=format)
     report = pack(str(tmp_path / "data"), tmp_path / "packed", format=format, verify=True)
@@ -279,13 +279,13 @@ def test_files_that_cannot_be_read_keep_their_index_and_are_tried_again(
 
 
 def test_a_vanished_disk_is_no_folder_of_unreadable_images(pictures, tmp_path, monkeypatch):
-    from localagg.data.sources.folder import Folder
+    from localagg.data.sources.image_folder import ImageFolder
 
     def vanished(self, index):
         raise OSError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr("localagg.data.sources.protocol._FINGERPRINT_SAMPLES", 0)
-    monkeypatch.setattr(Folder, "__getitem__", vanished)
+    monkeypatch.setattr("localagg.data.sources.source._FINGERPRINT_SAMPLES", 0)
+    monkeypatch.setattr(ImageFolder, "__getitem__", vanished)
     with pytest.raises(
         UserError, match=r"flower/00.png and the 15 images behind it cannot be read"
     ):
@@ -341,11 +341,11 @@ def test_pythons_tarfile_and_datasets_read_the_tars(pictures, tmp_path):
 
 
 def test_the_hashes_are_of_the_images(pictures, tmp_path, monkeypatch):
-    from localagg.data.pack.state import Partial
+    from localagg.data.pack.partial_folder import PartialFolder
 
-    seen, real = [], Partial.add
+    seen, real = [], PartialFolder.add
     monkeypatch.setattr(
-        Partial,
+        PartialFolder,
         "add",
         lambda s, name, facts, digests: (seen.extend(digests), real(s, name, facts, digests)),
     )

@@ -8,9 +8,9 @@ from packed_folder import contents
 
 from localagg.data import open_images
 from localagg.data.images.decode import decode
-from localagg.data.pack import images as pack_images
-from localagg.data.pack.pack import pack
-from localagg.data.pack.state import Partial
+from localagg.data.pack import process_images
+from localagg.data.pack.pack_dataset import pack
+from localagg.data.pack.partial_folder import PartialFolder
 from localagg.errors import Interrupted, UserError
 
 FORMATS = ("arrow", "tfrecord", "webdataset")
@@ -35,17 +35,17 @@ def test_a_pack_that_fails_goes_on_behind_its_finished_files(
     whole = pack(uri, tmp_path / "whole", **how)
     each = [48 * n // len(whole["splits"]["train"]["files"]) for n in (1, 2)]
     assert each[0] < 30
-    monkeypatch.setattr(pack_images, "decode", fail)
+    monkeypatch.setattr(process_images, "decode", fail)
     expected = UserError if isinstance(error, OSError) else Interrupted
     with pytest.raises(expected, match=r"packed.partial': run the same command to go on"):
         pack(uri, tmp_path / "packed", **how)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed.partial", "whole"]
-    monkeypatch.setattr(pack_images, "decode", decode)
+    monkeypatch.setattr(process_images, "decode", decode)
     with pytest.raises(UserError, match="an unfinished pack of other data or with other options"):
         pack(uri, tmp_path / "packed", format=format, shard_bytes=10_000)
     calls.clear()
     monkeypatch.setattr(
-        pack_images, "decode", lambda image: (calls.append(image), decode(image))[1]
+        process_images, "decode", lambda image: (calls.append(image), decode(image))[1]
     )
     pack(uri, tmp_path / "packed", **how, verify=False)
     assert 18 <= len(calls) < 48
@@ -58,7 +58,7 @@ def test_a_pack_that_finished_nothing_leaves_nothing(pictures, tmp_path, monkeyp
     def stop(image):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack_images, "decode", stop)
+    monkeypatch.setattr(process_images, "decode", stop)
     with pytest.raises(Interrupted, match="nothing was finished"):
         pack(str(pictures), tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -86,7 +86,7 @@ def test_another_process_is_not_disturbed(pictures, tmp_path):
 
     def holds(ready, go):
         key = {"data": "", "format": "", "shrink": None, "splits": {}}
-        with Partial(tmp_path / "packed", key) as partial:
+        with PartialFolder(tmp_path / "packed", key) as partial:
             partial.finished.add("something")
             ready.set()
             go.wait(60)
@@ -124,13 +124,13 @@ def test_a_folder_that_no_pack_has_made_is_left_alone(pictures, tmp_path, name, 
 
 
 def test_what_was_put_beside_a_pack_at_work_stays(pictures, tmp_path, monkeypatch):
-    mine, real = tmp_path / "packed.partial" / "notes.txt", Partial.add
+    mine, real = tmp_path / "packed.partial" / "notes.txt", PartialFolder.add
 
     def put(self, *arguments):
         mine.write_text("mine")
         real(self, *arguments)
 
-    monkeypatch.setattr(Partial, "add", put)
+    monkeypatch.setattr(PartialFolder, "add", put)
     pack(str(pictures / "val"), tmp_path / "packed")
     assert list(mine.parent.iterdir()) == [mine]
 
@@ -152,7 +152,7 @@ def test_what_a_kill_left_while_it_cleared_up_is_cleared(
         os.rename(self.folder, self.destination)
         monkeypatch.setattr(os, "unlink", unlink)
 
-    monkeypatch.setattr(Partial, "finish", finish)
+    monkeypatch.setattr(PartialFolder, "finish", finish)
     with pytest.raises(KeyboardInterrupt):
         pack(uri, tmp_path / "packed")
     monkeypatch.undo()
@@ -170,7 +170,7 @@ def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
     pictures, tmp_path, monkeypatch, format
 ):
     """A bit of an image is flipped on the disk behind the back of the writer."""
-    source, real = open_images(pictures), Partial.add
+    source, real = open_images(pictures), PartialFolder.add
 
     def damage(self, name, facts, digests):
         path = self.folder / name
@@ -182,7 +182,7 @@ def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
 
     how = {"format": format, "shard_bytes": 20_000}
     uri = str(pictures / "train")
-    monkeypatch.setattr(Partial, "add", damage)
+    monkeypatch.setattr(PartialFolder, "add", damage)
     if format == "tfrecord":  # its checksums are verified in any case
         with pytest.raises(UserError, match=r"damaged at byte .* the checksum .* just written"):
             pack(uri, tmp_path / "packed", **how)
@@ -191,6 +191,6 @@ def test_verify_finds_what_came_back_differently_and_packs_that_file_again(
         with pytest.raises(UserError, match=r"flower/07.jpg was read back differently"):
             pack(uri, tmp_path / "packed", **how, verify=True)
         assert not (tmp_path / "packed").exists()
-    monkeypatch.setattr(Partial, "add", real)
+    monkeypatch.setattr(PartialFolder, "add", real)
     assert pack(uri, tmp_path / "packed", **how, verify=True)["verified"]
     assert open_images(tmp_path / "packed")[7].image == source[7].image

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import pytest
 from packed_folder import contents
 
-from localagg.data.pack.pack import pack
+from localagg.data.pack.pack_dataset import pack
 
 FORK = get_context("fork")  # what is imported stays so
 
@@ -74,7 +74,7 @@ def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format
 
 def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
     """They hand over bytes through pipes, which nobody empties any more."""
-    from localagg.data.pack import images as pack_images
+    from localagg.data.pack import process_images
 
     def main(pids):
         def slow(stream, *_):
@@ -82,8 +82,8 @@ def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
             pids.put([child.pid for child in multiprocessing.active_children()])
             time.sleep(600)
 
-        pack_images._Tally.records = lambda self, chunks, stream, *_: slow(stream)
-        pack_images._item = lambda *_: pack_images._Item(
+        process_images._Tally.records = lambda self, chunks, stream, *_: slow(stream)
+        process_images._item = lambda *_: process_images._Item(
             bytes(10**6), 0, "", None, False, False, b""
         )
         pack(str(pictures), tmp_path / "packed", workers=2)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from localagg.data import open_images
 from localagg.data.images.decode import decode, orientation
-from localagg.data.pack.pack import pack
+from localagg.data.pack.pack_dataset import pack
 
 FORMATS = ("arrow", "tfrecord", "webdataset")
 
@@ -72,7 +72,7 @@ def test_smaller_images_turn_by_their_exif_orientation_as_they_did(pictures, tmp
 
 
 def test_the_space_that_smaller_images_take_is_estimated(pictures, tmp_path, monkeypatch):
-    from localagg.data.pack.images import Shrink, estimate
+    from localagg.data.pack.process_images import Shrink, estimate
 
     source = open_images(pictures)
     whole, small = estimate(source, None), estimate(source, Shrink(24, 50))

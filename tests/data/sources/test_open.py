@@ -7,10 +7,10 @@ import torch
 from localagg.data import open_evaluation, open_images
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import stored_splits
-from localagg.data.sources.protocol import split_of
+from localagg.data.sources.source import split_in_name
 from localagg.errors import UserError
-from localagg.evaluation.evaluate import choose
-from localagg.evaluation.probe import open_labelled
+from localagg.evaluation.knn_queries import select_queries
+from localagg.evaluation.readout_inputs import open_labeled
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_held_out_images_of_one_of_the_classes_are_labelled(copied):
     shutil.rmtree(copied / "val" / "flower")
     held_out = open_images(copied, "val")
     assert (held_out.classes, held_out.labels.tolist()) == (["temple"], [0] * 6)
-    labelled = open_labelled(str(copied))
+    labelled = open_labeled(str(copied))
     assert labelled.held_out_labels.tolist() == [1] * 6  # in training's numbers
-    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    choice = select_queries(str(copied), open_images(copied), torch.arange(48))
     assert choice.held_out is not None
     assert choice.asking_labels.tolist() == [1] * 6
 
@@ -69,12 +69,12 @@ def test_a_stray_held_out_image_has_no_label_and_the_others_keep_theirs(copied):
     held_out = open_images(copied, "val")
     assert held_out.name(0) == "a.jpg"
     assert held_out.labels.tolist() == [-1] + [0] * 6 + [1] * 6
-    choice = choose(str(copied), open_images(copied), torch.arange(48))
+    choice = select_queries(str(copied), open_images(copied), torch.arange(48))
     assert choice.held_out is not None
     assert len(choice.asking) == 12
     assert choice.left_out["asking"]["unlabelled"] == 1
     with pytest.raises(UserError, match=r"1 of the 13 held-out images of .* have no label; leave"):
-        open_labelled(str(copied))
+        open_labeled(str(copied))
 
 
 def test_one_held_out_folder_that_is_no_class_has_no_labels(copied):
@@ -206,7 +206,7 @@ def test_links_that_lead_nowhere_or_back_are_no_trap(pictures, tmp_path):
     ],
 )
 def test_a_file_is_of_the_split_that_a_part_of_its_name_says(name, split):
-    assert split_of(name) == split
+    assert split_in_name(name) == split
 
 
 @pytest.mark.parametrize("held_out", ["val_0", "test0", "validation.0", "set-val-0", "VAL-0"])

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import UserError
-from ..sources.folder import Folder
-from ..sources.listing import Listing
-from ..sources.protocol import Source, open_file
+from ..sources.source import Source, open_file
 from .decode import UnreadableImage, _open, decode
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a header that is longer is read whole
@@ -58,10 +56,10 @@ def read_ends(source: Source, index: int) -> Ends | Tensor:
     Raises:
         OSError, UserError: it cannot be read.
     """
-    if not isinstance(source, (Folder, Listing)):
+    if (path := source.file(index)) is None:
         image = source[index].image
         return image if isinstance(image, Tensor) else Ends(image, image[-_TAIL:], len(image))
-    with open_file(source.root / source.paths[index]) as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = tail = file.read(HEAD)
         if size > len(head):

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
-from ..sources.folder import EXTENSIONS
+from ..sources.image_files import EXTENSIONS
 
 _SAME = {"MPO": "JPEG"}  # photographs with a second one inside carry the extension of JPEG
 

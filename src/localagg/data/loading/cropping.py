@@ -17,7 +17,7 @@ from ..images.crops import Boxes, crop_boxes, evaluation_boxes
 from ..images.decode import Box, decode_crops, decoded_size
 from ..images.headers import FAULTS, reason
 from ..images.nvjpeg import EncodedCrops, encoded_crops
-from ..sources.protocol import Source
+from ..sources.source import Source
 
 Item = tuple[Tensor, Tensor, dict[int, str]]
 """(index int64 [b] of the readable images, crops uint8 [b, ...], {index: why it is unreadable})."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import PretrainConfig, ViewConfig, option
+from ...config import PretrainConfig, ViewConfig, flag
 from ...distributed.collectives import World
 from ...engine.counter_rng import ORDER, permutation
 from ...errors import UserError
@@ -99,7 +99,7 @@ class Feed:
             if (getattr(config, name) or 0) > len(self.valid):
                 raise UserError(
                     "TODO",
-                    f"{option(name)} {getattr(config, name)} is more than the"
+                    f"{flag(name)} {getattr(config, name)} is more than the"
                     f" {len(self.valid):,} images; set it to at most {len(self.valid):,}.",
                 )
         self.steps = len(self.valid) // self.batch
@@ -114,7 +114,7 @@ class Feed:
 
     def agree(self) -> None:
         """Ranks tell one another which images they could not read. One exchange of objects."""
-        for unreadable in self.world.objects(self.unreadable):
+        for unreadable in self.world.gather_objects(self.unreadable):
             self.unreadable = self.unreadable | unreadable
 
     def order(self, epoch: int) -> Tensor:

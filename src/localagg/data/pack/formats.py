@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..sources.class_names import write_class_names
-from ..sources.protocol import Record, Source
+from ..sources.labels import write_class_names
+from ..sources.source import ImageRecord, Source
 from ..sources.tfrecord import PREFIXES, tfrecord_name, tfrecord_rows, write_tfrecord
 from ..sources.webdataset import write_tar
 
@@ -23,7 +23,7 @@ class Format(NamedTuple):
     """(split, number, files) -> a file's name inside the folder."""
     rows: Callable[[int, int, int], range]
     """(images, number, files) -> which images go into it."""
-    write: Callable[[Path, Iterable[Record], Source], None]
+    write: Callable[[Path, Iterable[ImageRecord], Source], None]
     """Write a file of a source's records. Its bytes depend on these alone."""
     complete: Callable[[Path, str, list[str], Source], None]
     """(folder, split, names of the files, source): write what goes beside the files."""
@@ -46,7 +46,7 @@ def _schema(source: Source) -> Any:
     return datasets.Features(columns)
 
 
-def _write_arrow(path: Path, records: Iterable[Record], source: Source) -> None:
+def _write_arrow(path: Path, records: Iterable[ImageRecord], source: Source) -> None:
     import pyarrow as pa
 
     schema = _schema(source).arrow_schema

@@ -7,13 +7,13 @@ no network.
 from pathlib import Path
 
 from ...errors import UserError
-from .protocol import Stored
-from .tables import from_datasets
+from .arrow_tables import from_datasets
+from .source import Splits
 
 PREFIX = "hf:"
 
 
-def find_hub(uri: str) -> Stored | None:
+def find_hub(uri: str) -> Splits | None:
     """None where the URI does not begin with ``hf:``.
 
     Raises:
@@ -43,7 +43,7 @@ def find_hub(uri: str) -> Stored | None:
             " hf:NAME:CONFIG) and the network, or load it once where there is one.",
         ) from None
     splits = {str(split): part for split, part in dict(loaded).items()}
-    return Stored(list(splits), lambda split: from_datasets(uri, splits[split]))
+    return Splits(list(splits), lambda split: from_datasets(uri, splits[split]))
 
 
 def _reason(error: Exception) -> str:

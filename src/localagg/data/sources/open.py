@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ...errors import UserError, suggest
 from ...io.console import notify
-from .folder import EXTENSIONS, find_folder
+from .arrow_tables import find_parquet, find_saved_dataset
+from .csv_listing import find_listing
 from .hub import find_hub
-from .listing import find_listing
-from .protocol import ALIASES, MissingSplit, Sample, Source, Stored, choose
-from .tables import find_parquet, find_saved_dataset
+from .image_folder import EXTENSIONS, find_folder
+from .source import ALIASES, MissingSplit, Sample, Source, Splits, choose
 from .tfrecord import find_tfrecords
 from .webdataset import find_tar_pattern, find_tars
 
@@ -32,9 +32,9 @@ __all__ = [
     "MissingSplit",
     "Sample",
     "Source",
-    "left_out_splits",
     "open_evaluation",
     "open_images",
+    "report_other_splits",
     "stored_splits",
 ]
 
@@ -92,7 +92,7 @@ def stored_splits(uri: str | os.PathLike[str]) -> list[str]:
     return list(named)
 
 
-def left_out_splits(uri: str | os.PathLike[str]) -> list[str]:
+def report_other_splits(uri: str | os.PathLike[str]) -> list[str]:
     """Splits that the data hold under other names (``extra``), which nothing reads; says so."""
     stored = _find(os.fspath(uri), "skip").splits
     others = [name for name in stored if name not in _named(stored).values()]
@@ -111,10 +111,10 @@ def _named(stored: Sequence[str]) -> dict[str, str]:
     return {split: names[0] for split, names in found.items() if names}
 
 
-def _find(uri: str, malformed: Literal["skip", "error"]) -> Stored:
+def _find(uri: str, malformed: Literal["skip", "error"]) -> Splits:
     """What is stored at a URI, by looking at names only."""
     if uri == "digits":
-        return Stored(["train", "val"], Digits)
+        return Splits(["train", "val"], Digits)
     if (hub := find_hub(uri)) is not None:
         return hub
     if (listing := find_listing(uri, malformed)) is not None:
@@ -141,7 +141,7 @@ def _find(uri: str, malformed: Literal["skip", "error"]) -> Stored:
     )
 
 
-class Digits:
+class Digits(Source):
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, built in: 1,400 and 397 of them.
 
     The split is by a fixed shuffle, so that both parts hold all 43 writers.
@@ -169,13 +169,13 @@ class Digits:
         return Sample(index, self.pixels[index], int(self.labels[index]))
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return f"digit {index}"
 
     def fingerprint(self) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return self.pixels.numel()

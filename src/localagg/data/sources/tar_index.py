@@ -23,9 +23,9 @@ import numpy as np
 
 from ...errors import UserError
 from ...io.console import notify, show_progress
-from .folder import EXTENSIONS
+from .image_folder import EXTENSIONS
 from .index_cache import Columns, cached_columns
-from .protocol import MOST_CLASSES
+from .source import MOST_CLASSES
 
 BLOCK = 512
 LABEL_KINDS = ("cls", "json", "txt")  # the first one that a sample has says its label

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...io.files import whole
-from .class_names import class_names, write_class_names
-from .protocol import Record, Sample, Source, Stored, encoded
+from ...io.files import atomic_write
+from .labels import class_names, write_class_names
+from .source import ImageRecord, Sample, Source, Splits, encoded_bytes
 from .tf_example import write_example
 from .tfrecord_index import (
     RECORD_LIMIT,
-    Index,
+    TFRecordIndex,
     cached_index,
     files_by_split,
     frame,
@@ -33,13 +33,13 @@ from .tfrecord_index import (
 PREFIXES = {"train": "train", "val": "validation"}
 
 
-class TFRecords:
+class TFRecords(Source):
     """The images of one split, ordered by their stored index (or as they lie, if none is stored).
 
     Holds no open file, so worker processes can share it. Each read verifies the checksums again.
     """
 
-    def __init__(self, uri: str, folder: Path, prefix: str, index: Index) -> None:
+    def __init__(self, uri: str, folder: Path, prefix: str, index: TFRecordIndex) -> None:
         self.uri, self.folder, self._index = uri, folder, index
         self.labels: Tensor | None = None
         self.classes: list[str] | None = None
@@ -51,7 +51,7 @@ class TFRecords:
         return len(self._index.file)
 
     def __getitem__(self, index: int) -> Sample:
-        """See :class:`~localagg.data.sources.protocol.Source`.
+        """See :class:`~localagg.data.sources.source.Source`.
 
         Raises:
             UserError: the record was damaged or replaced since the index was built.
@@ -76,7 +76,7 @@ class TFRecords:
         return self.folder / name, int(self._index.offset[index])
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         path, offset = self._place(index)
         return f"{path.name} at byte {offset:,}"
 
@@ -87,15 +87,15 @@ class TFRecords:
         return digest.hexdigest()
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return int(self._index.length.sum())
 
 
-def find_tfrecords(uri: str, folder: Path) -> Stored | None:
+def find_tfrecords(uri: str, folder: Path) -> Splits | None:
     """The TFRecord files in a folder, by their names."""
     if not folder.is_dir() or not (splits := files_by_split(folder)):
         return None
-    return Stored(list(splits), lambda prefix: _open(uri, folder, prefix, splits[prefix]))
+    return Splits(list(splits), lambda prefix: _open(uri, folder, prefix, splits[prefix]))
 
 
 def _open(uri: str, folder: Path, prefix: str, files: list[str]) -> TFRecords:
@@ -144,7 +144,7 @@ def write_tfrecords(
     names = [tfrecord_name(split, number, files) for number in range(files)]
     for number, name in enumerate(names):
         rows = tfrecord_rows(len(source), number, files)
-        with whole(folder / name) as beside:
+        with atomic_write(folder / name) as beside:
             write_tfrecord(beside, _records(source, rows, on_image))
     if source.classes is not None:
         write_class_names(folder, prefix, source.classes)
@@ -162,7 +162,7 @@ def tfrecord_rows(count: int, number: int, files: int) -> range:
     return range(min(number * each, count), min((number + 1) * each, count))
 
 
-def write_tfrecord(path: Path, records: Iterable[Record]) -> None:
+def write_tfrecord(path: Path, records: Iterable[ImageRecord]) -> None:
     """Write one file.
 
     Raises:
@@ -182,10 +182,10 @@ def write_tfrecord(path: Path, records: Iterable[Record]) -> None:
 
 def _records(
     source: Source, rows: range, on_image: Callable[[int, bytes], None] | None
-) -> Iterator[Record]:
+) -> Iterator[ImageRecord]:
     for i in rows:
         _, image, label = source[i]
-        record = Record(i, source.name(i), encoded(image), label)
+        record = ImageRecord(i, source.name(i), encoded_bytes(image), label)
         yield record
         if on_image is not None:  # asked for the next one: this one is written
             on_image(i, record.image)

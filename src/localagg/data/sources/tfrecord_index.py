@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...io.console import show_progress
 from ...io.crc32c import crc32c, masked
 from .index_cache import Columns, cached_columns
-from .protocol import MOST_CLASSES
+from .source import MOST_CLASSES
 from .tf_example import BadExample, ImageExample, parse_example
 
 RECORD_LIMIT = 1 << 28  # bytes; an image's record that claims more is damage, not data
@@ -30,7 +30,7 @@ _COLUMNS = {
 }
 
 
-class Index(NamedTuple):
+class TFRecordIndex(NamedTuple):
     """Where the images of a split are, in the order of their index."""
 
     files: list[str]
@@ -51,7 +51,7 @@ class Index(NamedTuple):
     """int64 [N], or None where the files store no labels."""
 
 
-# --- Records --------------------------------------------------------------------------------------
+# --- Records ------------------------------------------------------------------------------------------
 
 
 def frame(data: bytes) -> bytes:
@@ -94,7 +94,7 @@ def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, in
     return content, stored
 
 
-def read_image(path: Path, index: Index, row: int) -> bytes | None:
+def read_image(path: Path, index: TFRecordIndex, row: int) -> bytes | None:
     """The image of a row, if its record is what was indexed: one read, and both checksums, but no
     parsing. None where the record is another or damaged, or the image does not lie there in one
     piece; :func:`read_record` says what is the matter.
@@ -183,7 +183,7 @@ def files_by_split(folder: Path) -> dict[str, list[str]]:
 # --- Building -------------------------------------------------------------------------------------
 
 
-def build_index(folder: Path, files: list[str]) -> Index:
+def build_index(folder: Path, files: list[str]) -> TFRecordIndex:
     """Read every record of the files, in order.
 
     Raises:
@@ -211,16 +211,16 @@ def build_index(folder: Path, files: list[str]) -> Index:
                     show(done, of)
     arrays = {name: np.frombuffer(column, np.int64) for name, column in columns.items()}
     places: Any = {name: arrays[name].astype(kind) for name, kind in _COLUMNS.items()}
-    index = Index(files, **places, label=arrays["label"])
+    index = TFRecordIndex(files, **places, label=arrays["label"])
     index = index._replace(label=_labels(folder, index, lacking["label"]))
     return _in_order(folder, index, arrays["index"], lacking["index"])
 
 
-def _where(folder: Path, index: Index, row: Any) -> str:
+def _where(folder: Path, index: TFRecordIndex, row: Any) -> str:
     return f"'{folder / index.files[index.file[row]]}' at byte {index.offset[row]:,}"
 
 
-def _labels(folder: Path, index: Index, lacking: array) -> np.ndarray | None:
+def _labels(folder: Path, index: TFRecordIndex, lacking: array) -> np.ndarray | None:
     label = index.label
     assert label is not None
     if len(lacking) == len(label) or bool((label == -1).all()):
@@ -241,7 +241,9 @@ def _labels(folder: Path, index: Index, lacking: array) -> np.ndarray | None:
     return label
 
 
-def _in_order(folder: Path, index: Index, stored: np.ndarray, lacking: array) -> Index:
+def _in_order(
+    folder: Path, index: TFRecordIndex, stored: np.ndarray, lacking: array
+) -> TFRecordIndex:
     """The index sorted by what the records say is their index, which must be 0..N-1."""
     if len(lacking) == len(stored):
         return index  # packed without: the order of the records
@@ -273,7 +275,7 @@ def _in_order(folder: Path, index: Index, stored: np.ndarray, lacking: array) ->
 # --- Cache ----------------------------------------------------------------------------------------
 
 
-def cached_index(folder: Path, prefix: str, files: list[str]) -> Index:
+def cached_index(folder: Path, prefix: str, files: list[str]) -> TFRecordIndex:
     """The index of a split: from its cache if the files did not change, else built and cached.
 
     Raises:
@@ -301,4 +303,4 @@ def cached_index(folder: Path, prefix: str, files: list[str]) -> Index:
     except OSError as error:
         raise UserError("TODO", f"The TFRecords in '{folder}' cannot be read: {error}.") from None
     arrays: Any = {"label": None, **columns}
-    return Index(files, **arrays)
+    return TFRecordIndex(files, **arrays)

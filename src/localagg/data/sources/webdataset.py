@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .class_names import class_names
-from .folder import EXTENSIONS
-from .protocol import Record, Sample, Stored, fingerprint, split_folders, split_of
+from .image_folder import EXTENSIONS
+from .labels import class_names
+from .source import ImageRecord, Sample, Source, Splits, fingerprint, split_folders, split_in_name
 from .tar_index import BLOCK, TarIndex, cached_index, damaged, member_name
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -31,7 +31,7 @@ _MOST_FILES = 1_000_000
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 
-class WebDataset:
+class WebDataset(Source):
     """The images of tars, in the order of the files' names and of their members.
 
     Holds no open file, so worker processes can share it.
@@ -49,7 +49,7 @@ class WebDataset:
         return len(self._index.file)
 
     def __getitem__(self, index: int) -> Sample:
-        """See :class:`~localagg.data.sources.protocol.Source`.
+        """See :class:`~localagg.data.sources.source.Source`.
 
         Raises:
             UserError: the file was damaged or replaced since the index was built.
@@ -71,7 +71,7 @@ class WebDataset:
         return Sample(index, image, label)
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         file = self._index.files[self._index.file[index]]
         return f"{member_name(self._index, index)} of {Path(file).name}"
 
@@ -82,7 +82,7 @@ class WebDataset:
         return fingerprint(self, [self._index.length, *names, *labels])
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.protocol.Source`."""
+        """See :class:`~localagg.data.sources.source.Source`."""
         return int(self._index.length.sum())
 
 
@@ -97,7 +97,7 @@ def _read(file: int, size: int, offset: int) -> bytes:
 # --- Finding --------------------------------------------------------------------------------------
 
 
-def find_tars(uri: str, root: Path) -> Stored | None:
+def find_tars(uri: str, root: Path) -> Splits | None:
     """A tar, or those in a folder or its split folders, by the split of their name.
 
     A folder that holds images or other folders too is not meant: archives are often left beside
@@ -110,7 +110,7 @@ def find_tars(uri: str, root: Path) -> Stored | None:
         if files := _tars_alone(folder):
             tars[name] = files
     for path in () if tars else _tars_alone(root):
-        tars.setdefault(split_of(path.stem), []).append(path)
+        tars.setdefault(split_in_name(path.stem), []).append(path)
     return _stored(uri, tars) if tars else None
 
 
@@ -129,7 +129,7 @@ def _tars_alone(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def find_tar_pattern(uri: str) -> Stored | None:
+def find_tar_pattern(uri: str) -> Splits | None:
     """Tars by a pattern: ``*``, ``?``, ``[...]``, or WebDataset's ``{000..012}``.
 
     Where all of them are of one split they are "train", as a single named file is.
@@ -149,7 +149,7 @@ def find_tar_pattern(uri: str) -> Stored | None:
         paths += found
     tars: dict[str, list[Path]] = {}
     for path in paths:
-        tars.setdefault(split_of(path.stem), []).append(path)
+        tars.setdefault(split_in_name(path.stem), []).append(path)
     return _stored(uri, tars if len(tars) > 1 else {"train": paths})
 
 
@@ -171,8 +171,8 @@ def _expanded(pattern: str) -> list[str]:
     ]
 
 
-def _stored(uri: str, tars: dict[str, list[Path]]) -> Stored:
-    return Stored(list(tars), lambda split: _open(uri, split, tars[split]))
+def _stored(uri: str, tars: dict[str, list[Path]]) -> Splits:
+    return Splits(list(tars), lambda split: _open(uri, split, tars[split]))
 
 
 def _open(uri: str, split: str, paths: list[Path]) -> WebDataset:
@@ -187,7 +187,7 @@ def _open(uri: str, split: str, paths: list[Path]) -> WebDataset:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write_tar(path: Path, records: Iterable[Record]) -> None:
+def write_tar(path: Path, records: Iterable[ImageRecord]) -> None:
     """Write one tar: of each record ``INDEX.jpg`` (or .png, ...) and, where labeled, ``INDEX.cls``.
 
     Its bytes depend on the records alone.
@@ -207,7 +207,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _extension(record: Record) -> str:
+def _extension(record: ImageRecord) -> str:
     """By the image's format; of what is no image, its file's own."""
     found = _EXTENSIONS.get(record.format, record.format.lower())
     if "." + found in EXTENSIONS:

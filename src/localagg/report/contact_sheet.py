@@ -1,0 +1,106 @@
+"""A contact sheet: the views that training would see, to be looked at before it begins."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..config import PretrainConfig, ViewConfig
+from ..data.images.augment import Augment
+from ..data.images.nvjpeg import EncodedCrops
+from ..data.loading.cropping import Crops, Measured
+from ..data.loading.loader import report_unreadable, typical_side
+from ..data.sources.source import Source
+from ..errors import UserError
+from ..io.files import atomic_write
+from ..recipes.defaults import resolve_defaults
+
+_COLUMNS = 8  # the measured view, and those of seven epochs
+_SMALL = 96  # pixels; smaller views are enlarged by a whole number
+_GAP = 4
+_LINE = 14  # height of a line of text, in Pillow's built-in font
+
+
+def contact_sheet(
+    source: Source, config: PretrainConfig, count: int, path: Path, *, seed: int = 0
+) -> dict[str, Any]:
+    """Write a PNG with a row an image: the view that is measured, then those of epochs 0 to 6.
+
+    Args:
+        source: where the images come from; ``count`` of them are taken, evenly spread.
+        config: its views are shown, those left None fitted to the images.
+        count: images.
+        path: the file to write.
+        seed: of the draws; a run with this seed sees these views.
+
+    Returns:
+        {"file", "images": names, "columns", "image_size", "unreadable": {name: reason}}.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
+    index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
+    fitted = PretrainConfig(views=config.views)
+    views = resolve_defaults(fitted, len(source), typical_side(source)).views
+    index, columns, failed = _views(source, views, index, seed)
+    if not len(index):
+        report_unreadable(source, failed, "error")
+    names = [source.name(i) for i in index.tolist()]
+    with atomic_write(path) as beside:
+        _drawn(columns, names).save(beside, format="PNG")
+    return {
+        "file": str(path),
+        "images": names,
+        "columns": ["measured", *(f"epoch {epoch}" for epoch in range(_COLUMNS - 1))],
+        "image_size": views.image_size,
+        "unreadable": {source.name(i): why for i, why in failed.items()},
+    }
+
+
+def _views(
+    source: Source, views: ViewConfig, index: Tensor, seed: int
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """(index of the readable images [n], their views [n, columns, 3, S, S] in 0-1, failed)."""
+    index, measured, failed = Measured(source, views, [index], ten_crop=False)[0]
+    columns = [measured.float() / 255]
+    if len(index):
+        augment = Augment(views, seed, cropped=True)
+        for epoch in range(_COLUMNS - 1):
+            _, crops, _ = Crops(source, views, seed, epoch, [index])[0]
+            if isinstance(crops, EncodedCrops):
+                crops, _ = crops.decoded("cpu")
+            columns.append(augment(crops, epoch, index))
+    return index, torch.stack(columns, dim=1), failed
+
+
+def _drawn(columns: Tensor, names: list[str]) -> Image.Image:
+    rows, across = columns.shape[:2]
+    zoom = max(1, _SMALL // columns.shape[3])
+    size = columns.shape[3] * zoom
+    step, height = size + _GAP, _LINE + size + _GAP
+    sheet = Image.new("RGB", (across * step + _GAP, rows * height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    levels = (columns * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    for row, name in enumerate(names):
+        shown = name.encode("ascii", "replace").decode()  # what the built-in font can draw
+        draw.text((_GAP, row * height + 1), shown, fill="black")
+        for column in range(across):
+            picture = Image.fromarray(np.ascontiguousarray(levels[row, column]))
+            picture = picture.resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(picture, (_GAP + column * step, row * height + _LINE))
+    return sheet
+
+
+def check_sheet(path: Path, count: int) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Raises:
+        UserError: fewer than one image; not a .png in an existing folder.
+    """
+    if count < 1:
+        raise UserError("TODO", f"--augmented {count} asks for no image; it must be at least 1.")
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError("TODO", f"--sheet {path} is not a .png file in an existing folder.")

@@ -1,0 +1,126 @@
+"""What a run would be: its whole configuration, its steps, and the memory it will want."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import (
+    PretrainConfig,
+    flag,
+    from_dict,
+    option_names,
+    option_value,
+    require_resolved,
+    to_dict,
+)
+from ..data.loading.loader import typical_side
+from ..data.sources.open import open_images
+from ..io.console import notify, print_table
+from ..recipes.defaults import explain_defaults, resolve_defaults
+from ..recipes.schedule import Schedule, images_seen
+from .learner import make_encoder
+from .neighbors import SearchableBank, search_bytes
+
+
+def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
+    """Resolve a configuration against images and forecast the run, without training.
+
+    Args:
+        config: as for ``pretrain``.
+        data: data URI; a few headers are read.
+
+    Returns:
+        {"images", "notes": sentences of what was derived, "config", "steps": {"epoch", "ir", "la",
+        "total", "drops", "images_seen"}, "memory": {part: bytes}, "checkpoint_bytes"}. Bank,
+        labels, weights and checkpoint are exact; images, views, activations and the loss engine
+        are estimates.
+
+    Raises:
+        UserError: options and data do not go together.
+    """
+    source = open_images(data)
+    size, side = len(source), typical_side(source)
+    resolved = resolve_defaults(config, size, side)
+    schedule = Schedule(resolved, size)
+    memory = _memory(resolved, size, side)
+    kept = ("memory bank", "cluster labels")
+    return {
+        "images": size,
+        "notes": explain_defaults(config, resolved, size),
+        "config": to_dict(resolved),
+        "steps": {
+            "epoch": schedule.la_steps,
+            "ir": schedule.la_start,
+            "la": schedule.total_steps - schedule.la_start,
+            "total": schedule.total_steps,
+            "drops": schedule.boundaries,
+            "images_seen": images_seen(schedule),
+        },
+        "memory": memory,
+        "checkpoint_bytes": sum(memory[part] for part in kept)
+        + memory["weights, gradients and momentum"] * 2 // 3,
+    }
+
+
+def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
+    """Print a :func:`forecast` and return it."""
+    result = forecast(config, data)
+    for note in result["notes"]:
+        notify(note)
+    resolved = from_dict(PretrainConfig, result["config"])
+    values = [[flag(name), _words(option_value(resolved, name))] for name in option_names(resolved)]
+    print_table(["option", "value"], values)
+    steps = [[name, _words(value)] for name, value in result["steps"].items()]
+    print_table(["steps", ""], steps)
+    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
+    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
+    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
+    return result
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
+    objective, batch = config.objective, require_resolved(config.batch_size)
+    batch = max(batch, config.ir_batch_size or 0)
+    parameters, activations = _network(config)
+    number_bytes = 4 if config.precision == "32-true" else 2
+    pixels = size * 3 * side * side
+    held = config.memory == "always" or (
+        config.memory == "auto" and pixels <= config.memory_gb * 2**30
+    )
+    view = require_resolved(config.views.image_size)
+    neighbors = require_resolved(objective.neighbors)
+    row = torch.empty(1, config.encoder.dim, dtype=getattr(torch, objective.bank_dtype))
+    return {
+        "memory bank": size * row.nbytes,
+        "cluster labels": len(require_resolved(objective.clusters)) * size * 4,
+        "weights, gradients and momentum": 3 * 4 * parameters,
+        "activations (estimate)": batch * activations * number_bytes,
+        "views (estimate)": 3 * batch * 3 * view * view * 4,
+        "loss engine (estimate)": search_bytes(SearchableBank(row), size, batch, neighbors),
+        "images held decoded (estimate, if they share one size)": pixels if held else 0,
+    }
+
+
+def _network(config: PretrainConfig) -> tuple[int, int]:
+    """(parameters, values of all layers' outputs for one image), computed without memory."""
+    with torch.device("meta"):
+        encoder = make_encoder(config.encoder, config.seed)
+    outputs = 0
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal outputs
+        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in encoder.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    view = require_resolved(config.views.image_size)
+    encoder.eval()(torch.empty(1, 3, view, view, device="meta"))
+    return sum(p.numel() for p in encoder.parameters()), outputs

@@ -1,0 +1,95 @@
+"""A checkpoint of the reference to a weights file that the commands take, whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from make_tf_checkpoint import checkpoint
+from safetensors.torch import load_file
+
+from localagg import cli
+from localagg.checkpoint import load_encoder, load_views
+from localagg.interop.import_weights import REFERENCE_VIEWS
+from localagg.interop.tf_variables import map_variables
+from localagg.models import create_encoder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with a checkpoint of a ResNet-18 and its bank, and the encoder it was made of."""
+    folder = tmp_path_factory.mktemp("tf")
+    encoder = create_encoder("preact_resnet18", seed=3)
+    values = encoder.state_dict()
+    arrays = {}
+    for name, key in map_variables(encoder).items():
+        tensor = values[key]
+        tensor = tensor.permute(2, 3, 1, 0) if tensor.ndim == 4 else tensor.t()
+        arrays[name] = tensor.contiguous().numpy()
+    rows = np.random.RandomState(0).rand(5, 128).astype(np.float32)
+    arrays["instance/memory_bank"] = rows
+    arrays["instance/all_labels"] = np.arange(5)
+    arrays["instance/cluster_labels"] = np.arange(10).reshape(2, 5)
+    arrays["global_step"] = np.array(11)
+    for name, data in checkpoint(arrays).items():
+        (folder / name).write_bytes(data)
+    return folder / "model.ckpt-10", encoder, rows
+
+
+def test_weights_bank_and_views_go_through(stored, tmp_path, pictures, capsys):
+    prefix, encoder, rows = stored
+    out, bank = tmp_path / "la.safetensors", tmp_path / "bank.safetensors"
+    words = ["import-tf", str(prefix), "--model", "preact_resnet18", "--out", str(out)]
+    assert cli.main([*words, "--bank", str(bank), "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["global_step"], report["rows"], report["missing"]) == (11, 5, [])
+    assert "preact_resnet18" in capsys.readouterr().out
+    again = load_encoder(out)
+    assert again.spec["model"] == "preact_resnet18"
+    before, after = encoder.state_dict(), again.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert load_views(out) == REFERENCE_VIEWS
+    kept = load_file(bank)
+    np.testing.assert_array_equal(kept["rows"], rows)
+    assert kept["labels"].tolist() == list(range(5))
+    assert kept["clusters"].tolist() == np.arange(10).reshape(2, 5).tolist()
+    assert {file.name for file in tmp_path.iterdir()} == {out.name, bank.name, "r.json"}
+    table = tmp_path / "e.parquet"
+    assert cli.main(["embed", str(out), "--data", str(pictures / "val"), "--out", str(table)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{prefix} --model preact_resnet50 --out {new}", "not of preact_resnet50"),
+        ("{prefix} --model preact_resnet81 --out {new}", "Did you mean 'preact_resnet18'"),
+        ("{prefix} --model resnet18 --out {new}", "has no network 'resnet18'"),
+        ("{prefix} --model preact_resnet18 --out /no/such/folder/x", "--out"),
+        ("{prefix} --model preact_resnet18 --out {new} --bank /no/such/x", "--bank"),
+        ("/no/such/model.ckpt-1 --model preact_resnet18 --out {new}", "/no/such/model.ckpt-1"),
+        ("/no/such/checkpoint.pth.tar --model resnet18 --out {new}", "There is no file"),
+        ("{prefix} --out {new}", "--model"),
+    ],
+)
+def test_wrong_use_is_one_sentence(stored, tmp_path, capsys, words, message):
+    new = tmp_path / "new.safetensors"
+    assert cli.main(["import-tf", *words.format(prefix=stored[0], new=new).split()]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in " ".join(said)
+    assert not new.exists()
+
+
+def test_the_ports_file_takes_the_same_way(tmp_path, capsys):
+    import torchvision
+
+    theirs = torchvision.models.resnet18()
+    theirs.fc = torch.nn.Linear(512, 128)
+    state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    file = tmp_path / "checkpoint.pth.tar"
+    torch.save({"model_state_dict": state, "memory_bank": torch.rand(4, 128)}, file)
+    out, bank = tmp_path / "w.safetensors", tmp_path / "b.safetensors"
+    words = ["import-tf", str(file), "--model", "resnet18", "--out", str(out), "--bank", str(bank)]
+    assert cli.main(words) == 0
+    head = load_encoder(out).head.weight
+    assert torch.equal(head, theirs.fc.weight)
+    assert load_file(bank)["rows"].shape == (4, 128)
