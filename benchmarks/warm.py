@@ -19,7 +19,6 @@ WAYS = {
     "cold: faiss, 20 iterations": {"warm_clusters": False},
     "cold: ours, 20 iterations": {"warm_clusters": False, "kmeans": "lloyd"},
     "warm": {"warm_clusters": True},
-    "warm, 50 steps late": {"warm_clusters": True, "recluster_delay": 50},
 }
 
 

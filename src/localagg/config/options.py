@@ -133,14 +133,12 @@ class ObjectiveConfig:
     """k-means iterations of a clustering that starts warm, at most."""
     warm_tolerance: float = 0.004
     """It ends when an iteration lowers its inertia by no more than this share."""
-    recluster_delay: int = 0
-    """Steps (an epoch at most) until new labels take effect; a thread computes them meanwhile."""
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature")
         check_probability(self, "bank_momentum", "instance_share")
         check_at_least(self, 1, "noise", "neighbors", "kmeans_iterations", "warm_iterations")
-        check_at_least(self, 0, "warm_tolerance", "recluster_delay")
+        check_at_least(self, 0, "warm_tolerance")
         if self.kmeans not in ("auto", "faiss", "lloyd"):
             raise UserError(
                 "TODO", f"--kmeans is '{self.kmeans}'; it must be auto, faiss or lloyd."

@@ -1,7 +1,7 @@
-"""What the steps of a run say, fetched late: no step waits for the device to answer.
+"""Fetch the metrics of steps late, so that no step waits for the device.
 
-A step leaves a few scalars on the device. Now and then those since the last time begin their way
-to the host together, and are looked at when the next ones begin theirs.
+A step leaves a few scalars on the device. Every few steps these start their way to the host
+together, and they are read when the next ones start.
 """
 
 import math
@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 
 
-class Step(NamedTuple):
-    """What a step said."""
+class StepMetrics(NamedTuple):
+    """The metrics of one step."""
 
     number: int
-    """Steps done with it."""
+    """Steps done, this one included."""
     facts: dict[str, Any]
-    """What the host knew at the time: epoch, phase, learning rate."""
+    """Values that the host knew: epoch, phase, learning rate."""
     index: Tensor
-    """Its images, int64 [B], where they were."""
+    """int64 [B]: the images of the step, on the device."""
     values: dict[str, float]
-    """What the device had to say."""
+    """Values from the device."""
     finite: bool
-    """Whether loss and gradient are."""
+    """Whether the loss and all its gradients are finite."""
 
 
-class Watch:
+class DeferredMetrics:
     """Scalars of steps on their way to the host, in the order of the steps."""
 
-    last: Step | None = None
-    """The newest step, before its values have come."""
+    last: StepMetrics | None = None
+    """The newest step, before its values arrived."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Step, list[str], Tensor]] = []
-        self._sent: list[tuple[Step, list[str], Tensor]] = []
+        self._waiting: list[tuple[StepMetrics, list[str], Tensor]] = []
+        self._sent: list[tuple[StepMetrics, list[str], Tensor]] = []
         self._arrived: Callable[[], list[float]] = list
 
     def put(
@@ -44,49 +44,44 @@ class Watch:
         facts: dict[str, Any],
         index: Tensor,
         values: dict[str, Tensor],
-        gradient: Tensor,
+        finite: Tensor,
     ) -> None:
-        """A step is done. Nothing is waited for.
+        """Add a step, without waiting.
 
         Args:
-            number: steps done with it.
-            facts: what the host knows of it.
-            index: int64 [B], its images.
+            number: steps done, this one included.
+            facts: values that the host knows.
+            index: int64 [B], the images of the step.
             values: scalars on the device; "loss" is one of them.
-            gradient: [B, D], of the loss.
+            finite: NaN or infinite somewhere if a gradient of the step is. Any shape.
         """
-        finite = torch.isfinite(gradient).all()
+        finite = torch.isfinite(finite).all()
         wide = torch.promote_types(values["loss"].dtype, torch.float32)
         scalars = torch.stack([value.detach().to(wide) for value in (finite, *values.values())])
-        self.last = Step(number, facts, index, {}, True)
+        self.last = StepMetrics(number, facts, index, {}, True)
         self._waiting.append((self.last, list(values), scalars))
 
-    def begin(self) -> list[Step]:
-        """Send what waits, and give what was sent the last time."""
-        found = self._receive()
-        self._sent, self._waiting = self._waiting, []
-        if self._sent:
-            self._arrived = _send(torch.cat([scalars for *_, scalars in self._sent]))
-        return found
-
-    def finish(self) -> list[Step]:
-        """Give all steps, waiting for the device."""
-        return self.begin() + self.begin()
-
-    def _receive(self) -> list[Step]:
+    def exchange(self) -> list[StepMetrics]:
+        """Send the waiting steps and return those that were sent before."""
         numbers = iter(self._arrived())
         found = []
         for step, names, _ in self._sent:
-            gradient = bool(next(numbers))
+            gradient_finite = bool(next(numbers))
             values = {name: next(numbers) for name in names}
-            finite = gradient and math.isfinite(values["loss"])
+            finite = gradient_finite and math.isfinite(values["loss"])
             found.append(step._replace(values=values, finite=finite))
-        self._sent, self._arrived = [], list
+        self._sent, self._waiting, self._arrived = self._waiting, [], list
+        if self._sent:
+            self._arrived = _start_copy(torch.cat([scalars for *_, scalars in self._sent]))
         return found
 
+    def fetch_all(self) -> list[StepMetrics]:
+        """Return all steps, waiting for the device."""
+        return self.exchange() + self.exchange()
 
-def _send(values: Tensor) -> Callable[[], list[float]]:
-    """Begin a copy to the host; the result waits for its end."""
+
+def _start_copy(values: Tensor) -> Callable[[], list[float]]:
+    """Start a copy to the host; the returned function waits for its end."""
     copy = values.to("cpu", non_blocking=True)  # into pinned memory
     if not values.is_cuda:
         return copy.tolist
@@ -100,16 +95,16 @@ def _send(values: Tensor) -> Callable[[], list[float]]:
     return arrived
 
 
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None where all are finite.
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, or None.
 
     Args:
-        tensors: (name, tensor); those that are not floating point are passed over.
+        tensors: (name, tensor); tensors that are not floating point are skipped.
     """
     named = [(name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel()]
     if not named:
         return None
-    # Extremes pass on NaN, and take no memory, which isfinite does: a byte for each number.
-    fine = [torch.stack(torch.aminmax(t)).float().isfinite().all() for _, t in named]
-    answers = torch.stack([one.to(fine[0].device) for one in fine]).tolist()
+    # Extremes pass on NaN and need no memory; isfinite needs a byte for each number.
+    finite = [torch.stack(torch.aminmax(t)).float().isfinite().all() for _, t in named]
+    answers = torch.stack([one.to(finite[0].device) for one in finite]).tolist()
     return next((name for (name, _), one in zip(named, answers, strict=True) if not one), None)

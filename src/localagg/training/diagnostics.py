@@ -1,6 +1,6 @@
-"""Signs that a run goes wrong, measured once an epoch, and the bounds at which it warns.
+"""Diagnose a run once an epoch, and warn where a value crosses its bound.
 
-Each has a name in metrics.jsonl and a sentence; ``docs/running.md`` has them as a table.
+Each value has a name in metrics.jsonl and a sentence; ``docs/running.md`` lists them.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ MOST_LONE = 0.3
 MOST_CHURN = 0.98
 
 
-class Health:
-    """The health of an epoch: means over its steps, its clusters, and the bank at its end.
+class Diagnostics:
+    """Diagnostics of an epoch: means over its steps, its clusters, and the bank at its end.
 
     Args:
-        state: as :meth:`state` gave it to the checkpoint that a run goes on from.
-        world: the ranks that bank and labels are split over. None: this process has them.
+        state: from :meth:`state`, saved in the checkpoint that a run resumes from.
+        world: the ranks that hold bank and labels. Default: this process alone.
     """
 
     def __init__(self, state: dict[str, Any] | None = None, world: World | None = None) -> None:
@@ -41,41 +41,41 @@ class Health:
         self._warned: list[str] = state["warned"]
 
     def state(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the state as JSON values."""
         return {"steps": self._steps, "clusters": self._clusters, "warned": self._warned}
 
     def add(self, values: dict[str, float]) -> None:
-        """What a step said."""
+        """Add the values of a step."""
         for name in ("without_close", "staleness"):
             if name in values:
                 total, count = self._steps.get(name, (0.0, 0))
                 self._steps[name] = [total + values[name], count + 1]
 
-    def clustered(self, labels: Tensor, before: Tensor | None) -> None:
-        """New labels of this rank's rows [H, n], and the ones before."""
-        self._clusters = cluster_facts(labels, before, self._world)
+    def record_clusters(self, labels: Tensor | None, before: Tensor | None) -> None:
+        """Compare new labels of this rank's rows [H, n] with the ones before."""
+        if labels is not None:
+            self._clusters = cluster_facts(labels, before, self._world)
 
     def end_epoch(self, rows: Tensor) -> tuple[dict[str, Any], list[str]]:
-        """The epoch's line, and a sentence for each bound that it crosses and the last did not.
+        """Return the epoch's metrics, and a sentence for each bound that it crosses newly.
 
         Args:
             rows: of the bank, those of this rank [n, D].
         """
         total, second = moments(rows)
-        counted = self._world.sum(torch.cat([second, total[None]]))
-        second, total = counted[:-1], counted[-1]
+        sums = self._world.sum(torch.cat([second, total[None]]))
+        second, total = sums[:-1], sums[-1]
         size = int(self._world.sum(torch.tensor(len(rows))))
-        dim = rows.shape[1]
         means = {name: total / count for name, (total, count) in self._steps.items()}
-        line: dict[str, Any] = {**spread(total, second, size), **means, **self._clusters}
-        crossed = warnings(line, min(size, dim))
-        news = [sentence for name, sentence in crossed.items() if name not in self._warned]
+        metrics: dict[str, Any] = {**spread(total, second, size), **means, **self._clusters}
+        crossed = warnings(metrics, min(size, rows.shape[1]))
+        new = [sentence for name, sentence in crossed.items() if name not in self._warned]
         self._steps, self._clusters, self._warned = {}, {}, list(crossed)
-        return line | ({"warnings": self._warned} if crossed else {}), news
+        return metrics | ({"warnings": self._warned} if crossed else {}), new
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum [D] and second moment [D, D] of rows, float64 on the CPU; sums over shards add up.
+    """Return sum [D] and second moment [D, D] of rows, float64 on the CPU; shards add up.
 
     Args:
         rows: [N, D], any float dtype and device.
@@ -90,7 +90,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spread(total: Tensor, second: Tensor, size: int) -> dict[str, float]:
-    """How much of the sphere unit rows fill, from their :func:`moments`.
+    """Return how much of the sphere unit rows fill, from their :func:`moments`.
 
     Args:
         total: [D].
@@ -99,7 +99,7 @@ def spread(total: Tensor, second: Tensor, size: int) -> dict[str, float]:
 
     Returns:
         "spread": 1 minus the mean cosine of all pairs of rows (a row with itself too): 0 where all
-        are one point, about 1 where they lean nowhere. "effective_rank": the exponential of the
+        are one point, about 1 where they point everywhere. "effective_rank": the exponential of the
         entropy of the rows' singular values, which is 1 on a line and D on an even cloud (Roy &
         Vetterli 2007; of embeddings, RankMe, Garrido et al. 2023).
     """
@@ -110,33 +110,21 @@ def spread(total: Tensor, second: Tensor, size: int) -> dict[str, float]:
     return {"spread": 1 - mean_cosine, "effective_rank": float(entropy.exp())}
 
 
-def staleness(rows: Tensor, embedding: Tensor) -> Tensor:
-    """How far the bank is behind: 1 minus the mean cosine of a batch and its rows, a scalar.
-
-    Each row was last written an epoch ago, from another view: both differences count.
-
-    Args:
-        rows: of the bank, before their update [B, D].
-        embedding: [B, D].
-    """
-    return 1 - (rows * embedding).sum(dim=1).mean()
-
-
 def cluster_facts(
     labels: Tensor, before: Tensor | None, world: World | None = None
 ) -> dict[str, float]:
-    """The sizes of clusters, and what has changed since the last clustering.
+    """Return the sizes of clusters, and their change since the last clustering.
 
     Args:
         labels: int [H, N], or of this rank's rows.
-        before: those of the last clustering; None at the first.
-        world: the ranks that the rows are split over. None: this process has all.
+        before: labels of the last clustering; None at the first.
+        world: the ranks that hold the rows. Default: this process alone.
 
     Returns:
         "largest_cluster": the rows of the largest cluster over those of the mean one; "lone": the
         share of clusters that have one row or none; "churn": 1 minus the adjusted Rand index of
-        each clustering and the one before it (0: the same clusters, 1: no more alike than by
-        chance), where there is one, on at most 100,000 rows. Means over the H clusterings.
+        each clustering and the one before (0: the same clusters, 1: as alike as by chance), on at
+        most 100,000 rows; missing at the first clustering. Means over the H clusterings.
     """
     world = world or World()
     size = int(world.sum(torch.tensor(labels.shape[1])))
@@ -148,27 +136,27 @@ def cluster_facts(
         found["lone"].append(float((sizes <= 1).float().mean()))
     if before is not None and before.shape == labels.shape:
         old, new = _sampled(before, size, world), _sampled(labels, size, world)
-        found["churn"] = [1 - _agreement(*pair) for pair in zip(old, new, strict=True)]
+        found["churn"] = [1 - _adjusted_rand_index(*pair) for pair in zip(old, new, strict=True)]
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _sampled(labels: Tensor, size: int, world: World) -> Tensor:
-    """The labels [H, 100,000 at most] of rows spread evenly over all ranks, on the CPU."""
+    """Return the labels [H, 100,000 at most] of rows spread evenly over all ranks, on the CPU."""
     step, start = -(-size // _COMPARED), world.part(size).start
     return torch.cat(world.gather_objects(labels[:, -start % step :: step].cpu()), dim=1)
 
 
-def _agreement(one: Tensor, other: Tensor) -> float:
+def _adjusted_rand_index(one: Tensor, other: Tensor) -> float:
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(one.numpy(), other.numpy()))
 
 
 def warnings(measured: dict[str, Any], rank: int) -> dict[str, str]:
-    """A sentence for each bound that an epoch has crossed, by the name of the measure.
+    """Return a sentence for each bound that an epoch crossed, by the name of the value.
 
     Args:
-        measured: by the names of this module and "without_close"; what is missing is not judged.
+        measured: by the names of this module and "without_close"; missing values are skipped.
         rank: the dimensions that the rows can fill, min(N, D).
     """
     crossed = {
@@ -196,9 +184,9 @@ _SENTENCES = {
     " --bank-momentum",
     "without_close": "{:.0%} of the images had no close neighbor and taught nothing; raise"
     " --neighbors or lower --clusters",
-    "largest_cluster": "the largest cluster has {:.0f} times the images of the mean one; the"
+    "largest_cluster": "the largest cluster has {:.0f} times the images of an average one; the"
     " embedding may be collapsing: lower --learning-rate",
     "lone": "{:.0%} of the clusters have one image or none; lower --clusters",
-    "churn": "clusters are made anew each epoch ({:.0%} unlike the last ones); give IR more epochs"
+    "churn": "clusters change entirely each epoch ({:.0%} unlike the last); give IR more epochs"
     " (--ir-epochs) or lower --learning-rate",
 }

@@ -18,8 +18,8 @@ from ..errors import UserError
 from ..io.console import notify, print_table, show_progress
 from ..recipes.defaults import resolve_defaults
 from .learner import Learner
-from .sharded import Batch
-from .step import score
+from .step import take_step
+from .time_shares import TimeShares
 
 _SECONDS = 1.5  # what each part is timed for
 _STEP_SECONDS = 0.4  # a step of CPU time, for which the batch is cut down
@@ -107,18 +107,22 @@ def _learning(learner: Learner, aggregating: bool, held: tuple[int, int] | None)
         labels = [torch.randint(k, (size,), dtype=torch.int32) for k in clusters]
         learner.labels = torch.stack(labels).to(device)
     augment = Augment(config.views, config.seed, cropped=held is None)
+    timer = TimeShares(device)
     shape = held or (require_resolved(config.views.image_size),) * 2
 
     def step(count: int) -> None:
-        index = torch.arange(count, device=device) % len(learner.bank.rows)
+        index = torch.arange(count) % len(learner.bank.rows)
         images = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8, device=device)
-        views = augment(images, 0, index).contiguous(memory_format=torch.channels_last)
-        embedding = learner.network(views)
-        batch = Batch(embedding.detach(), index)
-        learner.fabric.backward(embedding, gradient=score(learner, batch, aggregating).gradient)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        learner.bank.update(index, batch.embedding)
+        take_step(
+            learner,
+            augment,
+            (index, images),
+            0,
+            aggregating=aggregating,
+            size=count,
+            learning_rate=config.learning_rate,
+            timer=timer,
+        )
 
     batch = require_resolved(config.batch_size)
     if device.type == "cpu":

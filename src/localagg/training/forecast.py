@@ -16,11 +16,12 @@ from ..config import (
 )
 from ..data.loading.loader import typical_side
 from ..data.sources.open import open_images
+from ..engine.search import search_bytes
+from ..engine.searchable_bank import SearchableBank
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule, images_seen
 from .learner import make_encoder
-from .neighbors import SearchableBank, search_bytes
 
 
 def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The record of a run while it learns: console, metrics, checkpoints, shares of time, health."""
+"""Record a run while it learns: console, metrics, checkpoints, shares of time, diagnostics."""
 
 import time
 from contextlib import ExitStack
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_json
 from ..config import PretrainConfig
@@ -19,21 +18,27 @@ from ..errors import UserError
 from ..io.console import notify, progress_bar
 from ..io.metrics_log import MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
-from .deferred_metrics import Step, Watch, not_finite
-from .diagnostics import Health
+from .deferred_metrics import DeferredMetrics, StepMetrics, first_not_finite
+from .diagnostics import Diagnostics
 from .learner import Learner
+from .step import StepResult
 from .time_shares import TimeShares
 
 _NAMED = 8  # images in a message
-WAITING = "waiting for data"  # the part of the time that is called so
-# The progress of a run that begins.
+WAITING = "waiting for data"
+"""Label of the data-loading time."""
 START: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "final": {}}
+"""The progress of a run that begins."""
 
 
 class Recorder:
-    """The record of a run: console, metrics, checkpoints, and where the time went.
+    """Console, metrics, checkpoints and time shares of a run.
 
-    Of several ranks the first writes and tells; the others take part in its checkpoints.
+    Rank 0 writes and prints; the other ranks take part in its checkpoints.
+
+    Attributes:
+        timer: measures the parts of the run.
+        health: diagnostics of the epoch.
     """
 
     def __init__(
@@ -47,55 +52,43 @@ class Recorder:
     ) -> None:
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
         self.world = learner.world
-        self.due = self.heard = False
-        self.last_step = schedule.total_steps
-        self.shares = TimeShares(learner.device)
-        self.shares.seconds = dict(progress["shares"])
-        self.timed = dict(self.shares.seconds)  # when the epoch began
-        self.began = (learner.step, time.monotonic())
-        self.hinted = False
-        self.before = progress["seconds"]
+        self.total_steps = schedule.total_steps
+        self.timer = TimeShares(learner.device)
+        self.timer.seconds = dict(progress["shares"])
+        self._epoch_seconds = dict(self.timer.seconds)  # by part, when the epoch began
+        self._epoch_start = (learner.step, time.monotonic())
+        self._hinted = False
+        self._seconds_before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
-        self.started = self.saved = time.monotonic()
+        self._started = self._saved = time.monotonic()
+        self._checkpoint_due = self._stop_agreed = False
         self.metrics = NoMetricsLog()
         if self.world.rank == 0:
             self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=learner.step)
-        self.watch = Watch()
-        self.health = Health(progress.get("health"), self.world)
+        self._deferred = DeferredMetrics()
+        self.health = Diagnostics(progress.get("health"), self.world)
         self.bar = progress_bar()
 
     def __enter__(self) -> "Recorder":
         with ExitStack() as stack:
             stack.callback(self.metrics.close)
             stack.enter_context(self.bar)
-            self.task = self.bar.add_task("learning", total=self.last_step, note="")
-            self.bar.update(self.task, completed=self.learner.step)
-            self.interrupt = stack.enter_context(handle_stop_signals())
-            if not self.world.gather_objects(has_checkpoint(self.run))[
-                0
-            ]:  # rank 0's view of the disk
+            self._task = self.bar.add_task("learning", total=self.total_steps, note="")
+            self.bar.update(self._task, completed=self.learner.step)
+            self._signals = stack.enter_context(handle_stop_signals())
+            if not self.world.gather_objects(has_checkpoint(self.run))[0]:  # as rank 0 sees it
                 self.checkpoint()
-            self.stack = stack.pop_all()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stack.close()
+        self._stack.close()
 
-    def after_step(
-        self,
-        epoch: int,
-        aggregating: bool,
-        index: Tensor,
-        loss: Tensor,
-        gradient: Tensor,
-        notes: dict[str, Tensor],
-        *,
-        ends: bool,
-    ) -> None:
-        """Metrics every few steps; a checkpoint when one is due.
+    def after_step(self, epoch: int, aggregating: bool, result: StepResult, *, ends: bool) -> None:
+        """Write metrics every few steps, and a checkpoint when one is due.
 
-        Not where the epoch ends: it is measured first, and a run that goes on from a checkpoint
-        before that would leave the measurement out.
+        No checkpoint where the epoch ends: it is measured first, and a run resumed from an earlier
+        checkpoint would skip the measurement.
         """
         self._agree()
         step = self.learner.step
@@ -104,44 +97,45 @@ class Recorder:
             "phase": "LA" if aggregating else "IR",
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
         }
-        self.watch.put(step, facts, index, {"loss": loss, **notes}, gradient)
+        self._deferred.put(step, facts, result.index, result.values, result.finite)
         if ends:
-            self._look(self.watch.finish())
+            self._write(self._deferred.fetch_all())
             self._end_of_epoch(epoch)
         elif step % self.config.log_every == 0:
-            self._look(self.watch.begin())
-        self.bar.update(self.task, completed=step)
-        if not ends and self.due:
+            self._write(self._deferred.exchange())
+        self.bar.update(self._task, completed=step)
+        if not ends and self._checkpoint_due:
             self.checkpoint()
 
     @property
-    def asked(self) -> bool:
-        """Whether the loop is to stop after this step: on all ranks alike."""
-        return self.interrupt.requested if self.world.size == 1 else self.heard
+    def should_stop(self) -> bool:
+        """Whether a signal to any rank asks the loop to stop; the same on all ranks."""
+        return self._signals.requested if self.world.size == 1 else self._stop_agreed
 
     def _agree(self) -> None:
-        """All ranks learn of a signal to any, and whether rank 0 finds a checkpoint due. One
-        all-reduce of two numbers."""
-        self.due = time.monotonic() - self.saved >= self.config.checkpoint_seconds
+        """Share signals, and whether rank 0 finds a checkpoint due, with all ranks. One all-reduce
+        of two numbers."""
+        due = time.monotonic() - self._saved >= self.config.checkpoint_seconds
+        self._checkpoint_due = due
         if self.world.size > 1:
-            due = int(self.due and self.world.rank == 0)
-            status, due = self.world.maximum(torch.tensor([self.interrupt.status, due])).tolist()
-            self.due, self.heard = bool(due), bool(status)
-            self.interrupt.status = self.interrupt.status or status  # one may come meanwhile
+            mine = torch.tensor([self._signals.status, int(due and self.world.rank == 0)])
+            status, due = self.world.maximum(mine).tolist()
+            self._checkpoint_due, self._stop_agreed = bool(due), bool(status)
+            self._signals.status = self._signals.status or status  # one may arrive meanwhile
 
-    def _look(self, steps: list[Step]) -> None:
-        """What has come from steps: their lines, and the sums of the epoch.
+    def _write(self, steps: list[StepMetrics]) -> None:
+        """Write metrics that arrived from the device.
 
         Raises:
-            UserError: a loss or gradient among them is not finite.
+            UserError: a loss or gradient is not finite.
         """
         for step in steps:
             if not step.finite:
                 loss = step.values["loss"]
                 what = "gradient of the loss is not finite" if isfinite(loss) else f"loss is {loss}"
-                self._stop(f"The {what} at step {step.number:,}", step)
+                self._stop_not_finite(f"The {what} at step {step.number:,}", step)
             self.health.add(step.values)
-            if step.number % self.config.log_every and step.number != self.last_step:
+            if step.number % self.config.log_every and step.number != self.total_steps:
                 continue
             rate = {"learning_rate": step.facts["learning_rate"]}
             with convert_write_errors(self.run):
@@ -149,14 +143,10 @@ class Recorder:
             note = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
             if "without_close" in step.values:
                 note += f", {step.values['without_close']:.0%} without a close neighbor"
-            self.bar.update(self.task, description=f"epoch {step.facts['epoch']}", note=note)
+            self.bar.update(self._task, description=f"epoch {step.facts['epoch']}", note=note)
 
-    def _stop(self, what: str, step: Step) -> NoReturn:
-        """Name the images of a step that went wrong, and the checkpoint before it.
-
-        Raises:
-            UserError: always.
-        """
+    def _stop_not_finite(self, what: str, step: StepMetrics) -> NoReturn:
+        """Raise a UserError that names the images of a step and the checkpoint before it."""
         file, index = self.run / "not-finite.json", step.index.tolist()
         good = latest(self.run)
         facts = {"step": step.number, **step.facts, **step.values, "index": index}
@@ -165,121 +155,119 @@ class Recorder:
                 write_json(file, {**facts, "checkpoint": str(good)})
         named = ", ".join(map(str, index[:_NAMED]))
         raise UserError(
-            "TODO",
+            "not-finite",
             f"{what} (images {named}{', ...' if len(index) > _NAMED else ''}; all are in '{file}')."
             f" The last good checkpoint is '{good}'; begin a new run with a lower --learning-rate,"
             " or with --precision 32-true.",
         )
 
     def _end_of_epoch(self, epoch: int) -> None:
-        """How long data were waited for (with a hint, once a session), and the unreadable images.
+        """Record the waiting for data (with a hint, once a session) and unreadable images.
 
-        The waiting is a curve of TensorBoard and no line of metrics.jsonl, where the machine does
-        not show.
+        The waiting is a curve of TensorBoard and not in metrics.jsonl, which does not depend on the
+        machine.
         """
-        spent = {part: s - self.timed.get(part, 0.0) for part, s in self.shares.seconds.items()}
-        self.timed = dict(self.shares.seconds)
-        if whole := sum(spent.values()):  # on CUDA a short epoch may have no step that was timed
+        before, self._epoch_seconds = self._epoch_seconds, dict(self.timer.seconds)
+        spent = {part: s - before.get(part, 0.0) for part, s in self._epoch_seconds.items()}
+        if whole := sum(spent.values()):  # on CUDA a short epoch may have no timed step
             share = spent.get(WAITING, 0.0) / whole
             self._curve({"waiting_for_data": share})
             hint = waiting_hint(share, self.feed)
-            if hint and not self.hinted:
+            if hint and not self._hinted:
                 notify(f"epoch {epoch + 1}: {hint}")
-                self.hinted = True
+                self._hinted = True
         self.feed.agree()
         if unreadable := len(self.feed.unreadable):
             with convert_write_errors(self.run):
                 self.metrics.write(
                     self.learner.step, {"epoch": epoch + 1, "unreadable": unreadable}
                 )
-            notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are drawn no more.")
+            notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are excluded.")
 
     def _curve(self, values: dict[str, float]) -> None:
         with convert_write_errors(self.run):
             self.metrics.curve(self.learner.step, values)
 
-    def after_clustering(self, number: int, found: KMeans) -> None:
-        """Show how far the clusterings are.
+    def after_clustering(self, number: int, _: KMeans) -> None:
+        """Show the progress of the clusterings.
 
         Raises:
-            Interrupted: the run is to stop; the step before the clusterings has been saved.
+            Interrupted: a signal asked to stop; the step before the clusterings is saved.
         """
-        of = len(self.config.objective.clusters or ())
-        self.bar.update(self.task, note=f"clustering {number + 1}/{of} done")
+        count = len(self.config.objective.clusters or ())
+        self.bar.update(self._task, note=f"clustering {number + 1}/{count} done")
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
-        """End a run that was asked to stop, and whose last step is saved.
+        """End a run that a signal asked to stop, and whose last step is saved.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: a signal arrived.
         """
         if self.world.size > 1:
             self._agree()
-        if self.asked:
-            raise self.interrupt.error(
-                f"Stopped after step {self.learner.step:,}; go on with"
+        if self.should_stop:
+            raise self._signals.error(
+                f"Stopped after step {self.learner.step:,}; resume with"
                 f" localagg pretrain --resume {self.run}"
             )
 
-    def after_epoch(self, epoch: int, measured: dict[str, float]) -> None:
-        """A line of measurements, and of the epoch's health with what is wrong with it."""
-        with self.shares("health", once=True):
-            found, news = self.health.end_epoch(self.learner.bank.rows)
-        step, start = self.began
-        if self.watch.last is not None:
-            images = (self.learner.step - step) * len(self.watch.last.index)
+    def after_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Write the measurements and diagnostics of an epoch, and print its warnings."""
+        with self.timer("health", once=True):
+            found, warnings = self.health.end_epoch(self.learner.bank.rows)
+        step, start = self._epoch_start
+        if self._deferred.last is not None:
+            images = (self.learner.step - step) * len(self._deferred.last.index)
             self._curve({"images_per_second": images / (time.monotonic() - start)})
-        for warning in news:
+        for warning in warnings:
             notify(f"epoch {epoch + 1}: warning: {warning}.")
         with convert_write_errors(self.run):
-            self.metrics.write(self.learner.step, {"epoch": epoch + 1, **found, **measured})
-        if measured:
-            self.final = measured
-            shown = ", ".join(f"{name} {value:.1%}" for name, value in measured.items())
+            self.metrics.write(self.learner.step, {"epoch": epoch + 1, **found, **metrics})
+        if metrics:
+            self.final = metrics
+            shown = ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
             notify(f"epoch {epoch + 1}/{self.config.epochs}: {shown}")
-        self.began = (self.learner.step, time.monotonic())
+        self._epoch_start = (self.learner.step, time.monotonic())
 
     def seconds(self) -> float:
-        """Spent on the run so far, over all its resumes."""
-        return self.before + time.monotonic() - self.started
+        """Return the seconds spent on the run, over all its resumes."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def checkpoint(self, summary: dict[str, Any] | None = None) -> None:
-        """Save everything that :meth:`Learner.restore` and this class need to go on."""
-        self._look(self.watch.finish())
-        with self.shares("checkpoint", once=True), convert_write_errors(self.run):
+        """Save everything that a resumed run needs."""
+        self._write(self._deferred.fetch_all())
+        with self.timer("checkpoint", once=True), convert_write_errors(self.run):
             self._check_weights()
-            self.learner.save(
-                self.run,
-                {
-                    "metrics_bytes": self.metrics.flushed(),
-                    "seconds": self.seconds(),
-                    "shares": self.shares.seconds,
-                    "final": self.final,
-                    "health": self.health.state(),
-                    **self.feed.state(),
-                    "summary": summary,
-                },
-            )
-        self.saved = time.monotonic()
+            progress = {
+                "metrics_bytes": self.metrics.flushed(),
+                "seconds": self.seconds(),
+                "shares": self.timer.seconds,
+                "final": self.final,
+                "health": self.health.state(),
+                **self.feed.state(),
+                "summary": summary,
+            }
+            self.learner.save(self.run, progress)
+        self._saved = time.monotonic()
 
     def _check_weights(self) -> None:
-        """Never write a checkpoint that cannot be gone on with.
+        """Refuse to write a checkpoint from which no run can resume.
 
         Raises:
             UserError: a weight or a bank row is not finite.
         """
-        encoder, rows = self.learner.encoder, self.learner.bank.rows
-        found = not_finite([*encoder.state_dict().items(), ("the memory bank", rows)])
+        weights = self.learner.encoder.state_dict().items()
+        found = first_not_finite([*weights, ("the memory bank", self.learner.bank.rows)])
         if name := next(filter(None, self.world.gather_objects(found)), None):
             what = f"After step {self.learner.step:,} {name} is not finite"
-            if self.watch.last is None:
-                raise UserError("TODO", f"{what}; the run cannot begin so.")
-            self._stop(what, self.watch.last)
+            if self._deferred.last is None:
+                raise UserError("not-finite", f"{what}; the run cannot begin; check its --start.")
+            self._stop_not_finite(what, self._deferred.last)
 
     def finish(self) -> dict[str, Any]:
-        """The summary of the run, saved with its last checkpoint."""
-        shares = {part: round(share, 4) for part, share in self.shares.shares().items()}
+        """Return the summary of the run, saved with its last checkpoint."""
+        shares = {part: round(share, 4) for part, share in self.timer.shares().items()}
         summary = {
             "run": str(self.run),
             "images": len(self.feed.source),

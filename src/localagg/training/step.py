@@ -1,96 +1,119 @@
-"""The objective of a step, on one rank or over many."""
+"""One training step: a batch of images travels through network, loss and optimizer to the bank.
+
+On R ranks each trains on its share of the batch. The embeddings of all ranks are gathered, every
+rank scores them on its rows of the bank, and gradients return to the ranks that embedded them. One
+rank takes the same path; its collectives return their argument.
+
+Legend of shape suffixes: b this rank's share of the batch, B the batch of all ranks, D embedding
+size, C background neighbors that this rank holds.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.images.augment import Augment
+from ..distributed.differentiable import gather_rows
 from ..engine.counter_rng import NOISE, integers
-from ..objectives import instance_nce, instance_softmax
-from . import sharded
-from .diagnostics import staleness
+from ..objectives import (
+    background_neighbors,
+    close_neighbors,
+    instance_nce,
+    instance_softmax,
+    mixed_loss,
+)
 from .learner import Learner
-from .neighbors import find_neighbors, neighborhood_loss
-from .sharded import Batch, LossResult
+from .time_shares import TimeShares
 
 
-def score(learner: Learner, batch: Batch, aggregating: bool) -> LossResult:
-    """Loss and gradient of a batch, and what else is worth a curve. Reads the bank before its
-    update.
+class StepResult(NamedTuple):
+    """The loss of a step and what else is worth a curve; scalars are the same on every rank."""
 
-    One rank takes the objectives themselves, with autograd; several the sharded ones, which are
-    tested to be the same.
+    index: Tensor
+    """int64 [B]: the images of all ranks."""
+    values: dict[str, Tensor]
+    """Scalars: "loss"; "staleness"; "without_close" in LA; "data_term" and "noise_term" in NCE."""
+    finite: Tensor
+    """Finite if the gradients of all ranks are, else NaN or infinite. Any shape."""
+
+
+def take_step(
+    learner: Learner,
+    augment: Augment,
+    batch: tuple[Tensor, Tensor],
+    epoch: int,
+    *,
+    aggregating: bool,
+    size: int,
+    learning_rate: float,
+    timer: TimeShares,
+) -> StepResult:
+    """Train on one batch: weights, optimizer, bank and step counter of the learner move on.
 
     Args:
-        learner: bank, labels, step and ranks are read.
-        batch: of all ranks.
-        aggregating: LA, not IR.
+        learner: its network is in training mode.
+        augment: turns images into random views.
+        batch: (index int64 [b] on the CPU, images uint8 [b, 3, height, width] on the device), this
+            rank's share.
+        epoch: from 0; views depend on it.
+        aggregating: LA, otherwise IR.
+        size: B, images of all ranks.
+        learning_rate: of this step.
+        timer: measures the parts of the step.
     """
-    scored = (_alone if learner.world.size == 1 else _together)(learner, batch, aggregating)
-    scored.notes["staleness"] = _staleness(learner, batch)
-    return scored
+    index_b, images = batch
+    with timer("augmentation"):
+        views = augment(images, epoch, index_b)
+    with timer("network"):
+        v_bD = learner.network(views.contiguous(memory_format=torch.channels_last))
+    with timer("loss engine"):
+        index_B = learner.world.gather(index_b.to(learner.device, non_blocking=True), size)
+        leaf_bD = v_bD.detach().requires_grad_()
+        dtype = torch.promote_types(
+            torch.promote_types(v_bD.dtype, learner.bank.rows.dtype), torch.float32
+        )
+        v_BD = gather_rows(learner.world, leaf_bD, size, dtype)
+        loss, values = batch_loss(learner, v_BD, index_B, aggregating=aggregating)
+        (gradient_bD,) = torch.autograd.grad(loss, leaf_bD)
+    with timer("network"):
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate
+        learner.fabric.backward(v_bD, gradient=gradient_bD)
+        finite = learner.share_gradients(gradient_bD)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    with timer("bank"):
+        momentum = learner.config.objective.bank_momentum
+        learner.bank.update(index_B, v_BD.detach(), momentum=momentum)
+    learner.step += 1
+    return StepResult(index_B, {"loss": loss.detach(), **values}, finite)
 
 
-def _alone(learner: Learner, batch: Batch, aggregating: bool) -> LossResult:
-    v = batch.embedding.detach().requires_grad_()
-    loss, notes = _loss(learner, v, batch.index, aggregating)
-    (gradient,) = torch.autograd.grad(loss, v)
-    return LossResult(loss, gradient, notes)
-
-
-def _loss(
-    learner: Learner, embedding: Tensor, index: Tensor, aggregating: bool
+def batch_loss(
+    learner: Learner, v_BD: Tensor, index_B: Tensor, *, aggregating: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    objective, rows = learner.config.objective, learner.bank.rows
+    """Return the scalar loss of a batch and its notes. Reads the bank before the step's update."""
+    objective, shard = learner.config.objective, learner.shard
     temperature = objective.temperature
+    notes: dict[str, Tensor] = {}
     if aggregating:
         assert learner.labels is not None
-        K = objective.neighbors or len(rows)
-        bank = learner.bank.prepared
-        found = find_neighbors(embedding, bank, learner.labels, index, neighbors=K)
-        share = objective.instance_share
-        loss = neighborhood_loss(
-            embedding, rows, found, temperature=temperature, instance_share=share
-        )
-        return loss, {"without_close": found.without_close}
-    if objective.instance_loss == "softmax":
-        return instance_softmax(embedding, rows, index, temperature=temperature), {}
-    noise = _noise(learner, len(index))
-    loss, data, other = instance_nce(embedding, rows, index, noise, temperature=temperature)
-    return loss, {"data_term": data, "noise_term": other}
-
-
-def _together(learner: Learner, batch: Batch, aggregating: bool) -> LossResult:
-    world, bank, objective = learner.world, learner.bank, learner.config.objective
-    temperature = objective.temperature
-    if aggregating:
-        assert learner.labels is not None
-        return sharded.local_aggregation(
-            world,
-            batch,
-            bank,
-            learner.labels,
-            neighbors=objective.neighbors or bank.size,
-            temperature=temperature,
-            instance_share=objective.instance_share,
-        )
-    if objective.instance_loss == "softmax":
-        return sharded.instance_softmax(world, batch, bank, temperature=temperature)
-    noise = _noise(learner, len(batch.index))
-    return sharded.instance_nce(world, batch, bank, noise, temperature=temperature)
-
-
-def _noise(learner: Learner, count: int) -> Tensor:
-    """NCE's draws [B, K], the same on every rank."""
-    keys = (learner.config.seed, NOISE, learner.step, torch.arange(count))
-    drawn = integers(learner.bank.size, *keys, count=learner.config.objective.noise)
-    return drawn.to(learner.device)
-
-
-def _staleness(learner: Learner, batch: Batch) -> Tensor:
-    """How far the bank is behind the batch, a scalar. One all-reduce of a number."""
-    bank, world = learner.bank, learner.world
-    if world.size == 1:
-        return staleness(bank.rows[batch.index], batch.embedding)
-    mine = (batch.index >= bank.part.start) & (batch.index < bank.part.stop)
-    rows = bank.rows[batch.index[mine] - bank.part.start]
-    cosines = (rows * batch.embedding[mine]).sum()
-    return 1 - world.sum(cosines) / len(batch.index)
+        background = background_neighbors(v_BD, shard, objective.neighbors or shard.size)
+        close_BC = close_neighbors(learner.labels, index_B, background.rows, shard)
+        options = {"instance_share": objective.instance_share, "temperature": temperature}
+        loss_B, ratio_B = mixed_loss(v_BD, shard, background, close_BC, index_B, **options)
+        loss = loss_B.mean().to(v_BD.dtype)
+        notes["without_close"] = (ratio_B == 0).float().mean()
+    elif objective.instance_loss == "softmax":
+        loss = instance_softmax(v_BD, shard, index_B, temperature=temperature)
+    else:
+        images = torch.arange(len(index_B))
+        keys = (learner.config.seed, NOISE, learner.step, images)
+        noise_BK = integers(shard.size, *keys, count=objective.noise).to(learner.device)
+        loss, data, noise = instance_nce(v_BD, shard, index_B, noise_BK, temperature=temperature)
+        notes |= {"data_term": data.detach(), "noise_term": noise.detach()}
+    # How far the bank lags behind: its rows were written an epoch ago, from other views.
+    similarity = shard.world.sum(shard.similarity_to_own(v_BD.detach(), index_B).sum())
+    notes["staleness"] = 1 - similarity / len(index_B)
+    return loss, notes

@@ -1,0 +1,130 @@
+"""Prepare a run before its first step: settings, checks of several ranks, batches, first state."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+from ..config import PretrainConfig, flag, option_value, override, require_resolved
+from ..data.loading.loader import Feed, Throttle
+from ..data.sources.open import Source
+from ..distributed.collectives import World
+from ..errors import UserError
+from ..io.console import notify, show_progress
+from ..io.run_lock import lock_run
+from .learner import Learner
+
+_FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
+
+
+def continue_settings(
+    run: Path, stored: PretrainConfig, now: PretrainConfig | None, typed: Iterable[str]
+) -> PretrainConfig:
+    """Return the settings of a resumed run: its own, with those replaced that may change.
+
+    Args:
+        run: its folder.
+        stored: its settings.
+        now: the settings that the user gave.
+        typed: names of the options in ``now`` that the user set.
+
+    Raises:
+        UserError: an option that a resumed run keeps.
+    """
+    for name in typed:
+        value, before = option_value(now, name), option_value(stored, name)
+        if name in _FREE:
+            stored = override(stored, **{name: value})
+        elif value != before:
+            raise UserError(
+                "mismatch",
+                f"'{run}' runs with {flag(name)} {before}, not {value}; a resumed run keeps its"
+                " options. Remove the option, or start a new run with another --out.",
+            )
+    return stored
+
+
+def settings_after_ir(config: PretrainConfig, start: Path, fingerprint: str) -> PretrainConfig:
+    """Return the settings of a run that continues a finished run of IR.
+
+    Raises:
+        UserError: ``start`` is not such a run, or has other images or another network.
+    """
+    before, facts = checkpoint.read_run(start)
+    if before.ir_epochs != before.epochs:
+        raise UserError(
+            "mismatch", f"--start '{start}' already includes LA; name a run of IR alone."
+        )
+    if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
+        raise UserError(
+            "mismatch", f"--start '{start}' is not finished; first run --resume {start}."
+        )
+    if facts["fingerprint"] != fingerprint:
+        raise UserError(
+            "mismatch", f"--start '{start}' learned from {facts['size']:,} other images."
+        )
+    model = config.encoder.model
+    if model is not None and config.encoder != before.encoder:
+        raise UserError(
+            "mismatch",
+            f"--start '{start}' trained {before.encoder.model} with other options than {model} has"
+            " here; remove the network's options.",
+        )
+    return replace(
+        config,
+        encoder=before.encoder,
+        ir_epochs=max(config.ir_epochs or 0, require_resolved(before.ir_epochs)),
+        ir_batch_size=before.ir_batch_size or before.batch_size,
+    )
+
+
+def check_ranks(config: PretrainConfig, world: World) -> None:
+    """Check that several processes can run this configuration.
+
+    Raises:
+        UserError: a batch smaller than the number of processes, or k-means by faiss.
+    """
+    if world.size == 1:
+        return
+    smallest = min(size for size in (config.batch_size, config.ir_batch_size) if size)
+    if smallest < world.size:
+        raise UserError(
+            "option-conflict",
+            f"--batch-size {smallest} is smaller than the number of processes, {world.size};"
+            " use fewer processes.",
+        )
+    if config.objective.kmeans == "faiss":
+        raise UserError(
+            "option-conflict",
+            f"--kmeans faiss runs in one process, not {world.size}; use --kmeans lloyd or auto.",
+        )
+
+
+def open_feed(
+    source: Source, config: PretrainConfig, world: World, progress: dict[str, Any] | None = None
+) -> Feed:
+    """Return the batches of a run; with the progress of a checkpoint, those that come next."""
+    before = progress if progress and "left_out" in progress else None
+    with show_progress("reading images") as show:
+        feed = Feed(source, config, Throttle(show), before=before, world=world)
+    if feed.unreadable:
+        notify(f"Excluded {len(feed.unreadable):,} unreadable images.")
+    return feed
+
+
+def set_first_state(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
+    """Load the state of the run that this one continues, or embed the images into the bank."""
+    if "start" in facts:
+        learner.restore(checkpoint.latest(Path(facts["start"])))
+    elif learner.config.objective.bank_start == "embedding":
+        learner.embed_bank(feed.source, feed.pixels)
+
+
+@contextlib.contextmanager
+def lock_run_for_all(run: Path, world: World) -> Iterator[None]:
+    """Hold the lock of the run folder, by rank 0 for all ranks."""
+    with lock_run(run) if world.rank == 0 else contextlib.nullcontext():
+        world.barrier()
+        yield
