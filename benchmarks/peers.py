@@ -57,7 +57,7 @@ class Peer(nn.Module):
 
     def features(self, views: Tensor) -> Tensor:
         """[B, channels]: the last map, pooled."""
-        return self.encoder.backbone.vector(self.encoder._normalized(views))
+        return self.encoder.pooled(views)
 
     def forward(self, views: Tensor) -> Tensor:
         return self.head(self.features(views)).float()
