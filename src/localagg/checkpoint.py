@@ -40,7 +40,7 @@ from .io.files import atomic_write, sync_to_disk, write_synced
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_tensors
-from .models import Encoder, encoder_from_json, spec_to_json
+from .models import Encoder, create_encoder
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -279,7 +279,7 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
         encoder: its parameters and batch-norm statistics.
         views: how images were shown to it; measurements show them the same way.
     """
-    metadata = {"localagg": spec_to_json(encoder)}
+    metadata = {"localagg": json.dumps(encoder.spec)}
     if views is not None:
         metadata["views"] = json.dumps(to_dict(views))
     save_tensors(path, encoder.state_dict(), metadata)
@@ -299,7 +299,7 @@ def load_encoder(path: Path) -> Encoder:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        encoder = encoder_from_json(metadata["localagg"])
+        encoder = create_encoder(**json.loads(metadata["localagg"]))
         encoder.load_state_dict(load_file(path))
     except KeyError:
         raise UserError(

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest, truncnorm
+from tf_networks import pool_same, same_pads
 
 from localagg.models import create_encoder
 from localagg.models.backbone import average_pool_same, max_pool_same, truncated_normal_
-from TF_LIKE import pool_same, same_pads
 
 
 @pytest.mark.parametrize("height", range(2, 10))
