@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import report
-from localagg.engine import search as streaming
+from localagg.engine import search
 from localagg.engine.thread_pool import in_threads
 from localagg.io.allocator import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
-from localagg.training.neighbors import SearchableBank, by_row
+from localagg.training.neighbors import SearchableBank, store_by_row
 
 B, D, K, H, T, EPS = 128, 128, 4096, 10, 0.07, 1e-7
 SIZES = (50_000, 200_000, 1_280_000)
@@ -43,7 +43,7 @@ class Problem:
         self.labels = torch.randint(
             0, max(2, size // 43), (H, size), dtype=torch.int32, generator=generator
         )
-        self.labels_by_row = by_row(self.labels)
+        self.labels_by_row = store_by_row(self.labels)
         self.long_labels = self.labels.long()
         self.index = torch.randint(size, (B,), generator=generator)
         near = self.bank[self.index].float() + torch.randn(B, D, generator=generator) * D**-0.5
@@ -83,11 +83,11 @@ def ours_once(p: Problem) -> torch.Tensor:
 
 
 def ours_portable(p: Problem) -> torch.Tensor:
-    compiled, streaming._numba = streaming._numba, lambda: (None, None)  # type: ignore[assignment]
+    compiled, search.load_cpu_backend = search.load_cpu_backend, lambda: (None, None)  # type: ignore[assignment]
     try:
         return local_aggregation(p.v, p.bank, p.labels, p.index, neighbors=K)
     finally:
-        streaming._numba = compiled
+        search.load_cpu_backend = compiled
 
 
 # --- IR's exact softmax ---
@@ -122,7 +122,7 @@ def gradient(way, p: Problem) -> torch.Tensor:
 
 def product(p: Problem, dtype: torch.dtype) -> None:
     """The products alone, in tiles of a core's cache."""
-    queries, bank = p.v.detach().to(dtype), p.prepared.coarse if dtype != p.bank.dtype else p.bank
+    queries, bank = p.v.detach().to(dtype), p.prepared.rounded if dtype != p.bank.dtype else p.bank
 
     def tiles(part: range) -> None:
         out = torch.empty(B, 2048, dtype=dtype)
@@ -141,7 +141,7 @@ FLOORS = {
     "float32 product alone": lambda p: product(p, torch.float32),
     "bfloat16 product alone": lambda p: product(p, torch.bfloat16),
     "reading the float32 bank": lambda p: read(p.bank),
-    "reading the bfloat16 bank": lambda p: read(p.prepared.coarse),
+    "reading the bfloat16 bank": lambda p: read(p.prepared.rounded),
 }
 
 

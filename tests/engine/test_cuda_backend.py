@@ -52,7 +52,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     }
 
 JITFunction.run = compile_only
-from localagg import neighbors_triton as engine
+from localagg.engine import cuda_backend as engine
 B, N, D, K = 128, 100_000, 128, 4096
 embedding, bank = torch.zeros(B, D), torch.zeros(N, D)
 rows, _ = engine.top_rows(embedding, bank, K, bank_low=bank.half())

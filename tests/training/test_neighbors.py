@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from localagg.bank import MemoryBank
-from localagg.engine import cpu_backend as neighbors_numba
-from localagg.engine import search as streaming
+from localagg.engine import cpu_backend, search
 from localagg.objectives import local_aggregation
 from localagg.training.neighbors import (
-    by_row,
-    engine_note,
+    estimate_search_bytes,
     find_neighbors,
+    missing_backend_note,
     neighborhood_loss,
-    search_bytes,
+    store_by_row,
 )
 
 _STEP = """
@@ -27,11 +26,11 @@ def peak_kib():
     # Linux's own figure is this process's; getrusage inherits that of the process that forked it.
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
-from localagg import neighbors_torch, streaming
+from localagg.engine import search, torch_backend
 from localagg.training.neighbors import SearchableBank, find_neighbors, neighborhood_loss
-size, neighbors_torch.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+size, torch_backend.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
 if sys.argv[3] == "torch":
-    streaming._numba = lambda: (None, None)
+    search.load_cpu_backend = lambda: (None, None)
 generator = torch.Generator().manual_seed(0)
 def step(bank, labels):
     embedding = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
@@ -67,7 +66,7 @@ def test_the_engine_and_the_objective_agree(size):
     generator = torch.Generator().manual_seed(1)
     bank = MemoryBank(size, 16, seed=1)
     embedding = F.normalize(torch.randn(8, 16, generator=generator), dim=1)
-    labels = by_row(torch.randint(0, 30, (2, size), generator=generator))
+    labels = store_by_row(torch.randint(0, 30, (2, size), generator=generator))
     index = torch.arange(8)
     found = find_neighbors(embedding, bank.prepared, labels, index, neighbors=40)
     assert found.rows.shape == found.similarity.shape == found.close.shape == (8, 40)
@@ -87,7 +86,7 @@ def test_part_of_the_loss_can_stay_irs(size):
     index = torch.arange(3, 11)
     moved = bank[index] + 0.2 * torch.randn(8, 16, generator=generator)
     embedding = F.normalize(moved, dim=1).requires_grad_()
-    found = find_neighbors(embedding, bank, by_row(labels), index, neighbors=size)
+    found = find_neighbors(embedding, bank, store_by_row(labels), index, neighbors=size)
     mixed = neighborhood_loss(embedding, bank, found, temperature=0.1, instance_share=0.3)
     (gradient,) = torch.autograd.grad(mixed, embedding)
 
@@ -104,26 +103,28 @@ def test_where_the_loops_do_not_compile_torch_answers_and_a_sentence_says_so(mon
     def broken():
         raise OSError("no folder for compiled code")
 
-    monkeypatch.setattr(neighbors_numba, "compile_all", broken)
-    streaming._numba.cache_clear()
+    monkeypatch.setattr(cpu_backend, "compile_all", broken)
+    search.load_cpu_backend.cache_clear()
     try:
         bank = MemoryBank(5000, 8, seed=0)
-        note = engine_note(bank.rows)
+        note = missing_backend_note(bank.rows)
         assert note is not None
         assert "numba does not run here (no folder for compiled code)" in note
-        assert engine_note(bank.rows[:100]) is None  # there nobody would notice
+        assert missing_backend_note(bank.rows[:100]) is None  # there nobody would notice
         found = find_neighbors(
             bank.rows[:3], bank.prepared, torch.arange(5000)[None], torch.arange(3), neighbors=4
         )
         assert found.close.sum().item() == 3
     finally:
-        streaming._numba.cache_clear()
+        search.load_cpu_backend.cache_clear()
     monkeypatch.undo()
-    assert engine_note(bank.rows) is None
+    assert missing_backend_note(bank.rows) is None
 
 
 def test_the_forecast_of_memory_knows_of_the_copy():
     for dtype in (torch.float32, torch.bfloat16):
         bank = MemoryBank(10, 8, dtype=dtype).prepared
-        copied = search_bytes(bank, 2000, 4, 10) - search_bytes(bank, 1000, 4, 10)
-        assert copied == 0 if bank.type == dtype else 1000 * 8 * bank.type.itemsize
+        copied = estimate_search_bytes(bank, 2000, 4, 10) - estimate_search_bytes(bank, 1000, 4, 10)
+        assert (
+            copied == 0 if bank.product_dtype == dtype else 1000 * 8 * bank.product_dtype.itemsize
+        )

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 from localagg import objectives
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World, share
-from localagg.engine import search as streaming
-from localagg.engine import torch_backend as neighbors_torch
+from localagg.engine import search, torch_backend
 from localagg.errors import UserError
 from localagg.evaluation import knn, sharded_knn
 from localagg.training import sharded
@@ -245,7 +244,7 @@ def test_memory_of_a_rank_falls_as_one_over_the_ranks(ranks):
     def call(world):
         bank, batch = cases.bank_of(world, p["bank"]), cases.gathered(world, p)
         labels = p["labels"][:, bank.part.start : bank.part.stop].contiguous()
-        coarse = bank.prepared.refresh().coarse  # a bf16 copy, where that is multiplied faster
+        coarse = bank.prepared.refresh().rounded  # a bf16 copy, where that is multiplied faster
         assert coarse is not None
         held = {id(t): t.nbytes for t in (bank.rows, coarse, labels)}
         with Largest() as seen:
@@ -256,8 +255,8 @@ def test_memory_of_a_rank_falls_as_one_over_the_ranks(ranks):
         return seen.most
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors_torch, "TILE_BYTES", B * 2048 * 4)  # tiles of 2048 rows
-        patch.setattr(streaming, "numba_engine", lambda *_: None)  # its arrays are not torch's
+        patch.setattr(torch_backend, "TILE_BYTES", B * 2048 * 4)  # tiles of 2048 rows
+        patch.setattr(search, "cpu_backend_for", lambda *_: None)  # its arrays are not torch's
         found = in_threads(ranks, call)
     tile = B * 2048 * 4  # of similarities; as many rows are sampled
     assert all(0 < most <= tile for most in found)

@@ -1,8 +1,8 @@
 """The engine under the objectives: who is near in a bank, by one pass over it, never B x N.
 
 One function, :func:`nearest`, with three back-ends: compiled loops for processors
-(``neighbors_numba``), kernels for NVIDIA's GPUs (``neighbors_triton``), and torch alone for the
-rest (``neighbors_torch``). All are exact: the same rows, up to rows whose similarities differ by
+(``cpu_backend``), kernels for NVIDIA's GPUs (``cuda_backend``), and torch alone for the
+rest (``torch_backend``). All are exact: the same rows, up to rows whose similarities differ by
 less than float32's rounding.
 
 Legend of shape suffixes: B queries, N rows of the bank, D embedding size, K neighbors,
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import torch_backend as neighbors_torch
-from .searchable_bank import SearchableBank, not_finite
+from . import torch_backend
+from .searchable_bank import SearchableBank, not_finite_error
 
-COMPILED_FROM = 4096  # rows of a bank; below so many torch alone is as quick
+MIN_COMPILED_ROWS = 4096  # rows of a bank; below so many torch alone is as quick
 PRODUCT_TILE_BYTES = 1 << 20  # float32 products held by a thread, in its core's cache
 
 
@@ -58,22 +58,22 @@ def nearest(
     prepared = bank if isinstance(bank, SearchableBank) else SearchableBank(bank, copy=False)
     rows_ND, queries = prepared.refresh().rows, queries.detach()
     if queries.device.type == "cpu" and not queries.isfinite().all():
-        raise not_finite()
-    if k < len(rows_ND) and (compiled := numba_engine(rows_ND, queries)):
+        raise not_finite_error()
+    if k < len(rows_ND) and (compiled := cpu_backend_for(rows_ND, queries)):
         return compiled.nearest(_single(queries), prepared, k, at_least)
-    if gpu := triton_engine(rows_ND):
-        options = {"bank_low": prepared.coarse, "threshold": at_least}
+    if gpu := cuda_backend_for(rows_ND):
+        options = {"bank_low": prepared.rounded, "threshold": at_least}
         rows_BK, sim_BK = gpu.top_rows(queries, rows_ND, k, **options)
     else:
-        rows_BK, sim_BK = neighbors_torch.nearest(queries, rows_ND, k)
+        rows_BK, sim_BK = torch_backend.nearest(queries, rows_ND, k)
     if queries.device.type == "cpu" and not sim_BK.isfinite().all():
-        raise not_finite()  # what is not a number counts as the largest
+        raise not_finite_error()  # what is not a number counts as the largest
     if at_least is None:
         return rows_BK, sim_BK
-    return packed(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
+    return compact_lists(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
 
 
-def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
+def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
     """A similarity [B] that about ``rank`` of ``sample`` rows, taken evenly from the bank, reach.
 
     It is as coarse as bfloat16. There is no bound to how far a sample misleads.
@@ -85,12 +85,12 @@ def guess(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tens
         sample: 1..N.
     """
     rows_ND = bank.refresh().rows
-    if compiled := numba_engine(rows_ND, queries):
-        return compiled.guess(_single(queries), bank, rank, sample)
-    return neighbors_torch.guess(queries.detach(), bank, rank, sample)
+    if compiled := cpu_backend_for(rows_ND, queries):
+        return compiled.sample_threshold(_single(queries), bank, rank, sample)
+    return torch_backend.sample_threshold(queries.detach(), bank, rank, sample)
 
 
-def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Those of listed rows that are kept, in their order, in as few places as the query with the
     most of them needs; free ones are the last of their line and hold row -1, similarity -inf.
 
@@ -99,20 +99,20 @@ def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tens
         similarity: float [B, K].
         kept: bool [B, K].
     """
-    engine = numba_engine(similarity.flatten()) or neighbors_torch
-    return engine.packed(rows, similarity, kept)
+    engine = cpu_backend_for(similarity.flatten()) or torch_backend
+    return engine.compact_lists(rows, similarity, kept)
 
 
-def in_order(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+def sort_by_similarity(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`nearest` gives with the most similar rows first, equal ones by row."""
-    rows, by_row = rows.sort(dim=1)
+    rows, row_order = rows.sort(dim=1)
     similarity, by_similarity = torch.sort(
-        similarity.gather(1, by_row), dim=1, descending=True, stable=True
+        similarity.gather(1, row_order), dim=1, descending=True, stable=True
     )
     return rows.gather(1, by_similarity), similarity
 
 
-def by_row(labels: Tensor) -> Tensor:
+def store_by_row(labels: Tensor) -> Tensor:
     """The same [H, N] labels, with those of one row side by side in memory: one read for all H."""
     return labels.T.contiguous().T
 
@@ -124,14 +124,14 @@ def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
     """Which rows share a cluster with the sample in any clustering.
 
     Args:
-        labels: int [H, N]; quickest from :func:`by_row`.
+        labels: int [H, N]; quickest from :func:`store_by_row`.
         own: the samples' labels, of the same type [H, B].
         rows: int64 [B, K]; a row of -1 shares none.
 
     Returns:
         bool [B, K].
     """
-    if engine := triton_engine(labels) or numba_engine(labels.T):
+    if engine := cuda_backend_for(labels) or cpu_backend_for(labels.T):
         return engine.close_rows(labels, own, rows)
     close_BK = torch.zeros_like(rows, dtype=torch.bool)
     for labels_N, own_B in zip(labels, own, strict=True):
@@ -169,9 +169,9 @@ def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """
     if not rows.shape[1]:
         return weight.new_zeros(len(rows), bank.shape[1])
-    if compiled := numba_engine(bank, weight):
+    if compiled := cpu_backend_for(bank, weight):
         return compiled.weigh_rows(bank, rows, _single(weight))
-    return neighbors_torch.weigh_rows(bank, rows, weight)
+    return torch_backend.weigh_rows(bank, rows, weight)
 
 
 def aggregation(
@@ -186,7 +186,7 @@ def aggregation(
 ) -> Tensor | None:
     """``objectives.aggregation_loss`` of each sample [B], with its gradient in the same pass, by a
     compiled engine; None where there is none for these tensors."""
-    gpu, numba = triton_engine(bank), numba_engine(bank, embedding)
+    gpu, numba = cuda_backend_for(bank), cpu_backend_for(bank, embedding)
     options = {"temperature": temperature, "eps": eps}
     with torch.no_grad():
         if gpu:
@@ -214,10 +214,10 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
         [B], differentiable in the embedding.
     """
     with torch.no_grad():
-        if gpu := triton_engine(bank, most=256):
+        if gpu := cuda_backend_for(bank, most=256):
             log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
         else:
-            log_Z_B, mean_BD = neighbors_torch.log_partition(
+            log_Z_B, mean_BD = torch_backend.log_partition(
                 embedding, bank, temperature, PRODUCT_TILE_BYTES
             )
     return _Known.apply(embedding, log_Z_B, mean_BD / temperature)
@@ -226,55 +226,55 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
 # --- Which engine answers -------------------------------------------------------------------------
 
 
-def engine_note(rows: Tensor) -> str | None:
+def missing_backend_note(rows: Tensor) -> str | None:
     """A sentence for the user where a faster engine is made for this device but cannot run."""
-    if rows.device.type == "cpu" and len(rows) >= COMPILED_FROM:
-        return _numba()[1]
-    return _triton()[1] if rows.device.type == "cuda" else None
+    if rows.device.type == "cpu" and len(rows) >= MIN_COMPILED_ROWS:
+        return load_cpu_backend()[1]
+    return load_cuda_backend()[1] if rows.device.type == "cuda" else None
 
 
-def search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
+def estimate_search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
     """About what an LA step holds beside a bank of ``size`` such rows: copy, tiles, lists."""
-    copied = 0 if bank.type == bank.rows.dtype else bank.type.itemsize
+    copied = 0 if bank.product_dtype == bank.rows.dtype else bank.product_dtype.itemsize
     listed = batch * min(neighbors, size)
     threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
     # A thread lists 10 bytes for each of 2 (K + a tile) places; an answer takes 24 a neighbor.
     return size * bank.rows.shape[1] * copied + threads * ((12 << 20) + 20 * listed) + 24 * listed
 
 
-def numba_engine(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
+def cpu_backend_for(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
     """The compiled loops, where they run and pay."""
     types = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
-    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= COMPILED_FROM
+    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= MIN_COMPILED_ROWS
     if queries is not None:
         fits = fits and rows.is_contiguous() and queries.dtype in (torch.float32, torch.bfloat16)
-    return _numba()[0] if fits else None
+    return load_cpu_backend()[0] if fits else None
 
 
-def triton_engine(rows: Tensor, most: int = 512) -> ModuleType | None:
+def cuda_backend_for(rows: Tensor, most: int = 512) -> ModuleType | None:
     """The kernels for NVIDIA's GPUs, where they run: rows of at most so many numbers."""
     if rows.device.type != "cuda" or rows.dtype == torch.float64:
         return None
-    return _triton()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
+    return load_cuda_backend()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
 
 
 @cache
-def _numba() -> tuple[ModuleType | None, str | None]:
+def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
     try:
-        from . import cpu_backend as neighbors_numba
+        from . import cpu_backend
 
-        neighbors_numba.compile_all()
-        return neighbors_numba, None
+        cpu_backend.compile_all()
+        return cpu_backend, None
     except Exception as error:  # of numba, LLVM or the folder of compiled code: all the same here
         return None, _cannot("numba", error)
 
 
 @cache
-def _triton() -> tuple[ModuleType | None, str | None]:
+def load_cuda_backend() -> tuple[ModuleType | None, str | None]:
     try:
-        from . import cuda_backend as neighbors_triton
+        from . import cuda_backend
 
-        return neighbors_triton, None
+        return cuda_backend, None
     except Exception as error:
         return None, _cannot("triton", error)
 
@@ -314,9 +314,9 @@ class _RowSimilarity(Function):
         ctx.save_for_backward(bank, rows)
         if known is not None:
             return known.to(embedding.dtype, copy=True)
-        if compiled := numba_engine(bank, embedding):
+        if compiled := cpu_backend_for(bank, embedding):
             return compiled.similarities(_single(embedding), bank, rows)
-        return neighbors_torch.similarities(embedding, bank, rows)
+        return torch_backend.similarities(embedding, bank, rows)
 
     @staticmethod
     def backward(ctx, grad_BK: Tensor):

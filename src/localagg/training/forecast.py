@@ -20,7 +20,7 @@ from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule, images_seen
 from .learner import make_encoder
-from .neighbors import SearchableBank, search_bytes
+from .neighbors import SearchableBank, estimate_search_bytes
 
 
 def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
@@ -103,7 +103,9 @@ def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
         "weights, gradients and momentum": 3 * 4 * parameters,
         "activations (estimate)": batch * activations * number_bytes,
         "views (estimate)": 3 * batch * 3 * view * view * 4,
-        "loss engine (estimate)": search_bytes(SearchableBank(row), size, batch, neighbors),
+        "loss engine (estimate)": estimate_search_bytes(
+            SearchableBank(row), size, batch, neighbors
+        ),
         "images held decoded (estimate, if they share one size)": pixels if held else 0,
     }
 

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models import Encoder, create_encoder
 from .initial_bank import embed_bank
 from .late import LateLabels
-from .neighbors import by_row
+from .neighbors import store_by_row
 
 
 class Learner:
@@ -141,7 +141,7 @@ class Learner:
         if later:
             self.late = LateLabels.begin(compute, self.step + objective.recluster_delay)
         else:
-            self.labels = by_row(compute(on_progress=on_progress))
+            self.labels = store_by_row(compute(on_progress=on_progress))
 
     @property
     def labels_due(self) -> bool:
@@ -151,7 +151,7 @@ class Learner:
     def take_labels(self) -> None:
         """Let late labels take effect; waits for them."""
         if self.late is not None:
-            self.labels, self.late = by_row(self.late.wait()), None
+            self.labels, self.late = store_by_row(self.late.wait()), None
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
         """Write a checkpoint of this step."""
@@ -176,7 +176,7 @@ class Learner:
             folder, encoder=self.encoder, optimizer=self.optimizer, bank=self.bank
         )
         if "labels" in clusters:
-            self.labels = by_row(clusters["labels"].to(self.device))
+            self.labels = store_by_row(clusters["labels"].to(self.device))
         self.late = LateLabels.from_tensors(clusters, self.device)
         self.step = progress["step"]
         return progress

@@ -28,7 +28,7 @@ from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from . import sharded
 from .learner import Learner
-from .neighbors import engine_note
+from .neighbors import missing_backend_note
 from .recorder import START, WAITING, Recorder
 from .step import score
 
@@ -270,7 +270,7 @@ def _learn(
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     book = Recorder(config, run, feed, learner, schedule, progress)
-    if schedule.total_steps > schedule.la_start and (note := engine_note(bank.rows)):
+    if schedule.total_steps > schedule.la_start and (note := missing_backend_note(bank.rows)):
         notify(note)
 
     with convert_worker_death(), book:

@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..engine.search import by_row, engine_note, nearest, search_bytes
+from ..engine.search import estimate_search_bytes, missing_backend_note, nearest, store_by_row
 from ..engine.searchable_bank import SearchableBank
 from ..objectives import aggregation_loss, background_neighbors, close_neighbors, mixed_loss
 
 __all__ = [
     "Neighborhood",
     "SearchableBank",
-    "by_row",
-    "engine_note",
+    "estimate_search_bytes",
     "find_neighbors",
+    "missing_backend_note",
     "nearest",
     "neighborhood_loss",
-    "search_bytes",
+    "store_by_row",
 ]
 
 
@@ -55,7 +55,7 @@ def find_neighbors(
     Args:
         embedding: unit rows [B, D].
         bank: [N, D], or one that is prepared for many searches.
-        labels: cluster labels, int [H, N]; quickest from :func:`by_row`.
+        labels: cluster labels, int [H, N]; quickest from :func:`store_by_row`.
         index: int64 [B], the bank row of each sample.
         neighbors: K; more than N means all N. Ties at the K-th go to the lowest index.
 

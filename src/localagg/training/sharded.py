@@ -46,7 +46,7 @@ from ..distributed.collectives import World
 from ..engine import ragged
 from ..engine import search as streaming
 from ..engine.topk import bounds, largest
-from ..engine.torch_backend import positions
+from ..engine.torch_backend import flatnonzero
 from ..objectives import NCE_PARTITION_PER_IMAGE
 
 QUERIES = 8192  # scored at a time
@@ -200,7 +200,7 @@ def _background(
     low_B, top_B = bounds(world, sim_BC, neighbors)
     low_B = low_B if floor_B is None else torch.maximum(low_B, floor_B)
     chosen_BC = largest(world, sim_BC, rows_BC, neighbors, (low_B, top_B))
-    return *streaming.packed(rows_BC, sim_BC, chosen_BC), top_B
+    return *streaming.compact_lists(rows_BC, sim_BC, chosen_BC), top_B
 
 
 def _candidates(
@@ -230,7 +230,7 @@ def _floor(world: World, query: Tensor, bank: MemoryBank, neighbors: int) -> Ten
     if rank > count:
         guess_B = torch.full_like(query[:, 0], -torch.inf)
     else:
-        guess_B = streaming.guess(query, bank.prepared, rank, count).to(query.dtype)
+        guess_B = streaming.sample_threshold(query, bank.prepared, rank, count).to(query.dtype)
     return -world.maximum(-guess_B)
 
 
@@ -321,7 +321,7 @@ def instance_nce(
 
     here_BK = (noise_index >= bank.part.start) & (noise_index < bank.part.stop)
     counts_B = here_BK.sum(dim=1)
-    rows_F = noise_index.flatten()[positions(here_BK.flatten())] - bank.part.start
+    rows_F = noise_index.flatten()[flatnonzero(here_BK.flatten())] - bank.part.start
     q_F = torch.exp(ragged.similarities(query_BD, rows_nD, rows_F, counts_B) / temperature) / Z
     slope_F = q_F / (q_F + base + eps) / temperature
     gradient_BD += ragged.weighted_rows(rows_nD, rows_F, slope_F, counts_B)
@@ -340,7 +340,7 @@ def instance_nce(
 
 def _own(part: range, index: Tensor) -> tuple[Tensor, Tensor]:
     """(positions in ``index`` of the rows that this rank has, those rows counted from its first)"""
-    mine = positions((index >= part.start) & (index < part.stop))
+    mine = flatnonzero((index >= part.start) & (index < part.stop))
     return mine, index[mine] - part.start
 
 
