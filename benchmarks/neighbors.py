@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import report
 from localagg.engine import search
 from localagg.engine.thread_pool import in_threads
-from localagg.io.allocator import keep_freed_memory
+from localagg.io.machine import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
 from localagg.training.neighbors import SearchableBank, store_by_row
 

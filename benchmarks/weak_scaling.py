@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
-from localagg.io.allocator import keep_freed_memory
+from localagg.io.machine import keep_freed_memory
 from localagg.training import sharded
 from localagg.training.neighbors import store_by_row
 

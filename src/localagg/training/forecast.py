@@ -14,7 +14,7 @@ from ..config import (
     require_resolved,
     to_dict,
 )
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults

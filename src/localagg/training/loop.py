@@ -15,7 +15,8 @@ import torch
 from .. import checkpoint
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.images.augment import Augment
-from ..data.loading.loader import Feed, Throttle, on_device, typical_side
+from ..data.loading.loader import Feed, on_device
+from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
 from ..data.sources.open import Source, open_images
 from ..distributed.collectives import World
@@ -254,7 +255,21 @@ def _feed(
     """The batches; with the progress of a run that goes on, those that it would have drawn."""
     before = progress if progress and "left_out" in progress else None
     with show_progress("reading images") as show:
-        feed = Feed(source, config, Throttle(show), before=before, world=world)
+        feed = Feed(
+            source,
+            config.views,
+            batch_size=require_resolved(config.batch_size),
+            seed=config.seed,
+            workers=config.workers,
+            memory=config.memory,
+            memory_gb=config.memory_gb,
+            unreadable=config.unreadable,
+            device=config.device,
+            on_progress=show,
+            before=before,
+            world=world,
+        )
+    feed.check_batch_size(config.ir_batch_size or 0, "ir_batch_size")
     if feed.unreadable:
         notify(f"{len(feed.unreadable):,} unreadable images are left out.")
     return feed
@@ -281,7 +296,7 @@ def _learn(
                     learner.recluster(book.after_clustering)
 
             size = schedule.batch_size(aggregating=aggregating)
-            batches = on_device(feed.batches(epoch, first, size), device, feed.fail)
+            batches = on_device(feed.batches(epoch, first, size), device)
             end = schedule.end_of_epoch(learner.step)
             for _ in range(learner.step, end):
                 book.shares.next_step()
@@ -289,12 +304,13 @@ def _learn(
                     with _new_labels(book):
                         learner.take_labels()
                 with book.shares(WAITING):
-                    index, images = next(batches)
+                    index, images, uniforms = next(batches)
                 with book.shares("augmentation"):
-                    views = augment(images, epoch, index)
+                    views = augment(images, epoch, index, uniforms)
                 with book.shares("network"):
                     embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
                 with book.shares("loss engine"):
+                    index = index.to(device, non_blocking=True)
                     batch = sharded.gather(learner.world, embedding, index, size)
                     loss, gradient, notes = score(learner, batch, aggregating)
                 with book.shares("network"):
