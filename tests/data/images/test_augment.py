@@ -158,7 +158,7 @@ def test_forced_views_are_torchvisions_to_a_level(images, monkeypatch, size, cro
     """112 is worked through image by image, 32 in runs."""
     count = 48
     chosen = forced(count)
-    monkeypatch.setattr(module, "draw", lambda *keys: chosen)
+    monkeypatch.setattr(module, "view_draws", lambda *keys: chosen)
     config = ViewConfig(image_size=size)
     many = images.repeat(4, 1, 1, 1)
     box = crop_boxes(config, chosen.crop, torch.tensor(48), torch.tensor(48))

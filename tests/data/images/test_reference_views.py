@@ -179,7 +179,7 @@ def test_forced_views_are_the_formulas_one_after_the_other(images, monkeypatch):
     chosen = drawn._replace(
         gray=torch.arange(24) % 5 == 0, flip=torch.arange(24) % 2 == 0, order=orders
     )
-    monkeypatch.setattr(augment, "draw", lambda *keys: chosen)
+    monkeypatch.setattr(augment, "view_draws", lambda *keys: chosen)
     many = images.repeat(2, 1, 1, 1)
     found = Augment(CONFIG, 0)(many, 0, torch.arange(24)) * 255
     box = crop_boxes(CONFIG, chosen.crop, torch.tensor(48), torch.tensor(48))
