@@ -197,7 +197,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="not empty"):
         pretrain(QUICK, "digits", tmp_path / "full")
     checkpoint.begin_run(tmp_path / "run", QUICK, {"data": "digits"})
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="already contains a run"):
         pretrain(QUICK, "digits", tmp_path / "run")
     with pytest.raises(UserError, match="not a run folder"):
         resume(tmp_path / "full")
