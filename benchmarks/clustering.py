@@ -21,7 +21,7 @@ import report
 from localagg import checkpoint
 from localagg.clustering import SEED, cluster
 from localagg.config import ObjectiveConfig
-from localagg.engine.kmeans import Rows, _argmax
+from localagg.engine.kmeans import Points, argmax_columns
 
 THREADS = len(os.sched_getaffinity(0))
 RULE = ObjectiveConfig()
@@ -92,16 +92,16 @@ def agreement(one, other) -> str:
 
 def one_pass(bank: Tensor, clusters: list[int], runs: int) -> dict[str, float]:
     """Seconds to assign rows to the centroids of all clusterings, by H products and by one."""
-    rows = Rows(bank)
+    rows = Points(bank)
     centroids = [bank[torch.randperm(len(bank))[:k]] for k in clusters]
-    coarse = bank.bfloat16() if rows.has_coarse else bank
+    coarse = bank.bfloat16() if rows.multiplies_bfloat16 else bank
     joined = torch.cat(centroids).to(coarse.dtype).T.contiguous()
     half = torch.cat(centroids).square().sum(dim=1) / 2
 
     def together() -> None:
         for part in coarse.split(512):
             scores = (part @ joined - half).split(clusters, dim=1)
-            [_argmax(score) for score in scores]
+            [argmax_columns(score) for score in scores]
 
     def apart() -> None:
         for one in centroids:
@@ -132,7 +132,7 @@ def main() -> None:
         rows.append([f"{number}", f"{drift:.3f}", *row])
     passes = one_pass(banks[-1], clusters, options.runs)
     size, dim = banks[0].shape
-    bf16 = "bf16" if Rows(banks[0]).has_coarse else "float32"
+    bf16 = "bf16" if Points(banks[0]).multiplies_bfloat16 else "float32"
     columns = ["bank", "cos to last", "cold s", "warm s", "x", "iterations", "inertia", "at worst"]
     report.write(
         "clustering",

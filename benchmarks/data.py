@@ -27,9 +27,10 @@ from torchvision.transforms import v2
 import report
 from localagg.config import ViewConfig
 from localagg.data import open_images
-from localagg.data.images.augment import Augment, crop_boxes, draw
+from localagg.data.images.augment import Augment, view_draws, view_uniforms
+from localagg.data.images.crops import crop_boxes
 from localagg.data.images.decode import decode, decode_crops, image_size
-from localagg.data.loading.cropping import Crops
+from localagg.data.loading.cropping import TrainingCrops
 from localagg.data.pack.pack_dataset import pack
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,15 +86,15 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 def ours_stored(source, views: ViewConfig, batch: int) -> None:
     """Batches from encoded images: what the worker does, then what the device does."""
     chunks = list(torch.arange(len(source)).split(batch))
-    crops, augment = Crops(source, views, 0, 0, chunks), Augment(views, 0, cropped=True)
+    crops, augment = TrainingCrops(source, views, 0, 0, chunks), Augment(views, 0, cropped=True)
     for step in range(len(source) // batch):
-        index, images, _ = crops[step]
-        normalized(augment(images, 0, index))
+        batch, _ = crops[step]
+        normalized(augment(batch.images, 0, batch.index, batch.uniforms))
 
 
 def ours_in_worker(source, views: ViewConfig, batch: int) -> None:
     """The worker's part of it."""
-    crops = Crops(source, views, 0, 0, list(torch.arange(len(source)).split(batch)))
+    crops = TrainingCrops(source, views, 0, 0, list(torch.arange(len(source)).split(batch)))
     for step in range(len(source) // batch):
         crops[step]
 
@@ -181,7 +182,9 @@ def decoder_rows(files: list[Path], runs: int) -> list[list[object]]:
     boxes = []
     for i, data in enumerate(encoded):
         height, width = (torch.tensor([side]) for side in image_size(data)[:2])
-        box = crop_boxes(views, draw(views, 0, 0, torch.tensor([i])).crop, height, width)
+        box = crop_boxes(
+            views, view_draws(views, view_uniforms(0, 0, torch.tensor([i]))).crop, height, width
+        )
         top, left, tall, wide = (int(value) for value in box)
         boxes.append((left, top, left + wide, top + tall))
 

@@ -12,7 +12,7 @@ import torch
 import report
 from localagg.checkpoint import load_encoder, read_run
 from localagg.config import TransferConfig, override
-from localagg.data.loading.loader import decoded
+from localagg.data.loading.scan import load_or_scan
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.evaluation.cluster_metrics import cluster_scores
@@ -33,7 +33,7 @@ def main() -> None:
     asked = parser.parse_args()
     config, _ = read_run(Path(asked.la))
     known, held_out = open_images(asked.data), open_images(asked.data, "val")
-    pixels = [decoded(source, config) for source in (known, held_out)]
+    pixels = [load_or_scan(source).complete_pixels for source in (known, held_out)]
     # Without the mean image, which all share, unit rows of pixels tell far more.
     flat = [shown.flatten(1).float() for shown in pixels]
     mean = flat[0].mean(dim=0)

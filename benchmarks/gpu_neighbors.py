@@ -20,7 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import report
 from localagg.objectives import instance_softmax
-from localagg.training.neighbors import SearchableBank, by_row, find_neighbors, neighborhood_loss
+from localagg.training.neighbors import (
+    SearchableBank,
+    find_neighbors,
+    neighborhood_loss,
+    store_by_row,
+)
 
 TEMPERATURE = 0.07
 Ways = dict[str, Callable[[], object]]
@@ -63,8 +68,8 @@ class Task:
         self.v = F.normalize(self.bank[self.index] + 0.5 * noise, dim=1).requires_grad_()
         others = [torch.randint(len(centers), (size,), device=device) for _ in range(9)]
         self.labels = torch.stack([own, *others]).int()
-        self.side_by_side = by_row(self.labels)
-        self.prepared = SearchableBank(self.bank).refresh()
+        self.side_by_side = store_by_row(self.labels)
+        self.searchable = SearchableBank(self.bank).refresh()
         self.neighbors = neighbors
 
     def gradient(self, loss: Tensor) -> Tensor:
@@ -72,23 +77,23 @@ class Task:
 
     def la(self) -> Tensor:
         found = find_neighbors(
-            self.v, self.prepared, self.side_by_side, self.index, neighbors=self.neighbors
+            self.v, self.searchable, self.side_by_side, self.index, neighbors=self.neighbors
         )
-        return self.gradient(neighborhood_loss(self.v, self.prepared, found))
+        return self.gradient(neighborhood_loss(self.v, self.searchable, found))
 
     def la_rows_alone(self) -> tuple[Tensor, Tensor]:
         """The least that the engine needs: float32 looks at doubtful rows, then one gather."""
         from localagg.engine import cuda_backend as engine
 
         v, bank = self.v.detach(), self.bank
-        low = self.prepared.coarse
+        low = self.searchable.rounded
         rows, _ = engine.top_rows(v, bank, self.neighbors, bank_low=low, values=False)
         close = engine.close_rows(self.side_by_side, self.side_by_side[:, self.index], rows)
         return engine.aggregation_forward_backward(v, bank, rows, close)
 
     def ways(self) -> Ways:
         v, bank, index = self.v, self.bank, self.index
-        v_half, coarse = v.detach().half(), self.prepared.coarse
+        v_half, coarse = v.detach().half(), self.searchable.rounded
         half = bank.half() if coarse is None else coarse.half()
         return {
             "LA, ours": self.la,
@@ -109,7 +114,7 @@ class Task:
         from localagg.engine import cuda_backend as engine
 
         v = self.v.detach()[:queries]
-        rows, _ = engine.top_rows(v, self.bank, self.neighbors, bank_low=self.prepared.coarse)
+        rows, _ = engine.top_rows(v, self.bank, self.neighbors, bank_low=self.searchable.rounded)
         sim = v.double() @ self.bank.double().T
         kth = sim.topk(self.neighbors, dim=1).values[:, -1:]
         return int((sim.gather(1, rows) < kth - 1e-6).sum())

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import report
-from localagg.engine import search as streaming
+from localagg.engine import search
 from localagg.engine.thread_pool import in_threads
-from localagg.io.allocator import keep_freed_memory
+from localagg.io.machine import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
-from localagg.training.neighbors import SearchableBank, by_row
+from localagg.training.neighbors import SearchableBank, store_by_row
 
 B, D, K, H, T, EPS = 128, 128, 4096, 10, 0.07, 1e-7
 SIZES = (50_000, 200_000, 1_280_000)
@@ -43,12 +43,12 @@ class Problem:
         self.labels = torch.randint(
             0, max(2, size // 43), (H, size), dtype=torch.int32, generator=generator
         )
-        self.labels_by_row = by_row(self.labels)
+        self.labels_by_row = store_by_row(self.labels)
         self.long_labels = self.labels.long()
         self.index = torch.randint(size, (B,), generator=generator)
         near = self.bank[self.index].float() + torch.randn(B, D, generator=generator) * D**-0.5
         self.v = F.normalize(near, dim=1).requires_grad_()
-        self.prepared = SearchableBank(self.bank)
+        self.searchable = SearchableBank(self.bank)
 
 
 # --- LA by the ways that others take ---
@@ -74,7 +74,7 @@ def clean_torch(p: Problem) -> torch.Tensor:
 
 
 def ours(p: Problem) -> torch.Tensor:
-    return local_aggregation(p.v, p.prepared, p.labels_by_row, p.index, neighbors=K)
+    return local_aggregation(p.v, p.searchable, p.labels_by_row, p.index, neighbors=K)
 
 
 def ours_once(p: Problem) -> torch.Tensor:
@@ -83,11 +83,11 @@ def ours_once(p: Problem) -> torch.Tensor:
 
 
 def ours_portable(p: Problem) -> torch.Tensor:
-    compiled, streaming._numba = streaming._numba, lambda: (None, None)  # type: ignore[assignment]
+    compiled, search.load_cpu_backend = search.load_cpu_backend, lambda: (None, None)  # type: ignore[assignment]
     try:
         return local_aggregation(p.v, p.bank, p.labels, p.index, neighbors=K)
     finally:
-        streaming._numba = compiled
+        search.load_cpu_backend = compiled
 
 
 # --- IR's exact softmax ---
@@ -122,7 +122,7 @@ def gradient(way, p: Problem) -> torch.Tensor:
 
 def product(p: Problem, dtype: torch.dtype) -> None:
     """The products alone, in tiles of a core's cache."""
-    queries, bank = p.v.detach().to(dtype), p.prepared.coarse if dtype != p.bank.dtype else p.bank
+    queries, bank = p.v.detach().to(dtype), p.searchable.rounded if dtype != p.bank.dtype else p.bank
 
     def tiles(part: range) -> None:
         out = torch.empty(B, 2048, dtype=dtype)
@@ -141,7 +141,7 @@ FLOORS = {
     "float32 product alone": lambda p: product(p, torch.float32),
     "bfloat16 product alone": lambda p: product(p, torch.bfloat16),
     "reading the float32 bank": lambda p: read(p.bank),
-    "reading the bfloat16 bank": lambda p: read(p.prepared.coarse),
+    "reading the bfloat16 bank": lambda p: read(p.searchable.rounded),
 }
 
 
@@ -153,7 +153,7 @@ def peak_mib(loss: str, way: str, size: int) -> float:
     small, p = Problem(8192), Problem(size)
     gradient(LOSSES[loss][way], small)  # what libraries load on first use is not the step's
     if way == "ours" and loss == "LA":
-        p.prepared.refresh()
+        p.searchable.refresh()
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before would hide what is taken now
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
@@ -174,7 +174,7 @@ def effect_of_bfloat16(p: Problem) -> str:
     """What rounding the bank's rows does to the LA loss and its gradient."""
     q = Problem(len(p.bank))
     q.bank = p.bank.bfloat16()
-    q.prepared = SearchableBank(q.bank)
+    q.searchable = SearchableBank(q.bank)
     moved = abs(ours(q).item() / ours(p).item() - 1)
     exact, other = gradient(ours, p), gradient(ours, q)
     relative = (other - exact).norm() / exact.norm()
@@ -186,7 +186,7 @@ def effect_of_bfloat16(p: Problem) -> str:
 
 def timings(p: Problem) -> dict[tuple[str, str], float]:
     """Seconds of each floor and way."""
-    p.prepared.refresh()
+    p.searchable.refresh()
     calls = {("floor", name): lambda f=f: f(p) for name, f in FLOORS.items()}
     for loss, ways in LOSSES.items():
         calls |= {(loss, n): lambda w=w: gradient(w, p) for n, w in ways.items()}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import report
 from localagg.checkpoint import latest, load_encoder, read_progress, read_run
-from localagg.config import PretrainConfig, override
+from localagg.config import PretrainConfig, override, require_resolved
 from localagg.data.images.augment import Augment, evaluation_view
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
@@ -57,7 +57,7 @@ class Peer(nn.Module):
 
     def features(self, views: Tensor) -> Tensor:
         """[B, channels]: the last map, pooled."""
-        return self.encoder.backbone.vector(self.encoder._normalized(views))
+        return self.encoder.pooled(views)
 
     def forward(self, views: Tensor) -> Tensor:
         return self.head(self.features(views)).float()
@@ -108,7 +108,7 @@ def _spent() -> float:
 def _endless(feed: Feed) -> Iterator[tuple[Tensor, Tensor, int]]:
     epoch = 0
     while True:
-        for index, images in feed.batches(epoch):
+        for index, images, _ in feed.batches(epoch):
             yield index, images, epoch
         epoch += 1
 
@@ -170,7 +170,7 @@ def measure(peer: Peer, config: PretrainConfig, data: str) -> dict[str, float]:
     labels = []
     for split in ("train", "val"):
         source = open_images(data, split)
-        feed = Feed(source, override(config, batch_size=1), lambda done, of: None)
+        feed = Feed(source, config.views, batch_size=1)
         assert feed.pixels is not None
         assert source.labels is not None
         found: dict[str, list[Tensor]] = {"embedding": [], "features": []}
@@ -232,7 +232,13 @@ def _config(options: argparse.Namespace, seed: int) -> PretrainConfig:
 
 def _peer(options: argparse.Namespace, name: str, seed: int) -> tuple[Peer, dict]:
     config = _config(options, seed)
-    feed = Feed(open_images(options.data), config, lambda done, of: None)
+    feed = Feed(
+        open_images(options.data),
+        config.views,
+        batch_size=require_resolved(config.batch_size),
+        seed=config.seed,
+        workers=config.workers,
+    )
     peer, epochs = train(name, config, feed, 60 * options.minutes)
     return peer, {"epochs": epochs, "minutes": options.minutes}
 

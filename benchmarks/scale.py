@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
-from localagg.engine.kmeans import Rows
+from localagg.engine.kmeans import Points
 from localagg.engine.topk import largest
 from localagg.training import sharded
 
@@ -169,7 +169,7 @@ def alone(sizes: list[int]) -> dict[str, float]:
     value, row = torch.rand(b, K, generator=generator), torch.arange(K).expand(b, K)
     between = torch.zeros(b), torch.ones(b)
     selected = median(lambda: largest(Echo(0, 2), value, row, K // 2, between))
-    rows = Rows(F.normalize(torch.randn(20_000, D, generator=generator), dim=1))
+    rows = Points(F.normalize(torch.randn(20_000, D, generator=generator), dim=1))
     centroids = F.normalize(torch.randn(4096, D, generator=generator), dim=1)
     assigned = median(lambda: rows.assign(centroids, exact=False), runs=3)
     return {

@@ -29,6 +29,7 @@ from localagg import checkpoint
 from localagg.clustering import cluster
 from localagg.config import PretrainConfig, require_resolved
 from localagg.data.images.augment import Augment
+from localagg.data.loading.cropping import TrainingBatch
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import Source, open_images
 from localagg.data.sources.source import encoded_bytes
@@ -50,14 +51,22 @@ class Ours:
     def __init__(self, config: PretrainConfig, source: Source, run: Path) -> None:
         self.learner = Learner(config, len(source))
         self.learner.restore(checkpoint.latest(run))
-        self.feed = Feed(source, config, lambda *_: None)
+        self.feed = Feed(
+            source,
+            config.views,
+            batch_size=require_resolved(config.batch_size),
+            seed=config.seed,
+            workers=config.workers,
+            memory=config.memory,
+            memory_gb=config.memory_gb,
+        )
         self.augment = Augment(config.views, config.seed, cropped=self.feed.cropped)
         self.clustering_seconds = _seconds(self.learner.recluster)
         self.warm_seconds = _seconds(self.learner.recluster)
         self.seconds: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}
         self.batches = self._batches()
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[TrainingBatch]:
         epoch = 0
         while True:
             yield from self.feed.batches(epoch)
@@ -72,9 +81,9 @@ class Ours:
             parts[part] = parts.get(part, 0.0) + now - last
             last = now
 
-        index, images = next(self.batches)
+        index, images, uniforms = next(self.batches)
         done("data")
-        views = self.augment(images, 0, index)
+        views = self.augment(images, 0, index, uniforms)
         done("augmentation")
         embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
         done("network")

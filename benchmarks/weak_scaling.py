@@ -24,9 +24,9 @@ import torch.nn.functional as F
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
-from localagg.io.allocator import keep_freed_memory
+from localagg.io.machine import keep_freed_memory
 from localagg.training import sharded
-from localagg.training.neighbors import by_row
+from localagg.training.neighbors import store_by_row
 
 B, D, H = 128, 128, 3
 
@@ -51,7 +51,7 @@ class Step:
         clusters = max(2, job.rows // 64)
         shape = (H, len(self.bank.rows))
         labels = torch.randint(0, clusters, shape, generator=generator, dtype=torch.int32)
-        self.labels = by_row(labels)  # as in training
+        self.labels = store_by_row(labels)  # as in training
         part = world.part(job.samples)
         own = slice(part.start, part.stop)
         v = F.normalize(torch.randn(job.samples, D, generator=generator), dim=1)

@@ -7,22 +7,29 @@ import signal
 
 import pytest
 import torch
+from expect import user_error
 from safetensors.torch import save_file
 
 from localagg import checkpoint
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig
-from localagg.errors import UserError
 from localagg.models import create_encoder
 
 
-@pytest.fixture
-def parts():
-    encoder = create_encoder("resnet18_small", dim=8, width=4, blocks=(1,), seed=0)
+def small_training(seed):
+    encoder = create_encoder("resnet18_small", dim=8, width=4, blocks=(1,), seed=seed)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9)
-    encoder(torch.rand(2, 3, 16, 16)).sum().backward()
-    optimizer.step()
-    return {"encoder": encoder, "optimizer": optimizer, "bank": MemoryBank(10, 8, seed=0)}
+    return {"encoder": encoder, "optimizer": optimizer, "bank": MemoryBank(10, 8, seed=seed)}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Encoder, optimizer and bank after a step; the run folder is begun."""
+    found = small_training(seed=0)
+    found["encoder"](torch.rand(2, 3, 16, 16)).sum().backward()
+    found["optimizer"].step()
+    checkpoint.begin_run(tmp_path, PretrainConfig(), {"data": "digits"})
+    return found
 
 
 def save(run, step, parts, **progress):
@@ -30,29 +37,25 @@ def save(run, step, parts, **progress):
     return checkpoint.save(run, step, **parts, clusters=labels, progress=progress)
 
 
-def test_what_is_saved_comes_back(tmp_path, parts):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {"data": "digits"})
+def test_a_checkpoint_restores_everything(tmp_path, parts):
     folder = save(tmp_path, 7, parts, summary=None)
-    fresh = create_encoder("resnet18_small", dim=8, width=4, blocks=(1,), seed=1)
-    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
-    bank = MemoryBank(10, 8, seed=1)
-    clusters, progress = checkpoint.restore(folder, encoder=fresh, optimizer=optimizer, bank=bank)
+    fresh = small_training(seed=1)
+    clusters, progress = checkpoint.restore(folder, **fresh)
     assert progress == {"step": 7, "summary": None}
     assert clusters["labels"].shape == (1, 10)
-    assert torch.equal(bank.rows, parts["bank"].rows)
+    assert torch.equal(fresh["bank"].rows, parts["bank"].rows)
     for name, tensor in parts["encoder"].state_dict().items():
-        assert torch.equal(fresh.state_dict()[name], tensor)
-    momenta = [state["momentum_buffer"] for state in parts["optimizer"].state.values()]
-    for mine, theirs in zip(optimizer.state.values(), momenta, strict=True):
-        assert torch.equal(mine["momentum_buffer"], theirs)
+        assert torch.equal(fresh["encoder"].state_dict()[name], tensor)
+    pairs = zip(fresh["optimizer"].state.values(), parts["optimizer"].state.values(), strict=True)
+    for mine, theirs in pairs:
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
     loaded = checkpoint.load_encoder(tmp_path)
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(x), parts["encoder"].eval()(x))
 
 
-def test_only_the_newest_stays_and_half_written_ones_are_never_seen(tmp_path, parts):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+def test_only_the_newest_stays_and_unfinished_ones_are_ignored(tmp_path, parts):
     save(tmp_path, 1, parts)
     save(tmp_path, 2, parts)
     (tmp_path / "checkpoints" / ".step-000000003.tmp").mkdir()
@@ -63,8 +66,7 @@ def test_only_the_newest_stays_and_half_written_ones_are_never_seen(tmp_path, pa
 
 @pytest.mark.parametrize("room", [0, 200, 1000, -1])
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_loads(tmp_path, parts, room, step):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+def test_on_a_full_disk_the_last_checkpoint_is_named_and_loads(tmp_path, parts, room, step):
     good = save(tmp_path, 1, parts)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if room == -1:  # one byte less than the largest file needs
@@ -74,7 +76,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_loads(tmp_path, par
         if step == 1 and room:  # a few words about a step that was saved before
             save(tmp_path, step, parts)
         else:
-            with pytest.raises(UserError, match=r"\(File too large.*step-000000001', is whole"):
+            with user_error("environment", "File too large", good):
                 save(tmp_path, step, parts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -84,41 +86,35 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_loads(tmp_path, par
     checkpoint.load_encoder(tmp_path)
 
 
-class Cut:
-    """What reaches the disk, in order; before a chosen event the process is killed."""
+class DiskEvents:
+    """Note every write to the disk in order; kill the process before a chosen one."""
 
-    def __init__(self, monkeypatch, at=None):
-        self.events, self.at = [], at
-        for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink")):
-            self.watch(monkeypatch, module, name)
-        self.watch(monkeypatch, checkpoint, "save_tensors")
-        self.watch(monkeypatch, shutil, "rmtree")
+    def __init__(self, monkeypatch, kill_before=None):
+        self.events, self.left = [], kill_before
+        names = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink")]
+        for module, name in (*names, (checkpoint, "save_tensors"), (shutil, "rmtree")):
+            self.observe(monkeypatch, module, name)
 
-    def watch(self, monkeypatch, module, name):
+    def observe(self, monkeypatch, module, name):
         original = getattr(module, name)
 
-        def watched(first, *rest, **options):
-            what = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first)
-            self.note(name, what)
-            original(first, *rest, **options)
-            self.note(f"{name} done", what)
-
-        monkeypatch.setattr(module, name, watched)
-
-    def note(self, name, what):
-        if not name.endswith("done"):
-            if self.at == 0:
+        def observed(first, *rest, **options):
+            path = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first)
+            if self.left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.at = None if self.at is None else self.at - 1
-        self.events.append((name, os.path.basename(what)))
+            self.left = None if self.left is None else self.left - 1
+            self.events.append((name, os.path.basename(path)))
+            original(first, *rest, **options)
+            self.events.append((f"{name} done", os.path.basename(path)))
+
+        monkeypatch.setattr(module, name, observed)
 
 
 def test_after_a_loss_of_power_a_name_never_stands_for_less_than_its_bytes(
     tmp_path, parts, monkeypatch
 ):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
     save(tmp_path, 1, parts)
-    seen = Cut(monkeypatch).events
+    seen = DiskEvents(monkeypatch).events
     folder = save(tmp_path, 2, parts)
     named = seen.index(("rename done", ".step-000000002.tmp"))
     for path in folder.iterdir():
@@ -133,8 +129,7 @@ def test_after_a_loss_of_power_a_name_never_stands_for_less_than_its_bytes(
 def test_a_kill_at_any_moment_of_a_write_leaves_the_checkpoint_before_or_this_one(
     tmp_path, parts, monkeypatch, step
 ):
-    """Step 2 follows step 1; step 1 once more has other words about it."""
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+    """Step 2 follows step 1; step 1 is saved once more with another progress."""
     save(tmp_path, 1, parts, word="before")
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "first")
     rows, moments = parts["bank"].rows.clone(), 0
@@ -143,7 +138,7 @@ def test_a_kill_at_any_moment_of_a_write_leaves_the_checkpoint_before_or_this_on
         if child == 0:
             with contextlib.suppress(BaseException):
                 parts["bank"].rows += step - 1
-                Cut(monkeypatch, at=moments)
+                DiskEvents(monkeypatch, kill_before=moments)
                 save(tmp_path, step, parts, word="after")
             os._exit(0)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -166,45 +161,35 @@ def test_a_kill_at_any_moment_of_a_write_leaves_the_checkpoint_before_or_this_on
     "file", ["model.safetensors", "optimizer.pt", "bank-0-of-1.safetensors", "progress.json"]
 )
 @pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_damage_is_told_in_one_sentence(tmp_path, parts, file, harm):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
+def test_damage_names_the_checkpoint_in_one_line(tmp_path, parts, file, harm):
     folder = save(tmp_path, 1, parts)
     path = folder / file
     if harm == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="is damaged") as caught:
+    with user_error("damaged", folder) as caught:
         checkpoint.restore(folder, **parts)
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_unpickled_from_an_optimizer_file(tmp_path, parts):
-    checkpoint.begin_run(tmp_path, PretrainConfig(), {})
-    folder = save(tmp_path, 1, parts)
-
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    torch.save(Trap(), folder / "optimizer.pt")
-    with pytest.raises(UserError, match="is damaged"):
-        checkpoint.restore(folder, **parts)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_files_that_are_not_ours_are_refused(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="names no architecture"):
-        checkpoint.load_encoder(tmp_path / "other.safetensors")
-    (tmp_path / "noise.safetensors").write_bytes(b"noise")
-    with pytest.raises(UserError, match="are damaged"):
-        checkpoint.load_encoder(tmp_path / "noise.safetensors")
-    with pytest.raises(UserError, match="There is no run folder or weights file"):
-        checkpoint.load_encoder(tmp_path / "none")
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"epoch": 1}}))
-    with pytest.raises(UserError, match="not an option"):
+def test_files_of_other_programs_and_damaged_ones_are_named(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with user_error("not-found", path):
+        checkpoint.load_encoder(path)
+    for metadata, code in ((None, "unsupported"), ({"localagg": "7"}, "damaged")):
+        save_file({"x": torch.zeros(1)}, path, metadata)
+        with user_error(code, path):
+            checkpoint.load_encoder(path)
+    path.write_bytes(b"noise")
+    for read in (checkpoint.load_encoder, checkpoint.load_views):
+        with user_error("damaged", path):
+            read(path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"config": {"epoch": 1}}))
+    with pytest.raises(checkpoint.UserError, match="epoch"):
         checkpoint.read_run(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.read_run(tmp_path)
+    for text in ("{", "[]", "7"):
+        config.write_text(text)
+        with user_error("damaged", config):
+            checkpoint.read_run(tmp_path)

@@ -7,7 +7,7 @@ from ranks import Pool, in_threads
 
 from localagg.clustering import cluster, kmeans
 from localagg.distributed.collectives import World
-from localagg.engine.kmeans import Rows, first_rows, lloyd
+from localagg.engine.kmeans import Points, initial_centroids, lloyd
 from localagg.errors import UserError
 
 CASES = [(1000, (40, 25)), (301, (60,)), (7, (3, 7)), (2, (1, 2))]
@@ -49,11 +49,11 @@ def test_processes_over_gloo_cluster_as_one():
 
 def test_a_split_bank_starts_from_the_rows_that_faiss_draws():
     rows = cases.rows_of(301)
-    alone = first_rows(Rows(rows), 50, seed=1234)
+    alone = initial_centroids(Points(rows), 50, seed=1234)
 
     def call(world):
         part = world.part(301)
-        return first_rows(Rows(rows[part.start : part.stop], world), 50, seed=1234)
+        return initial_centroids(Points(rows[part.start : part.stop], world), 50, seed=1234)
 
     for found in in_threads(3, call):
         assert torch.equal(found, alone)
@@ -67,8 +67,8 @@ def test_bytes_over_the_wire_do_not_grow_with_n(ranks):
         part, sent = world.part(size), []
         sum_of = world.sum
         world.sum = lambda tensor: (sent.append(tensor.nbytes), sum_of(tensor))[1]
-        rows = Rows(cases.rows_of(size)[part.start : part.stop], world)
-        lloyd(rows, first_rows(rows, k, 0), iterations=iterations, tolerance=-1)
+        rows = Points(cases.rows_of(size)[part.start : part.stop], world)
+        lloyd(rows, initial_centroids(rows, k, 0), iterations=iterations, tolerance=-1)
         return sent
 
     for size in (100, 3000):

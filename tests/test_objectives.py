@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localagg.engine import search as streaming
-from localagg.engine import torch_backend as neighbors_torch
+from localagg.engine import search, torch_backend
 from localagg.objectives import (
     background_neighbors,
     close_neighbors,
@@ -68,7 +67,7 @@ def test_probability_is_the_softmax_over_the_bank(p):
 @given(problems())
 def test_instance_softmax(p):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "PRODUCT_TILE_BYTES", p["tile"])
+        patch.setattr(search, "PRODUCT_TILE_BYTES", p["tile"])
         found = value_and_gradient(
             lambda v: instance_softmax(v, p["bank"], p["index"], temperature=p["t"]),
             p["embedding"],
@@ -95,7 +94,7 @@ def test_instance_nce(p):
 @given(problems())
 def test_local_aggregation(p):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors_torch, "TILE_BYTES", p["tile"])
+        patch.setattr(torch_backend, "TILE_BYTES", p["tile"])
         found = value_and_gradient(
             lambda v: local_aggregation(
                 v, p["bank"], p["labels"], p["index"], neighbors=p["K"], temperature=p["t"]
@@ -124,7 +123,7 @@ def test_ties_go_to_the_lowest_rows(seed, K, tile):
     bank = torch.from_numpy(rng.randint(-1, 2, (30, 3))).double()  # products are exact integers
     embedding = torch.from_numpy(rng.randint(-1, 2, (4, 3))).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors_torch, "TILE_BYTES", tile)
+        patch.setattr(torch_backend, "TILE_BYTES", tile)
         rows, similarity, _ = background_neighbors(embedding, bank, K)
     for i, sim in enumerate(naive.similarities(embedding, bank)):
         assert sorted(rows[i].tolist()) == sorted(naive.background(sim, K))

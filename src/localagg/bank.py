@@ -4,17 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed.collectives import World
+from .engine.bank_shard import BankShard
 from .engine.counter_rng import BANK, uniform
 from .engine.searchable_bank import SearchableBank
 from .objectives import momentum_update
 
-_INIT_CHUNK = (
-    65536  # rows drawn at a time: the float64 draws of a large bank would not fit beside it
-)
+_INIT_CHUNK = 65536  # rows drawn at a time: the float64 draws of a large bank would not fit
 
 
 class MemoryBank(nn.Module):
-    """N unit rows [N, D] in the buffer ``rows``, or the ``part`` of them that this process holds.
+    """N unit rows [N, D] in the buffer ``rows``, or the ``part`` of them that this rank holds.
 
     Row i starts uniform in the cube and is normalized; it depends on (seed, i) alone. Deviation:
     the reference leaves its first rows unnormalized (LA section 3.2 has unit rows).
@@ -23,9 +23,9 @@ class MemoryBank(nn.Module):
         size: N, images.
         dim: D, size of the embedding.
         seed: of the first rows.
-        device: where the rows live.
+        device: of the rows.
         dtype: of the rows. Updates are computed in float32 and rounded to it.
-        part: which of the N rows this process holds, where several share the bank; all by default.
+        part: the rows of the N that this rank holds. Default: all.
     """
 
     rows: Tensor
@@ -50,24 +50,28 @@ class MemoryBank(nn.Module):
             cube = uniform(seed, BANK, index, count=dim) * 2 - 1
             rows[index - self.part.start] = F.normalize(cube, dim=1).to(rows)
         self.register_buffer("rows", rows)
-        self._prepared: SearchableBank | None = None
+        self._searchable: SearchableBank | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def prepared(self) -> SearchableBank:
-        """The rows made ready to be searched; what is made of them follows :meth:`update`."""
-        if self._prepared is None or self._prepared.rows is not self.rows:
-            self._prepared = SearchableBank(self.rows)
-        return self._prepared
+    def searchable(self) -> SearchableBank:
+        """The rows ready to be searched many times; they follow :meth:`update`."""
+        if self._searchable is None or self._searchable.rows is not self.rows:
+            self._searchable = SearchableBank(self.rows)
+        return self._searchable
+
+    def shard(self, world: World) -> BankShard:
+        """Return these rows as a shard of the bank that the ranks hold together."""
+        return BankShard(self.searchable, self.part, self.size, world)
 
     @torch.no_grad()
     def update(self, index: Tensor, embedding: Tensor, *, momentum: float = 0.5) -> None:
         """M_i <- normalize(m M_i + (1 - m) v_i) for the rows of a batch; LA section 3.2.
 
-        Where an index stands more than once, the last position wins on every device. Indices
-        outside of ``part`` are other processes' to update and are passed over.
+        Of repeated indices the last position wins on every device. Indices outside of ``part``
+        are skipped; other ranks update them.
 
         Args:
             index: int64 [B], of the N rows.
@@ -75,11 +79,11 @@ class MemoryBank(nn.Module):
             momentum: m in [0, 1].
         """
         if len(self.part) < self.size:
-            mine = (index >= self.part.start) & (index < self.part.stop)
-            index, embedding = index[mine] - self.part.start, embedding[mine]
+            here = (index >= self.part.start) & (index < self.part.stop)
+            index, embedding = index[here] - self.part.start, embedding[here]
         new_BD = momentum_update(self.rows[index], embedding.detach(), momentum=momentum)
         # Scatters with repeated indices are unordered on GPUs, so all repeats write the last value.
         position = torch.arange(len(index), device=index.device)
         same_BB = index.unsqueeze(1) == index.unsqueeze(0)
         last_B = (same_BB * position).amax(dim=1) if len(index) else position
-        self.prepared.write(index, new_BD[last_B])
+        self.searchable.write(index, new_BD[last_B])

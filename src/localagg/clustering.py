@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .bank import MemoryBank
 from .distributed.collectives import World
-from .engine.kmeans import KMeans, Rows, first_rows, lloyd, means
+from .engine.kmeans import KMeans, Points, initial_centroids, lloyd, mean_centroids
 from .errors import UserError
 
 SEED = 1234  # the reference's: clustering h is seeded SEED + h
@@ -19,7 +19,7 @@ Engine = Literal["auto", "faiss", "lloyd"]
 
 
 def kmeans(
-    rows: Tensor | Rows,
+    rows: Tensor | Points,
     clusters: int,
     *,
     seed: int = SEED,
@@ -37,7 +37,7 @@ def kmeans(
     rows between two equally near centroids.
 
     Args:
-        rows: [N, D], any float dtype and device; or :class:`~localagg.engine.kmeans.Rows` that several
+        rows: [N, D], any float dtype and device; or :class:`~localagg.engine.kmeans.Points` that several
             clusterings share. Computed in float32.
         clusters: k, at most N.
         seed: of the first centroids, which are rows drawn at random.
@@ -57,7 +57,7 @@ def kmeans(
             cannot be.
     """
     if isinstance(rows, Tensor) and not _by_faiss(rows, engine, start, world):
-        rows = Rows(rows, world)
+        rows = Points(rows, world)
     size = len(rows) if isinstance(rows, Tensor) else rows.count
     if not 1 <= clusters <= size:
         raise UserError(
@@ -69,10 +69,13 @@ def kmeans(
         return _faiss(rows, clusters, seed, iterations)
     if start is None:
         return lloyd(
-            rows, first_rows(rows, clusters, seed), iterations=iterations, tolerance=tolerance
+            rows,
+            initial_centroids(rows, clusters, seed),
+            iterations=iterations,
+            tolerance=tolerance,
         )
     if not start.is_floating_point():
-        start = means(rows.totals(start.to(rows.device, torch.int64), clusters))
+        start = mean_centroids(rows.cluster_totals(start.to(rows.device, torch.int64), clusters))
     return lloyd(rows, start, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
 
 
@@ -103,7 +106,7 @@ def cluster(
         on_progress: called as ``on_progress(h, result)`` after each clustering.
         centroids: a list that is emptied and filled with those of the H results.
         world: whose share the rows are, if the bank is split over ranks; see
-            :class:`~localagg.engine.kmeans.Rows` for the collectives.
+            :class:`~localagg.engine.kmeans.Points` for the collectives.
 
     Returns:
         Labels, int32 [H, N], on the bank's device; of this rank's rows where the bank is split.
@@ -113,7 +116,7 @@ def cluster(
     """
     rows = bank if isinstance(bank, Tensor) else bank.rows
     by_faiss = _by_faiss(rows, engine, start, world)  # of all rows, on one rank
-    shared = rows if by_faiss else Rows(rows, world)
+    shared = rows if by_faiss else Points(rows, world)
     labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32, device=rows.device)
     found = []
     for h, k in enumerate(clusters):

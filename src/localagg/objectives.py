@@ -57,7 +57,7 @@ def probability(embedding: Tensor, bank: Tensor, *, temperature: float = 0.07) -
     Returns:
         [B, N], rows sum to one, differentiable in ``embedding``.
     """
-    v_BD = embedding.to(_loss_dtype(embedding, bank))
+    v_BD = embedding.to(loss_dtype(embedding, bank))
     return F.softmax(v_BD @ bank.to(v_BD).T / temperature, dim=1)
 
 
@@ -79,7 +79,7 @@ def instance_softmax(
         Scalar mean loss, differentiable in ``embedding``.
     """
     shard = BankShard.whole(bank)
-    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     log_Z_B = search.log_partition(v_BD, shard.rows, temperature)  # of this rank's rows
     sim_B = shard.similarity_to_own(v_BD, index)
     top_B = shard.world.maximum(log_Z_B.detach().clone())
@@ -115,7 +115,7 @@ def instance_nce(
     """
     eps = 1e-7  # the reference's, inside both denominators
     shard = BankShard.whole(bank)
-    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     base, Z = noise_index.shape[1] / shard.size, NCE_PARTITION_PER_IMAGE * shard.size
     here_B, _ = shard.local(index)
     rows_BC = shard.listed(noise_index)
@@ -161,7 +161,7 @@ def close_neighbors(
 
     Args:
         labels: cluster labels, int [H, N]; of a shard, of its rows. Fastest from
-            ``engine.search.by_row``.
+            ``engine.search.store_by_row``.
         index: int64 [B], the bank row of each sample.
         rows: int64 [B, C], candidates j; -1 is never close.
         bank: the shard that the rows are of. Default: they are of the whole bank.
@@ -200,7 +200,7 @@ def aggregation_loss(
         (loss, ratio), [B]; the loss is differentiable in ``embedding``.
     """
     shard = BankShard.whole(bank)
-    v_BD = embedding.to(_loss_dtype(embedding, shard.rows))
+    v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     with torch.no_grad():
         weight_BC, sums_2B = search.exponential_sums(
             background.similarity, close, background.largest, temperature
@@ -229,7 +229,7 @@ def mixed_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return (1 - s) LA + s IR among the background neighbors, of each sample.
 
-    IR here is LA with the sample as its only close neighbor, -log( P(i | v_i) / P(B_i | v_i) + eps ).
+    IR here is LA whose only close neighbor is the sample: -log( P(i | v_i) / P(B_i | v_i) + eps ).
     Deviation: the paper has LA alone. docs/results.md has the effect of the mixture.
 
     Args:
@@ -287,7 +287,7 @@ def local_aggregation(
     close_BC = close_neighbors(labels, index, background.rows, shard)
     options = {"temperature": temperature, "eps": eps}
     loss_B, _ = aggregation_loss(embedding, shard, background, close_BC, **options)
-    return loss_B.mean().to(_loss_dtype(embedding, shard.rows))
+    return loss_B.mean().to(loss_dtype(embedding, shard.rows))
 
 
 # --- After the step: the memory bank follows ------------------------------------------------------
@@ -305,12 +305,12 @@ def momentum_update(rows: Tensor, embedding: Tensor, *, momentum: float = 0.5) -
         [B, D] unit rows in the dtype of ``rows``, without gradient.
     """
     with torch.no_grad():
-        dtype = _loss_dtype(embedding, rows)
+        dtype = loss_dtype(embedding, rows)
         moved = momentum * rows.to(dtype) + (1 - momentum) * embedding.to(dtype)
         return F.normalize(moved, dim=1).to(rows.dtype)
 
 
-def _loss_dtype(embedding: Tensor, bank: Tensor) -> torch.dtype:
+def loss_dtype(embedding: Tensor, bank: Tensor) -> torch.dtype:
     """Return the common dtype of both, at least float32."""
     dtype = torch.promote_types(embedding.dtype, bank.dtype)
     return torch.promote_types(dtype, torch.float32)

@@ -59,7 +59,7 @@ WRONG = [
     ("pretrain digits --data digits --epochz 3", "Did you mean '--epochs'"),
     ("pretrain digits --data digits --neighbors 1401 --out {new}", "more than the 1,400 images"),
     ("pretrain digits --data digits --clusters 9 1500 --out {new}", "more than the 1,400 images"),
-    ("pretrain digits --data digits --out {run}", "holds another run"),
+    ("pretrain digits --data digits --out {run}", "already contains a run"),
     ("pretrain digits", "--data"),
     ("pretrain", "Name a recipe"),
     ("pretrain trans_res18_LA --data digits", "localagg transfer RUN --recipe trans_res18_LA"),

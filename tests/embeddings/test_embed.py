@@ -13,7 +13,7 @@ from embeddings import VIEWS, clean, rows_of, small
 from localagg import __version__, cli
 from localagg.checkpoint import load_views, save_weights
 from localagg.config import PretrainConfig, to_dict
-from localagg.data.loading.loader import evaluation_batches
+from localagg.data.loading.cropping import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed, weights_digest, write_embeddings
 from localagg.embeddings.table import TableWriter

@@ -14,16 +14,16 @@ from sklearn.metrics import adjusted_rand_score
 
 from localagg.clustering import cluster, kmeans
 from localagg.engine import kmeans as module
-from localagg.engine.kmeans import Rows, first_rows, lloyd, means
+from localagg.engine.kmeans import Points, initial_centroids, lloyd, mean_centroids
 from localagg.errors import UserError
 
 DIGITS = torch.from_numpy(load_digits().data.astype(np.float32))
 
 
-def rows_of(rows: torch.Tensor, *, coarse: bool) -> Rows:
+def rows_of(rows: torch.Tensor, *, coarse: bool) -> Points:
     """Rows whose leading passes are by bf16 products, or all by float32."""
-    found = Rows(rows)
-    found.has_coarse = coarse
+    found = Points(rows)
+    found.multiplies_bfloat16 = coarse
     return found
 
 
@@ -64,7 +64,7 @@ def test_cold_it_starts_and_ends_as_faiss_does():
     engine.train(x.numpy())
     theirs = engine.index.search(x.numpy(), 1)[1][:, 0]
     rows = rows_of(x, coarse=False)
-    ours = lloyd(rows, first_rows(rows, 60, 1236), iterations=20)
+    ours = lloyd(rows, initial_centroids(rows, 60, 1236), iterations=20)
     assert (ours.labels.numpy() != theirs).mean() < 0.002
     np.testing.assert_allclose(ours.centroids, engine.centroids, rtol=0, atol=2e-3)
     assert torch.equal(kmeans(x, 60, seed=1236).labels, torch.from_numpy(theirs).int())
@@ -78,7 +78,7 @@ def test_nearest_is_exact_whatever_the_tiles_and_the_first_of_equals(clusters, m
     expected = distances(x, centroids).argmin(axis=1)
     for tile in ((512, 1024), (7, 4), (350, 1)):
         monkeypatch.setitem(module._TILES, "cpu", tile)
-        found = Rows(x).assign(centroids, exact=True)
+        found = Points(x).assign(centroids, exact=True)
         assert (found.numpy() == expected).all()
 
 
@@ -153,7 +153,7 @@ def test_a_warm_start_from_labels_begins_at_their_means_in_the_new_rows():
 def test_empty_clusters_split_the_largest_ones():
     x = torch.cat([torch.randn(90, 4), 20 + torch.randn(30, 4), -20 + torch.randn(10, 4)])
     labels = torch.tensor([1] * 90 + [4] * 30 + [2] * 10)
-    found = means(Rows(x).totals(labels, 6), torch.full((6, 4), 7.0))
+    found = mean_centroids(Points(x).cluster_totals(labels, 6), torch.full((6, 4), 7.0))
     center = {k: x[labels == k].mean(dim=0) for k in (1, 4, 2)}
     radius = (x[:90] - center[1]).square().sum(dim=1).mean().sqrt()
     first = radius / 2 * torch.tensor([1.0, -1.0, 1.0, -1.0]) / 2  # unit directions
@@ -194,7 +194,7 @@ def test_more_clusters_than_different_rows():
 
 def test_sums_do_not_lose_small_rows_in_large_clusters():
     x = torch.full((200_000, 1), 0.1)
-    totals = Rows(x).totals(torch.zeros(200_000, dtype=torch.int64), 1)
+    totals = Points(x).cluster_totals(torch.zeros(200_000, dtype=torch.int64), 1)
     assert totals[0, 0].item() == pytest.approx(200_000 * float(np.float32(0.1)), rel=1e-12)
     assert totals[0, 1].item() == 200_000
 
@@ -216,7 +216,7 @@ def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"30 clusters of 20 images.*at most 20"):
         kmeans(torch.randn(20, 4), 30, engine="lloyd")
     with pytest.raises(ValueError, match="iterations is -1"):
-        lloyd(Rows(torch.randn(20, 4)), torch.randn(2, 4), iterations=-1)
+        lloyd(Points(torch.randn(20, 4)), torch.randn(2, 4), iterations=-1)
 
 
 def test_flash_kmeans_is_asked_for_the_coarse_assignment(monkeypatch):
@@ -238,7 +238,7 @@ def test_flash_kmeans_is_asked_for_the_coarse_assignment(monkeypatch):
     found = module._nearest_flash(x.bfloat16(), x[:30])
     assert asked == [(1, 500, 16)]
     assert found.dtype == torch.int64
-    exact = Rows(x).assign(x[:30], exact=True)
+    exact = Points(x).assign(x[:30], exact=True)
     assert (found == exact).float().mean() > 0.97
 
 

@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as F
 from search_cases import CASES, ENGINES, KINDS, check_nearest, engine, problem
 
-from localagg.engine import (
-    cpu_backend as neighbors_numba,
-)
-from localagg.engine import (
-    search as streaming,
-)
+from localagg.engine import cpu_backend, search
 from localagg.engine.bank_shard import Neighbors
 from localagg.engine.search import nearest
 from localagg.engine.searchable_bank import SearchableBank
@@ -28,8 +23,8 @@ def test_the_nearest_rows_and_the_loss_are_those_of_loops_in_float64(kind, name)
     with engine(name) as patch:
         for seed in range(CASES):
             # With no deviation to spare every other sample misleads.
-            sizes = neighbors_numba.SIZES._replace(spare=seed % 3)
-            patch.setattr(neighbors_numba, "SIZES", sizes)
+            sizes = cpu_backend.SIZES._replace(spare=seed % 3)
+            patch.setattr(cpu_backend, "SIZES", sizes)
             bank, queries, K = problem(kind, seed)
             if seed % 4 == 3:
                 bank = bank.bfloat16()
@@ -84,7 +79,7 @@ def test_what_is_guessed_is_reached_by_as_many_of_the_sampled_rows(name, sample,
     g = torch.Generator().manual_seed(rank)
     bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (94, 3))
     with engine(name):
-        guess = streaming.sample_threshold(
+        guess = search.sample_threshold(
             queries.requires_grad_(), SearchableBank(bank), rank, sample
         )
     assert not guess.requires_grad

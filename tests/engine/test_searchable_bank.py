@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from search_cases import ENGINES, check_nearest, engine
 
 from localagg.bank import MemoryBank
-from localagg.engine import cpu_backend as neighbors_numba
+from localagg.engine import cpu_backend, searchable_bank
 from localagg.engine import cpu_search_kernels as kernels
-from localagg.engine import searchable_bank as prepared
 from localagg.engine.cpu_backend import bits
 from localagg.engine.search import nearest
-from localagg.engine.searchable_bank import SearchableBank, product_type
+from localagg.engine.searchable_bank import SearchableBank, product_dtype
 from localagg.errors import UserError
 
 
@@ -21,9 +20,9 @@ def unit(seed, *shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_copy_follows_updates_row_by_row_and_everything_else_whole(dtype, monkeypatch):
-    monkeypatch.setattr(prepared, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(searchable_bank, "_multiplies_bf16", lambda: True)
     bank = MemoryBank(50, 8, dtype=dtype)
-    ready = bank.prepared.refresh()
+    ready = bank.searchable.refresh()
     copied = []
     copy = SearchableBank._copy
     monkeypatch.setattr(
@@ -31,24 +30,24 @@ def test_the_copy_follows_updates_row_by_row_and_everything_else_whole(dtype, mo
     )
     bank.update(torch.tensor([3, 4, 3]), 2 * unit(0, 3, 8))
     assert [list(index) for index in copied] == [[3, 4, 3]]
-    assert torch.equal(ready.refresh().coarse, bank.rows.bfloat16())
+    assert torch.equal(ready.refresh().rounded, bank.rows.bfloat16())
     assert len(copied) == 1
     bank.rows[7] = 5 * unit(1, 1, 8)[0]  # behind its back
     bank.update(torch.tensor([1]), unit(2, 1, 8))
-    assert torch.equal(ready.refresh().coarse, bank.rows.bfloat16())
-    lost, longest = ready.bounds
-    difference = (bank.rows.float() - ready.coarse.float()).norm(dim=1).max()
+    assert torch.equal(ready.refresh().rounded, bank.rows.bfloat16())
+    lost, longest = ready.row_bounds
+    difference = (bank.rows.float() - ready.rounded.float()).norm(dim=1).max()
     assert lost == pytest.approx(difference.item()) or lost >= difference
     assert longest == pytest.approx(5, rel=0.01)
     bank.load_state_dict(MemoryBank(50, 8, seed=1).state_dict())
-    assert torch.equal(bank.prepared.refresh().coarse, bank.rows.bfloat16())
+    assert torch.equal(bank.searchable.refresh().rounded, bank.rows.bfloat16())
 
 
 def test_a_bank_of_bfloat16_is_its_own_copy(monkeypatch):
-    monkeypatch.setattr(prepared, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(searchable_bank, "_multiplies_bf16", lambda: True)
     bank = MemoryBank(50, 8, dtype=torch.bfloat16)
-    assert bank.prepared.refresh().coarse is bank.rows
-    assert bank.prepared.bounds[0] == 0
+    assert bank.searchable.refresh().rounded is bank.rows
+    assert bank.searchable.row_bounds[0] == 0
 
 
 def test_rows_are_rounded_as_torch_rounds_them_and_bounded():
@@ -115,11 +114,9 @@ def test_what_a_bank_keeps_from_search_to_search_serves_searches_of_other_shapes
     ready = SearchableBank(bank).refresh()
     for B, k in [(3, 7), (600, 50), (512, 50), (512, 400), (88, 50), (3, 7)]:
         queries = unit(B, B, 16)
-        found = neighbors_numba.nearest(queries, ready, k)
-        assert all(
-            map(torch.equal, found, neighbors_numba.nearest(queries, SearchableBank(bank), k))
-        )
-        assert len(ready.scratch) == 1  # the last search's alone
+        found = cpu_backend.nearest(queries, ready, k)
+        assert all(map(torch.equal, found, cpu_backend.nearest(queries, SearchableBank(bank), k)))
+        assert len(ready.workspace) == 1  # the last search's alone
 
 
 def test_a_search_leaves_alone_what_another_of_the_same_bank_holds(monkeypatch):
@@ -129,16 +126,16 @@ def test_a_search_leaves_alone_what_another_of_the_same_bank_holds(monkeypatch):
         unit(1, 40, 16),
         unit(2, 40, 16),
     )
-    wanted = neighbors_numba.nearest(queries, ready, 50)
+    wanted = cpu_backend.nearest(queries, ready, 50)
     choose = kernels.choose
 
     def interrupted(*arguments):
         monkeypatch.setattr(kernels, "choose", choose)
-        neighbors_numba.nearest(others, ready, 50)
+        cpu_backend.nearest(others, ready, 50)
         choose(*arguments)
 
     monkeypatch.setattr(kernels, "choose", interrupted)
-    assert all(map(torch.equal, neighbors_numba.nearest(queries, ready, 50), wanted))
+    assert all(map(torch.equal, cpu_backend.nearest(queries, ready, 50), wanted))
     assert kernels.choose is choose
 
 
@@ -149,7 +146,7 @@ def test_the_number_of_threads_changes_nothing():
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(neighbors_numba.nearest(queries, SearchableBank(bank).refresh(), 70))
+            found.append(cpu_backend.nearest(queries, SearchableBank(bank).refresh(), 70))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -174,16 +171,16 @@ def test_the_lists_answer_and_seldom_all_rows(kind, dtype, monkeypatch):
     rescored = []
     rescore = kernels.rescore
     monkeypatch.setattr(kernels, "rescore", lambda *a: (rescored.append(a[6].mean()), rescore(*a)))
-    found = neighbors_numba.nearest(queries, search, 100)
+    found = cpu_backend.nearest(queries, search, 100)
     check_nearest(found, queries, bank.to(dtype).float(), 100)
     assert sum(int(each.sum()) for each in judged) <= 1
     assert rescored[0] < 300  # of 8,000: three a neighbor
 
 
 def test_only_types_that_are_not_finer_are_multiplied(monkeypatch):
-    monkeypatch.setattr(prepared, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(searchable_bank, "_multiplies_bf16", lambda: False)
     for dtype in (torch.float32, torch.bfloat16):
-        assert product_type(torch.empty(1, 2, dtype=dtype)) == torch.float32
-    monkeypatch.setattr(prepared, "_multiplies_bf16", lambda: True)
-    assert product_type(torch.empty(1, 2)) == torch.bfloat16
-    assert product_type(torch.empty(1, 2, dtype=torch.float64)) == torch.float64
+        assert product_dtype(torch.empty(1, 2, dtype=dtype)) == torch.float32
+    monkeypatch.setattr(searchable_bank, "_multiplies_bf16", lambda: True)
+    assert product_dtype(torch.empty(1, 2)) == torch.bfloat16
+    assert product_dtype(torch.empty(1, 2, dtype=torch.float64)) == torch.float64

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ranks import in_threads
 
 from localagg.distributed.collectives import share
-from localagg.engine import topk as selection
+from localagg.engine import topk
 from localagg.engine.topk import (
     _shifts,
     bounds,
@@ -103,4 +103,4 @@ def test_compiled_and_plain_counts_of_digits_are_those_of_a_loop(dtype, shift, l
     for _ in range(2):
         found = count_digits(offsets(value, low), known, prefix, shift)
         assert torch.equal(found, wanted)
-        monkeypatch.setattr(selection, "numba_engine", lambda *_: None)
+        monkeypatch.setattr(topk, "cpu_backend_for", lambda *_: None)

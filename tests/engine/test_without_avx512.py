@@ -22,9 +22,9 @@ AVX2 = {
 CHECK = """
 import torch
 from numba.core.registry import cpu_target
-from localagg.engine.searchable_bank import product_type
+from localagg.engine.searchable_bank import product_dtype
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-assert product_type(torch.empty(1, 2)) == torch.float32  # there bfloat16 would be emulated
+assert product_dtype(torch.empty(1, 2)) == torch.float32  # there bfloat16 would be emulated
 features = cpu_target.target_context.codegen().magic_tuple()
 assert "avx512" not in str(features), features
 """

@@ -94,7 +94,7 @@ def test_bfloat16_is_kept_bit_for_bit(tmp_path, drawn):
     kept = FeatureCache(tmp_path, 1.0).keep(mixed, source)
     rows = kept.rows("1", torch.arange(100))
     assert rows.dtype == torch.bfloat16
-    from localagg.data.loading.loader import evaluation_batches
+    from localagg.data.loading.cropping import evaluation_batches
 
     (batch,) = evaluation_batches(source, VIEWS)
     assert torch.equal(rows, mixed(batch.images)["1"])
@@ -152,7 +152,7 @@ def test_whatever_changes_nothing_stale_is_found(tmp_path, drawn, counted, chang
 
 
 def views_of(source):
-    from localagg.data.loading.loader import evaluation_batches
+    from localagg.data.loading.cropping import evaluation_batches
 
     return evaluation_batches(source, VIEWS)
 

@@ -27,7 +27,9 @@ def learn(world: World, config: dict[str, Any], data: str, run: str, stop: int =
 
     def watched(self, *arguments, **options):
         held.append(len(self.learner.bank.rows))
-        assert self.learner.bank.prepared.rows.numel() == held[-1] * self.learner.bank.rows.shape[1]
+        assert (
+            self.learner.bank.searchable.rows.numel() == held[-1] * self.learner.bank.rows.shape[1]
+        )
         after(self, *arguments, **options)
         if self.learner.step == stop:
             raise Interrupted("enough")

@@ -9,18 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from localagg.engine import (
-    cpu_backend as neighbors_numba,
-)
-from localagg.engine import (
-    search as streaming,
-)
-from localagg.engine import (
-    searchable_bank as prepared,
-)
-from localagg.engine import (
-    torch_backend as neighbors_torch,
-)
+from localagg.engine import cpu_backend, search, searchable_bank, torch_backend
 
 ENGINES = ["numba, bfloat16 products", "numba, float32 products", "torch"]
 KINDS = [
@@ -34,13 +23,13 @@ CASES = 190  # of each kind
 def engine(name: str, tile: int = 5):
     """Everything by one engine, in tiny tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "COMPILED_FROM", 0)
-        patch.setattr(prepared, "_multiplies_bf16", lambda: "bfloat16" in name)
-        sizes = neighbors_numba.Sizes(3 * tile, chunk=4, batch=3, sample=16, least_sample=6)
-        patch.setattr(neighbors_numba, "SIZES", sizes)
-        patch.setattr(neighbors_torch, "TILE_BYTES", 16 * tile)
+        patch.setattr(search, "MIN_COMPILED_ROWS", 0)
+        patch.setattr(searchable_bank, "_multiplies_bf16", lambda: "bfloat16" in name)
+        sizes = cpu_backend.Sizes(3 * tile, chunk=4, batch=3, sample=16, least_sample=6)
+        patch.setattr(cpu_backend, "SIZES", sizes)
+        patch.setattr(torch_backend, "TILE_BYTES", 16 * tile)
         if name == "torch":
-            patch.setattr(streaming, "_numba", lambda: (None, None))
+            patch.setattr(search, "load_cpu_backend", lambda: (None, None))
         yield patch
 
 

@@ -1,6 +1,6 @@
-"""What ranks do in test_sharded.py. Functions of a module, as processes need them by name."""
+"""The work of ranks in test_objectives_ranks.py: functions that processes find by name."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,18 @@ from torch import Tensor
 from localagg.bank import MemoryBank
 from localagg.distributed import collectives as distributed
 from localagg.distributed.collectives import World
+from localagg.distributed.differentiable import gather_rows
 from localagg.evaluation import sharded_knn
-from localagg.objectives import momentum_update
-from localagg.training import sharded
+from localagg.objectives import (
+    background_neighbors,
+    close_neighbors,
+    instance_nce,
+    instance_softmax,
+    local_aggregation,
+    loss_dtype,
+    mixed_loss,
+    momentum_update,
+)
 
 
 def problem(
@@ -56,23 +65,61 @@ def bank_of(world: World, rows: Tensor) -> MemoryBank:
     return bank
 
 
-def gathered(world: World, p: dict[str, Any]) -> sharded.Batch:
-    """The batch, of which each rank brings its share."""
+class Batch(NamedTuple):
+    """The batch of all ranks, from which gradients return to this rank's share."""
+
+    leaf: Tensor
+    """[b, D], this rank's share."""
+    embedding: Tensor
+    """[B, D]."""
+    index: Tensor
+    """int64 [B]."""
+
+
+class Score(NamedTuple):
+    """A loss, its gradient in this rank's share [b, D], and what else is reported."""
+
+    loss: Tensor
+    gradient: Tensor
+    notes: dict[str, Tensor]
+
+
+def gather(world: World, embedding: Tensor, index: Tensor, total: int, dtype: torch.dtype) -> Batch:
+    """The batch of which each rank brings its share."""
+    leaf = embedding.detach().requires_grad_()
+    return Batch(leaf, gather_rows(world, leaf, total, dtype), world.gather(index, total))
+
+
+def gathered(world: World, p: dict[str, Any]) -> Batch:
+    """The batch of a problem."""
     part = world.part(len(p["index"]))
-    own = slice(part.start, part.stop)
-    return sharded.gather(world, p["embedding"][own], p["index"][own], len(p["index"]))
+    own, dtype = slice(part.start, part.stop), loss_dtype(p["embedding"], p["bank"])
+    return gather(world, p["embedding"][own], p["index"][own], len(p["index"]), dtype)
 
 
-def score(world: World, p: dict[str, Any], loss: str) -> sharded.LossResult:
+def score(world: World, p: dict[str, Any], loss: str) -> Score:
     """A loss of a problem on this rank."""
     bank, batch = bank_of(world, p["bank"]), gathered(world, p)
+    v, index, t = batch.embedding, batch.index, p["t"]
+    options = {key: p[key] for key in ("sampled_from", "deviations") if key in p}
+    shard = bank.shard(world)._replace(**options)
+    notes = {}
     if loss == "local_aggregation":
         labels = p["labels"][:, bank.part.start : bank.part.stop]
-        options = {"temperature": p["t"], "instance_share": p.get("instance_share", 0.0)}
-        return sharded.local_aggregation(world, batch, bank, labels, neighbors=p["K"], **options)
-    if loss == "instance_softmax":
-        return sharded.instance_softmax(world, batch, bank, temperature=p["t"])
-    return sharded.instance_nce(world, batch, bank, p["noise"], temperature=p["t"])
+        background = background_neighbors(v, shard, p["K"])
+        close = close_neighbors(labels, index, background.rows, shard)
+        share = p.get("instance_share", 0.0)
+        losses, ratio = mixed_loss(
+            v, shard, background, close, index, instance_share=share, temperature=t
+        )
+        value, notes = losses.mean().to(v.dtype), {"without_close": (ratio == 0).float().mean()}
+    elif loss == "instance_softmax":
+        value = instance_softmax(v, shard, index, temperature=t)
+    else:
+        value, data, noise = instance_nce(v, shard, index, p["noise"], temperature=t)
+        notes = {"data_term": data.detach(), "noise_term": noise.detach()}
+    (gradient,) = torch.autograd.grad(value, batch.leaf)
+    return Score(value.detach(), gradient, notes)
 
 
 def nearest(world: World, p: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
@@ -97,19 +144,20 @@ def train(world: World, objective: str) -> dict[str, Any]:
         own = index[part.start : part.stop]
         leaf = weights.clone().requires_grad_()
         embedding = F.normalize(images[own] @ leaf, dim=1)
-        batch = sharded.gather(world, embedding, own, batch_size)
+        batch = gather(world, embedding, own, batch_size, embedding.dtype)
+        v, shard = batch.embedding, bank.shard(world)
         if objective == "local_aggregation":
-            scored = sharded.local_aggregation(world, batch, bank, own_labels, neighbors=11)
+            loss = local_aggregation(v, shard, own_labels, batch.index, neighbors=11)
         elif objective == "instance_softmax":
-            scored = sharded.instance_softmax(world, batch, bank)
+            loss = instance_softmax(v, shard, batch.index)
         else:
-            scored = sharded.instance_nce(world, batch, bank, noise)
-        embedding.backward(scored.gradient)
+            loss, *_ = instance_nce(v, shard, batch.index, noise)
+        embedding.backward(torch.autograd.grad(loss, batch.leaf)[0])
         assert leaf.grad is not None
         velocity = 0.9 * velocity + world.sum(leaf.grad)
         weights = weights - 0.1 * velocity
-        bank.update(batch.index, batch.embedding)
-        losses.append(scored.loss.item())
+        bank.update(batch.index, v.detach())
+        losses.append(loss.item())
     return {"losses": losses, "weights": weights, "rows": bank.rows}
 
 
@@ -137,12 +185,17 @@ def traffic(world: World, p: dict[str, Any]) -> dict[str, list[tuple[str, int]]]
         bank = bank_of(world, p["bank"])
         labels = p["labels"][:, bank.part.start : bank.part.stop]
         batch = gathered(world, p)
+        found["gather"], sent[:] = list(sent), []
+        v, index, shard = batch.embedding, batch.index, bank.shard(world)
+
+        def backward(loss: Tensor) -> None:
+            torch.autograd.grad(loss, batch.leaf, retain_graph=True)
+
         for part, call in {
-            "gather": lambda: None,
-            "la": lambda: sharded.local_aggregation(world, batch, bank, labels, neighbors=p["K"]),
-            "softmax": lambda: sharded.instance_softmax(world, batch, bank),
-            "nce": lambda: sharded.instance_nce(world, batch, bank, p["noise"]),
-            "update": lambda: bank.update(batch.index, batch.embedding),
+            "la": lambda: backward(local_aggregation(v, shard, labels, index, neighbors=p["K"])),
+            "softmax": lambda: backward(instance_softmax(v, shard, index)),
+            "nce": lambda: backward(instance_nce(v, shard, index, p["noise"])[0]),
+            "update": lambda: bank.update(index, v.detach()),
         }.items():
             call()
             found[part], sent[:] = list(sent), []

@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from tf_networks import pool_same, same_pads
+from expect import user_error
 
-from localagg.errors import UserError
-from localagg.models import available_models, create_encoder
-from localagg.models.backbone import average_pool, truncated_normal_
-from localagg.models.preact_resnet import _max_pool
+from localagg.models import create_encoder
 
 # At 224 pixels: maps (channels, side) and the values of a feature, hand-derived from the source.
 RESNET18 = [(64, 56)] * 4 + [(128, 28)] * 2 + [(256, 14)] * 2 + [(512, 7)] * 2
@@ -19,7 +16,7 @@ RESNET50 = (
 
 
 def empty(model, **options):
-    """An encoder without values: shapes cost nothing."""
+    """Create an encoder without values, whose shapes cost nothing."""
     with torch.device("meta"):
         return create_encoder(model, **options).eval()
 
@@ -80,42 +77,28 @@ def test_vgg_has_torchvisions_parameters_but_for_head_and_norms():
     assert sum(p.numel() for p in empty("vgg16_bn_last").parameters()) == expected
 
 
-@pytest.mark.parametrize("height", range(2, 10))
-@pytest.mark.parametrize("width", [5, 8])
-def test_pooling_pads_as_tensorflows_same(height, width):
-    map_ = torch.randn(2, 3, height, width, dtype=torch.float64) - 2  # a padding of 0 would win
-    nhwc = map_.permute(0, 2, 3, 1).numpy()
-    found = _max_pool(map_).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_array_equal(found, pool_same(nhwc, 3, 2, np.max))
-    for window in (2, 4):
-        found = average_pool(map_, window).permute(0, 2, 3, 1).numpy()
-        np.testing.assert_allclose(
-            found, pool_same(nhwc, window, window, np.mean), rtol=1e-12, atol=1e-15
-        )
-    assert same_pads(112, 3, 2) == (0, 1)
-    assert same_pads(14, 4, 4) == (1, 1)
-
-
-def test_vggs_readout_pools_over_space_or_slips():
+def test_vggs_features_are_pooled_over_space_or_as_the_slip():
     encoder = empty("vgg16_bn_last")
     map_ = torch.randn(2, 64, 62, 64, dtype=torch.float64)  # 253,952 values: a window of 2
     nhwc = map_.permute(0, 2, 3, 1).numpy()
     space = nhwc.reshape(2, 31, 2, 32, 2, 64).mean((2, 4)).reshape(2, -1)
-    np.testing.assert_allclose(encoder.backbone.readout(map_, None), space, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        encoder.backbone.flatten_map(map_, None), space, rtol=1e-12, atol=1e-15
+    )
     nwch = nhwc.transpose(0, 2, 3, 1)
     slip = nwch.reshape(2, 32, 2, 32, 2, 62).mean((2, 4)).reshape(2, -1)
     np.testing.assert_allclose(
-        encoder.backbone.readout(map_, "reference"), slip, rtol=1e-12, atol=1e-15
+        encoder.backbone.flatten_map(map_, "reference"), slip, rtol=1e-12, atol=1e-15
     )
     small = map_[:, :4]
     for compat in (None, "reference"):
-        found = encoder.backbone.readout(small, compat)
+        found = encoder.backbone.flatten_map(small, compat)
         np.testing.assert_array_equal(found, nhwc[..., :4].reshape(2, -1))
 
 
 @pytest.fixture(scope="module")
 def vgg():
-    """With batch-norm parameters and statistics as of a trained network."""
+    """VGG with batch-norm parameters and statistics as of a trained network."""
     encoder = create_encoder("vgg16_bn_last", seed=0).eval()
     torch.manual_seed(0)
     for norm in encoder.backbone.norms.values():
@@ -136,7 +119,7 @@ def test_compat_by_call_or_by_encoder(vgg, monkeypatch):
         slipping = empty("vgg16_bn_last", compat="reference")
         monkeypatch.setattr(vgg, "compat", slipping.compat)
         assert torch.equal(vgg.features(images, [0])["0"], slip)
-    assert slipping.spec == vgg.spec  # weights files know nothing of it
+    assert slipping.spec == vgg.spec  # weights files do not store it
 
 
 def test_vgg_is_torchvisions_with_batch_norm_folded_in(vgg):
@@ -165,13 +148,13 @@ def test_vgg_is_torchvisions_with_batch_norm_folded_in(vgg):
 
 
 @pytest.mark.parametrize(
-    ("model", "works", "fails", "range_", "layer", "smallest"),
+    ("model", "works", "fails", "sides", "layer", "smallest"),
     [
         ("alexnet_bn", (195, 226), (194, 227), "195 to 226", "conv5", 35),
         ("vgg16_bn_last", (224, 255), (223, 256), "224 to 255", "4", 16),
     ],
 )
-def test_sizes_that_do_not_fit_name_those_that_do(model, works, fails, range_, layer, smallest):
+def test_errors_name_the_sizes_that_fit(model, works, fails, sides, layer, smallest):
     encoder = empty(model)
 
     def images(height, width):
@@ -180,20 +163,18 @@ def test_sizes_that_do_not_fit_name_those_that_do(model, works, fails, range_, l
     assert encoder(images(*works)).shape == (2, 128)
     for size in fails:
         for shape in ((size, works[0]), (works[0], size)):
-            with pytest.raises(UserError, match=rf"{range_} pixels a side, not of"):
+            with user_error("mismatch", model, sides, "{}x{}".format(*shape)):
                 encoder(images(*shape))
         encoder.features(images(size, size), [layer])
     assert encoder.features(images(smallest, smallest), [layer])[layer].shape[1] in (256, 512)
-    with pytest.raises(UserError, match=f"work from {smallest} pixels"):
+    with user_error("mismatch", model, f"{smallest} pixels"):
         encoder.features(images(smallest, smallest - 1), [layer])
 
 
-def test_resnets_take_other_sizes():
-    for side in (32, 97):
-        assert empty("preact_resnet18")(torch.zeros(2, 3, side, side, device="meta")).shape == (
-            2,
-            128,
-        )
+@pytest.mark.parametrize("side", [32, 97])
+def test_resnets_take_other_sizes(side):
+    images = torch.zeros(2, 3, side, side, device="meta")
+    assert empty("preact_resnet18")(images).shape == (2, 128)
 
 
 def test_batch_norm_tracks_as_in_the_reference():
@@ -227,17 +208,8 @@ def test_initial_weights_are_the_references():
     assert conv1.weight.abs().max().item() == pytest.approx((6 / (67 * 121)) ** 0.5, rel=0.01)
 
 
-def test_truncated_normal_is_scipys():
-    from scipy.stats import kstest, truncnorm
-
-    weight = torch.empty(40, 50, 10)
-    torch.manual_seed(0)
-    truncated_normal_(weight, 0.5)
-    assert kstest(weight.flatten().numpy() / 0.5, truncnorm(-2, 2).cdf).pvalue > 0.01
-
-
 def test_resnet_in_training_uses_the_batch():
-    """The naive program knows inference only: here one block by hand."""
+    """One block by hand: the recorded network covers inference only."""
     encoder = create_encoder("preact_resnet18", seed=0).train()
     block = encoder.backbone.blocks[2]  # 64 -> 128 channels, stride 2
     x = torch.randn(3, 64, 9, 9, dtype=torch.float64)
@@ -256,8 +228,3 @@ def test_resnet_in_training_uses_the_batch():
     y = norm_relu(conv(entry, block.convs[0].weight, 2))
     expected = conv(y, block.convs[1].weight, 1) + conv(entry, block.project.weight, 2)
     torch.testing.assert_close(block(x, block.norms[0](x).relu()), expected)
-
-
-def test_the_four_are_listed():
-    four = {"preact_resnet18", "preact_resnet50", "alexnet_bn", "vgg16_bn_last"}
-    assert four < set(available_models())

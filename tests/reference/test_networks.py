@@ -110,7 +110,7 @@ def test_the_slip_of_vgg_is_what_resnet_does_in_the_other_layout(recorded):
     with torch.device("meta"):
         vgg = VGG16()
     for layer in "13579":
-        close_feature(vgg.readout(maps[layer], "reference"), outputs, f"cpu_layer_{layer}")
+        close_feature(vgg.flatten_map(maps[layer], "reference"), outputs, f"cpu_layer_{layer}")
     final = outputs | {"layer_9_dim": outputs["skip_final_dense_dim"]}
     close_feature(maps["9"].flatten(1), final, "skip_final_dense")
 

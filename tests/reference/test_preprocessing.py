@@ -13,9 +13,10 @@ from localagg.data.images.augment import (
     Augment,
     color_jitter,
     crop_boxes,
-    draw,
     evaluation_view,
     ten_crop_views,
+    view_draws,
+    view_uniforms,
 )
 from localagg.data.images.crops import Boxes, evaluation_boxes
 from localagg.data.images.decode import decode
@@ -29,7 +30,7 @@ from localagg.data.images.reference_views import (
     resample,
     saturation,
 )
-from localagg.data.loading.loader import Crops, evaluation_batches
+from localagg.data.loading.cropping import TrainingCrops, evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.models import create_encoder
 
@@ -81,7 +82,7 @@ def test_alexnet_crops_span_the_recorded_ranges(folder):
 
 
 def test_alexnet_crops_are_uniform_over_their_range():
-    crop = draw(ALEXNET, 0, 0, torch.arange(20_000)).crop
+    crop = view_draws(ALEXNET, view_uniforms(0, 0, torch.arange(20_000))).crop
     boxes = crop_boxes(ALEXNET, crop, torch.tensor(69), torch.tensor(761))
     for start, first, count in ((boxes.top, 0, 10), (boxes.left, 346, 10)):
         counts = (start.int() - first).bincount(minlength=count)
@@ -211,7 +212,7 @@ BAND = math.sqrt(-math.log(LEVEL / 2) / 2 * (1 / DRAWS + 1 / OURS))
 
 def drawn(config, size):
     height, width = (int(side) for side in size.split("x"))
-    crop = draw(config, 0, 0, torch.arange(OURS)).crop
+    crop = view_draws(config, view_uniforms(0, 0, torch.arange(OURS))).crop
     b = crop_boxes(config, crop, torch.tensor(height), torch.tensor(width))
     found = {
         "area_fraction": b.height * b.width / (height * width),
@@ -263,7 +264,7 @@ def test_training_views_through_both_feeds_are_the_same_pixels(folder):
     source = open_images(folder / "jpeg")
     index = torch.arange(3)
     for config in (REFERENCE, ALEXNET):
-        _, crops, failed = Crops(source, config, 5, 2, [index])[0]
+        (_, crops, _), failed = TrainingCrops(source, config, 5, 2, [index])[0]
         assert not failed
         from_workers = Augment(config, 5, cropped=True)(crops, 2, index)
         for i in range(3):

@@ -4,10 +4,9 @@ import torch
 from PIL import Image
 
 from localagg import cli
-from localagg.config import PretrainConfig, ViewConfig, override
+from localagg.config import PretrainConfig, ViewConfig
 from localagg.data.images.augment import Augment
-from localagg.data.loading.cropping import Crops
-from localagg.data.loading.loader import evaluation_batches
+from localagg.data.loading.cropping import TrainingCrops, evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
 from localagg.report.contact_sheet import contact_sheet
@@ -29,22 +28,12 @@ def test_the_sheet_shows_the_views_of_training(pictures, tmp_path):
         index = torch.tensor([i])
         expected = [measured.images[i]]
         for epoch in range(7):
-            _, crops, _ = Crops(source, VIEWS, 5, epoch, [index])[0]
-            expected.append((augment(crops, epoch, index)[0] * 255).round().to(torch.uint8))
+            batch, _ = TrainingCrops(source, VIEWS, 5, epoch, [index])[0]
+            expected.append((augment(batch.images, epoch, index)[0] * 255).round().to(torch.uint8))
         for column, view in enumerate(expected):
             top, left = row * 114 + 14, 4 + column * 100
             found = sheet[:, top : top + 96, left : left + 96]
             assert np.array_equal(found, view.numpy())
-
-
-def test_views_of_nvjpeg_are_shown_by_the_processor(pictures, tmp_path):
-    """Without jitter, which would enlarge the level by which the crops may differ."""
-    sheets, plain = [], override(VIEWS, jitter=(0.0, 0.0, 0.0, 0.0))
-    for views in (plain, override(plain, nvjpeg=True)):
-        path = tmp_path / f"{views.nvjpeg}.png"
-        contact_sheet(open_images(pictures), PretrainConfig(views=views), 2, path)
-        sheets.append(np.array(Image.open(path)).astype(int))
-    assert np.abs(sheets[0] - sheets[1]).max() <= 1
 
 
 def test_small_views_are_enlarged_and_unreadable_images_left_out(pictures, tmp_path):

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong: each against plain float64, and in whole runs that go wrong."""
+"""Diagnostics: each value against plain float64, and in whole runs that go wrong."""
 
 import json
 
@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from localagg.config import override
 from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
-from localagg.training import diagnostics as health
+from localagg.training import diagnostics
 from localagg.training.diagnostics import (
-    Health,
+    Diagnostics,
     cluster_facts,
     moments,
     spread,
-    staleness,
     warnings,
 )
+from localagg.training.learner import Learner
 from localagg.training.loop import pretrain
+from localagg.training.step import batch_loss
 
 QUICK = override(
     recipe("digits").config,
@@ -61,12 +62,6 @@ def test_spread_and_rank_at_their_ends():
     assert found == pytest.approx({"spread": 1, "effective_rank": 6})
 
 
-def test_staleness_is_one_less_the_mean_cosine():
-    x, y = rows(20, 5), rows(20, 5, seed=1)
-    cosines = [float(a @ b) for a, b in zip(x.double(), y.double(), strict=True)]
-    assert float(staleness(x, y)) == pytest.approx(1 - sum(cosines) / 20, abs=1e-6)
-
-
 def test_cluster_facts_by_counting():
     labels = torch.tensor([[0, 0, 0, 0, 1, 1, 3, 3], [0, 1, 2, 3, 4, 5, 5, 5]], dtype=torch.int32)
     found = cluster_facts(labels, None)
@@ -83,13 +78,13 @@ def test_cluster_facts_by_counting():
 @pytest.mark.parametrize(
     ("name", "fine", "wrong"),
     [
-        ("spread", health.LEAST_SPREAD, -0.001),
-        ("effective_rank", health.LEAST_RANK * 100, -0.01),
-        ("staleness", health.MOST_STALE, 0.01),
-        ("without_close", health.MOST_WITHOUT, 0.01),
-        ("largest_cluster", health.LARGEST_CLUSTER, 0.1),
-        ("lone", health.MOST_LONE, 0.01),
-        ("churn", health.MOST_CHURN, 0.01),
+        ("spread", diagnostics.LEAST_SPREAD, -0.001),
+        ("effective_rank", diagnostics.LEAST_RANK * 100, -0.01),
+        ("staleness", diagnostics.MOST_STALE, 0.01),
+        ("without_close", diagnostics.MOST_WITHOUT, 0.01),
+        ("largest_cluster", diagnostics.LARGEST_CLUSTER, 0.1),
+        ("lone", diagnostics.MOST_LONE, 0.01),
+        ("churn", diagnostics.MOST_CHURN, 0.01),
     ],
 )
 def test_each_bound_warns_beyond_it_and_not_at_it(name, fine, wrong):
@@ -101,7 +96,7 @@ def test_each_bound_warns_beyond_it_and_not_at_it(name, fine, wrong):
 
 def test_a_warning_is_told_once_until_the_sign_has_gone():
     sick, well = F.normalize(torch.ones(50, 6) + 0.01 * torch.rand(50, 6), dim=1), torch.eye(6)
-    watched, told = Health(), []
+    watched, told = Diagnostics(), []
     for bank in (sick, sick, well, sick):
         line, news = watched.end_epoch(bank)
         told.append((line.get("warnings"), len(news)))
@@ -109,15 +104,24 @@ def test_a_warning_is_told_once_until_the_sign_has_gone():
 
 
 def test_an_epoch_goes_on_from_its_state_to_the_bit():
-    whole, parts = Health(), Health()
+    whole, parts = Diagnostics(), Diagnostics()
     for step in range(10):
         values = {"staleness": 0.1 / (step + 1), "without_close": 0.3 * step, "loss": 1.0}
         whole.add(values)
         parts.add(values)
-        parts = Health(json.loads(json.dumps(parts.state())))
+        parts = Diagnostics(json.loads(json.dumps(parts.state())))
     bank = rows(40, 6)
     assert parts.end_epoch(bank) == whole.end_epoch(bank)
     assert "staleness" not in whole.end_epoch(bank)[0]  # a new epoch
+
+
+def test_staleness_is_one_minus_the_mean_cosine_of_the_batch_and_its_rows():
+    learner = Learner(override(QUICK, noise=4), 30)
+    learner.bank.rows.copy_(rows(30, learner.config.encoder.dim))
+    v, index = rows(20, learner.config.encoder.dim, seed=1), torch.arange(5, 25)
+    _, notes = batch_loss(learner, v, index, aggregating=False)
+    cosines = (v.double() * learner.bank.rows[index].double()).sum(dim=1)
+    assert notes["staleness"].item() == pytest.approx(1 - cosines.mean().item(), abs=1e-6)
 
 
 def test_every_epoch_has_its_line(tmp_path):

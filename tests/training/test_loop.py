@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expect import user_error
 from small_runs import QUICK, assert_same, state
 
 from localagg import checkpoint
@@ -19,6 +20,7 @@ from localagg.errors import Interrupted, UserError
 from localagg.io.metrics_log import read_metrics
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain, resume
+from localagg.training.recorder import Recorder
 
 
 def test_a_run_learns_and_tells(tmp_path):
@@ -115,9 +117,7 @@ def test_killed_at_five_steps_and_resumed_ends_as_if_never_killed(tmp_path, pict
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     pretrain(QUICK, "digits", tmp_path / "whole")
-    from localagg.training import recorder as record
-
-    after, steps = record.Recorder.after_step, []
+    after, steps = Recorder.after_step, []
 
     def press(self, *arguments, **options):
         after(self, *arguments, **options)
@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
         if len(steps) == 17:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(record.Recorder, "after_step", press)
+    monkeypatch.setattr(Recorder, "after_step", press)
     with pytest.raises(Interrupted, match=r"--resume .*stopped"):
         pretrain(QUICK, "digits", tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -157,17 +157,15 @@ def test_killed_between_the_end_of_an_epoch_and_its_measurement(tmp_path, monkey
 
 
 def test_ctrl_c_at_the_end_of_an_epoch_leaves_its_measurement_in(tmp_path, monkeypatch):
-    from localagg.training import recorder as record
-
     pretrain(QUICK, "digits", tmp_path / "whole")
-    after = record.Recorder.after_step
+    after = Recorder.after_step
 
     def press(self, *arguments, ends):
         after(self, *arguments, ends=ends)
         if self.learner.step == 14:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(record.Recorder, "after_step", press)
+    monkeypatch.setattr(Recorder, "after_step", press)
     with pytest.raises(Interrupted):
         pretrain(QUICK, "digits", tmp_path / "stopped")
     monkeypatch.undo()
@@ -185,29 +183,29 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
 def test_resume_refuses_other_data_and_other_options(tmp_path, pictures):
     run = tmp_path / "run"
     pretrain(override(QUICK, epochs=1, ir_epochs=1), "digits", run)
-    with pytest.raises(UserError, match=r"\(48 images\) is not what .* \(1,400 images\)"):
+    with user_error("mismatch", pictures, "48", "1,400"):
         resume(run, data=str(pictures))
-    with pytest.raises(UserError, match=r"--epochs 1, not 9"):
+    with user_error("mismatch", run, "--epochs", "9"):
         resume(run, override(QUICK, epochs=9), typed=["epochs"])
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
+    with user_error("exists", tmp_path / "full"):
         pretrain(QUICK, "digits", tmp_path / "full")
     checkpoint.begin_run(tmp_path / "run", QUICK, {"data": "digits"})
-    with pytest.raises(UserError, match="holds another run"):
+    with user_error("exists", tmp_path / "run"):
         pretrain(QUICK, "digits", tmp_path / "run")
-    with pytest.raises(UserError, match="not a run folder"):
+    with user_error("not-found", tmp_path / "full"):
         resume(tmp_path / "full")
-    with pytest.raises(UserError, match="does not exist"):
+    with user_error("not-found", tmp_path / "none"):
         resume(tmp_path / "none")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--device cuda"):
+    with user_error("environment", "--device cuda"):
         pretrain(override(QUICK, device="cuda"), "digits", tmp_path / "gpu")
 
 
@@ -266,11 +264,11 @@ def test_ir_and_la_go_on_from_a_finished_run_of_ir_as_if_it_were_one(tmp_path, p
     pretrain(alone, "digits", tmp_path / "on", start=tmp_path / "ir")
     first, second = state(tmp_path / "alone"), state(tmp_path / "on")
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    with pytest.raises(UserError, match="has run LA already"):
+    with user_error("mismatch", tmp_path / "la"):
         pretrain(QUICK, "digits", tmp_path / "no", start=tmp_path / "la")
-    with pytest.raises(UserError, match="learned from other images"):
+    with user_error("mismatch", tmp_path / "ir", "1,400"):
         pretrain(QUICK, str(pictures), tmp_path / "no", start=tmp_path / "ir")
-    with pytest.raises(UserError, match="leave out the network's options"):
+    with user_error("mismatch", tmp_path / "ir", "resnet18_small"):
         pretrain(override(QUICK, width=16), "digits", tmp_path / "no", start=tmp_path / "ir")
     assert not (tmp_path / "no").exists()
 
@@ -284,20 +282,18 @@ def test_ir_may_have_a_batch_of_its_own_and_la_then_starts_inside_an_epoch(tmp_p
     assert phases == [(1, "IR")] * 15 + [(3, "LA")] * 6 + [(4, "LA")] * 7
     assert out["steps"] == 28
     often = override(config, checkpoint_seconds=0.0)
-    from localagg.training import recorder as record
-
-    after = record.Recorder.after_step
+    after = Recorder.after_step
 
     def stop(self, *arguments, **options):
         after(self, *arguments, **options)
         if self.learner.step == 18:
             raise KeyboardInterrupt
 
-    record.Recorder.after_step = stop
+    Recorder.after_step = stop
     try:
         with pytest.raises(KeyboardInterrupt):
             pretrain(often, "digits", tmp_path / "broken")
     finally:
-        record.Recorder.after_step = after
+        Recorder.after_step = after
     resume(tmp_path / "broken")
     assert_same(tmp_path / "whole", tmp_path / "broken")

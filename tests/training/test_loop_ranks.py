@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_the_last_checkpoint_loads
     told = pool(3, rank_cases.save_with_little_room, str(tmp_path), full)
     assert len(set(told)) == 1
     assert "(File too large)" in told[0]
-    assert "step-000000001', is whole" in told[0]
+    assert "step-000000001', is complete" in told[0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
     expected = MemoryBank(1000, 8, seed=0).rows
     assert torch.equal(checkpoint.load_bank(tmp_path), expected)

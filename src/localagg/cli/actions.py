@@ -290,7 +290,7 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     notify(f"Looking at {options.data}.")
     with show_progress(_counted(options.data)):  # torch takes seconds to load
         from ..data.inspect.inspect_dataset import inspect, summary_rows
-        from ..data.loading.workers import cores
+        from ..io.machine import cores
         from ..report.contact_sheet import check_sheet
         from ..training.epoch_time import tell_epoch_time
     if options.augmented is not None:

@@ -6,7 +6,9 @@ Results go to stdout and to ``--json FILE``, progress and messages to stderr. Ex
 end with its status.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from .parse import parse
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit status."""
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with _converted_worker_death():
+            _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"localagg: {error}", file=sys.stderr)
         return 2
@@ -35,19 +38,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("localagg: stopped.", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        from ..data.loading.workers import worker_death
-
-        if (sentence := worker_death(error)) is None:
-            raise
-        print(f"localagg: {printable(sentence)}", file=sys.stderr)
-        return 2
     except OSError as error:  # a full disk, a folder that may not be written
         if error.filename is None:
             raise
         print(f"localagg: {printable(str(error.filename))}: {error.strerror}.", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _converted_worker_death() -> Iterator[None]:
+    """Import torch only once it has raised; see :func:`convert_worker_death`."""
+    try:
+        yield
+    except RuntimeError:
+        from ..data.loading.workers import convert_worker_death
+
+        with convert_worker_death():
+            raise
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -8,6 +8,9 @@ from ..errors import UserError, suggest
 
 T = TypeVar("T")
 
+REMOVED = {"nvjpeg": False, "recluster_delay": 0}
+"""Options of earlier versions and their defaults. Stored configurations with these values load."""
+
 
 def flag(name: str) -> str:
     """The command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
@@ -20,14 +23,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """The configuration that :func:`to_dict` wrote; unknown names are refused.
+    """Return the configuration that :func:`to_dict` wrote, now or in an earlier version.
 
     Raises:
-        UserError: a name that ``kind`` does not have.
+        UserError: a name that ``kind`` does not have, and that is not :data:`REMOVED`.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
+        if name in REMOVED and name not in fields and value == REMOVED[name]:
+            continue
         if name not in fields:
             raise UserError(
                 "TODO", f"'{name}' is not an option of this version.{suggest(name, fields)}"

@@ -63,9 +63,6 @@ class ViewConfig:
     None: 1 for images up to 64 pixels, else 0.875."""
     exif_orientation: bool = False
     """Turn images upright as their EXIF says; the reference does not."""
-    nvjpeg: bool = False
-    """Decode the JPEG files of a training batch together on a CUDA device: other levels by a few.
-    Speed not measured."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "image_size")
@@ -92,12 +89,6 @@ class ViewConfig:
             )
         if self.eval_crop is not None and not 0 < self.eval_crop <= 1:
             raise UserError("TODO", f"--eval-crop is {self.eval_crop}; it must be in 0-1, above 0.")
-        if self.nvjpeg and self.augmentation == "reference":
-            raise UserError(
-                "TODO",
-                "--nvjpeg decodes to other levels than --augmentation reference stands for; leave"
-                " one of them out.",
-            )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from types import FrameType
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore
 
-from ..data.loading.workers import cores
 from ..errors import ReportedElsewhere, UserError
+from ..io.machine import cores
 from .process_group import LAUNCHED, ended, post
 from .signals import STATUS
 

@@ -18,7 +18,8 @@ from .. import __version__
 from ..checkpoint import load_encoder, load_views, weights_digest
 from ..config import PretrainConfig, ViewConfig, require_resolved, to_dict
 from ..data.images.augment import evaluation_view
-from ..data.loading.loader import evaluation_batches, typical_side
+from ..data.loading.cropping import evaluation_batches
+from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..engine.device import make_fabric
 from ..errors import UserError

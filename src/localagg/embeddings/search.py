@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint import load_encoder, weights_digest
 from ..config import ViewConfig, from_dict
-from ..data.images.decode import decode
-from ..data.loading.loader import FAULTS, evaluation_batches
+from ..data.images.decode import READ_ERRORS, decode
+from ..data.loading.cropping import evaluation_batches
 from ..data.sources.source import Sample
 from ..engine.device import make_fabric
 from ..errors import UserError, suggest
@@ -168,7 +168,7 @@ def _embed_files(
     for path in files:
         try:
             decode(path.read_bytes())
-        except FAULTS as error:
+        except READ_ERRORS as error:
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise UserError(
                 "TODO", f"'{path}' cannot be read: {reason}; name another image."

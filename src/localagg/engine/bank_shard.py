@@ -109,7 +109,9 @@ class BankShard(NamedTuple):
         if self.world.size == 1:
             return index
         here_BK, row_BK = self.local(index)
-        return search.packed(row_BK, torch.zeros_like(row_BK, dtype=torch.float32), here_BK)[0]
+        return search.compact_lists(row_BK, torch.zeros_like(row_BK, dtype=torch.float32), here_BK)[
+            0
+        ]
 
     @torch.no_grad()
     def nearest(self, query: Tensor, k: int) -> Neighbors:
@@ -142,7 +144,7 @@ class BankShard(NamedTuple):
         if threshold_B is not None:
             low_B = torch.maximum(low_B, threshold_B)
         chosen_BC = topk.largest(self.world, sim_BC, rows_BC, k, (low_B, top_B))
-        return Neighbors(*search.packed(rows_BC, sim_BC, chosen_BC), top_B)
+        return Neighbors(*search.compact_lists(rows_BC, sim_BC, chosen_BC), top_B)
 
     def _candidates(self, query: Tensor, k: int, at_least: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return this rank's K nearest rows, or those of them that reach ``at_least`` [B]."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import cpu_list_kernels as list_kernels
 from . import cpu_search_kernels as kernels
-from .searchable_bank import SearchableBank, not_finite
+from .searchable_bank import SearchableBank, not_finite_error
 from .thread_pool import in_threads
 
 
@@ -58,18 +58,18 @@ def nearest(
     at_least: Tensor | None = None,
     sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``streaming.nearest``, for k < N, float32 queries, and a float32 or bfloat16 bank."""
+    """As ``search.nearest``, for k < N, float32 queries, and a float32 or bfloat16 bank."""
     B, sizes = len(queries), sizes or SIZES
     if not B:
         return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
     floor_B = queries.new_full((B,), -math.inf) if at_least is None else at_least.float()
     key = min(B, sizes.batch), k, torch.get_num_threads(), sizes
-    hold = bank.scratch.pop(key, None) or _Hold(min(B, sizes.batch), k, bank, sizes)
+    hold = bank.workspace.pop(key, None) or _Hold(min(B, sizes.batch), k, bank, sizes)
     parts = []
     for start in range(0, B, sizes.batch):
         part = slice(start, start + sizes.batch)
         parts.append(_Batch(queries[part], floor_B[part].numpy(), bank, k, hold).search())
-    bank.scratch = {key: hold}
+    bank.workspace = {key: hold}
     if len(parts) == 1:
         return parts[0]
     widest = max(rows.shape[1] for rows, _ in parts)
@@ -94,21 +94,23 @@ class _Hold:
         self.sim = np.empty(self.rows.shape, np.float32)
         numbers, rows = batch * self.tile, (self.tile, D)
         with torch.inference_mode(False):  # other threads write there, and later searches
-            self.products = [torch.empty(numbers, dtype=bank.type) for _ in range(self.lists)]
-            self.rounded = [torch.empty(rows, dtype=bank.type) for _ in range(self.lists)]
+            self.products = [
+                torch.empty(numbers, dtype=bank.product_dtype) for _ in range(self.lists)
+            ]
+            self.rounded = [torch.empty(rows, dtype=bank.product_dtype) for _ in range(self.lists)]
 
 
 class _Batch:
-    """The search for one batch of queries; S lists each, shapes as in ``neighbors_kernels``."""
+    """The search for one batch of queries; S lists each, shapes as in ``cpu_search_kernels``."""
 
     def __init__(
         self, queries: Tensor, floor_B: np.ndarray, bank: SearchableBank, k: int, hold: _Hold
     ) -> None:
         self.queries, self.floor_B, self.bank, self.k, self.hold = queries, floor_B, bank, k, hold
-        self.coarse = queries.to(bank.type)
+        self.coarse = queries.to(bank.product_dtype)
         self.length_B = queries.norm(dim=1).numpy()
         self.lost_B = (queries - self.coarse.float()).norm(dim=1).numpy()
-        self.shift = 0 if bank.type == torch.bfloat16 else 16
+        self.shift = 0 if bank.product_dtype == torch.bfloat16 else 16
 
     def search(self) -> tuple[Tensor, Tensor]:
         """Rows and similarities, in as many places as the fullest line needs, k at most."""
@@ -194,10 +196,10 @@ def _tile(
     bank: SearchableBank, start: int, end: int, out: Tensor
 ) -> tuple[Tensor, tuple[float, float]]:
     """Rows of the bank in the type of products, and the bounds of :class:`SearchableBank` for them."""
-    if bank.bounds is not None and bank.coarse is not None:
-        return bank.coarse[start:end], bank.bounds
+    if bank.row_bounds is not None and bank.rounded is not None:
+        return bank.rounded[start:end], bank.row_bounds
     rows = bank.rows[start:end]
-    coarse = rows if rows.dtype == bank.type else out[: end - start]
+    coarse = rows if rows.dtype == bank.product_dtype else out[: end - start]
     if coarse.dtype == torch.bfloat16 and coarse is not rows:
         lost, longest = kernels.round_rows(rows.numpy(), bits(coarse))
     else:
@@ -205,7 +207,7 @@ def _tile(
         if coarse is not rows:
             coarse.copy_(rows)
     if not math.isfinite(lost + longest):
-        raise not_finite()
+        raise not_finite_error()
     return coarse, (math.sqrt(lost), math.sqrt(longest))
 
 
@@ -216,28 +218,28 @@ def _places(B: int, k: int) -> tuple[Tensor, Tensor]:
 
 def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
     """As ``search.sample_threshold``."""
-    rows = bank.sample(sample)
-    coarse, guess_B = queries.to(bank.type), torch.empty(len(queries))
+    rows = bank.sample_rows(sample)
+    coarse, guess_B = queries.to(bank.product_dtype), torch.empty(len(queries))
 
     def of_queries(part: range) -> None:
         sim_BT = torch.mm(coarse[part.start : part.stop], rows.T)
         shift = 16 * (sim_BT.element_size() == 4)
-        kernels.guess(signed_bits(sim_BT), shift, rank, part.start, guess_B.numpy())
+        kernels.sample_thresholds(signed_bits(sim_BT), shift, rank, part.start, guess_B.numpy())
 
     in_threads(of_queries, len(queries))
     return guess_B
 
 
-def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``streaming.packed``."""
+def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``search.compact_lists``."""
     to_rows, to_sim = _places(len(rows), int(kept.sum(dim=1).max()))
     lists = [each.numpy() for each in (rows, similarity, kept, to_rows, to_sim)]
-    in_threads(lambda part: list_kernels.pack(part.start, part.stop, *lists), len(rows))
+    in_threads(lambda part: list_kernels.compact(part.start, part.stop, *lists), len(rows))
     return to_rows, to_sim
 
 
 def offsets(value: Tensor, low: Tensor) -> Tensor:
-    """As ``selection.offsets``, of float32."""
+    """As ``topk.offsets``, of float32."""
     offset_BC = torch.empty(value.shape, dtype=torch.int32)
     arguments = value.numpy(), low.numpy(), offset_BC.numpy()
     in_threads(lambda part: list_kernels.offsets(part.start, part.stop, *arguments), len(value))
@@ -245,7 +247,7 @@ def offsets(value: Tensor, low: Tensor) -> Tensor:
 
 
 def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int, digits: int) -> Tensor:
-    """As ``selection.count_digits``, of what :func:`offsets` returns."""
+    """As ``topk.count_digits``, of what :func:`offsets` returns."""
     counts_BG = torch.zeros(len(offset), digits, dtype=torch.int32)
     arguments = offset.numpy(), np.int32(known), prefix.numpy(), np.int32(shift), counts_BG.numpy()
     in_threads(
@@ -258,7 +260,7 @@ def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int, digits:
 
 
 def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
-    """As ``streaming.close_rows``."""
+    """As ``search.close_rows``."""
     close_BK = torch.empty(rows.shape, dtype=torch.bool)
     own_BH = own.T.contiguous()
     arguments = labels.T.numpy(), own_BH.numpy(), rows.numpy(), close_BK.numpy()

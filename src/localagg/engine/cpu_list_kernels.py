@@ -1,6 +1,6 @@
-"""The loops of ``neighbors_numba`` over lists of rows: what objectives and ranks make of them.
+"""The loops of ``cpu_backend`` over lists of rows: what objectives and ranks make of them.
 
-Legend as in ``neighbors_kernels``; P places of a shorter list, G buckets of a histogram, H
+Legend as in ``cpu_search_kernels``; P places of a shorter list, G buckets of a histogram, H
 clusterings.
 """
 
@@ -13,7 +13,7 @@ from .cpu_kernel_primitives import SUMS, ahead, ordered_bits, row_of, unsigned, 
 
 
 @njit(cache=True, nogil=True)
-def pack(first, last, rows_BC, sim_BC, kept_BC, rows_BP, sim_BP):
+def compact(first, last, rows_BC, sim_BC, kept_BC, rows_BP, sim_BP):
     """Copy what is kept of each list; -1 and -inf where it ends."""
     for i in range(first, last):
         n, c, wanted = 0, 0, kept_BC[i].sum()
@@ -29,7 +29,7 @@ def pack(first, last, rows_BC, sim_BC, kept_BC, rows_BP, sim_BP):
 
 @njit(cache=True, nogil=True)
 def offsets(first, last, sim_BC, low_B, offset_BC):
-    """As ``selection.offsets``; -1 ends a line."""
+    """As ``topk.offsets``; -1 ends a line."""
     for i in range(first, last):
         n = 0
         for sim in sim_BC[i]:
@@ -42,7 +42,7 @@ def offsets(first, last, sim_BC, low_B, offset_BC):
 
 @njit(cache=True, nogil=True)
 def count_digits(first, last, offset_BC, known, prefix_B, shift, counts_BG):
-    """As ``selection.count_digits``; -1 ends a line."""
+    """As ``topk.count_digits``; -1 ends a line."""
     digits = np.int32(counts_BG.shape[1] - 1)
     for i in range(first, last):
         c, n, C = 0, 0, len(offset_BC[i])

@@ -1,9 +1,9 @@
-"""The loops of ``neighbors_numba``, compiled for the processor that they run on: the search.
+"""The loops of ``cpu_backend``, compiled for the processor that they run on: the search.
 
 Legend of shape suffixes: B queries, N rows of the bank, D embedding size, T rows of a tile, C
 places in a list of candidates, K neighbors. Kernels release the interpreter's lock and work on the
 queries ``first <= i < last`` or on a list of their own, so that threads can share a batch. Of keys
-see ``kernel_parts``.
+see ``cpu_kernel_primitives``.
 """
 
 import numpy as np
@@ -79,7 +79,7 @@ def longest_row(rows_TD):
 
 
 @njit(cache=True, nogil=True)
-def guess(sim_BT, shift, rank, first, guess_B):
+def sample_thresholds(sim_BT, shift, rank, first, guess_B):
     """The number below the ``rank``-th largest of each line of products, given by bits."""
     keys = np.empty(sim_BT.shape[1], np.int16)
     for i in range(len(sim_BT)):

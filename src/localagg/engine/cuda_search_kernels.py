@@ -1,4 +1,4 @@
-"""Triton kernels of the exact neighbor search on a GPU; ``neighbors_triton`` launches them.
+"""Triton kernels of the exact neighbor search on a GPU; ``cuda_backend`` launches them.
 
 Legend: B queries, N bank rows, D embedding size, K neighbors asked for, S sampled rows, C places in
 a query's list of candidates. BLOCK_B and BLOCK_D are B's share and D rounded up to powers of two,

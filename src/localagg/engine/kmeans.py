@@ -2,7 +2,7 @@
 centroid of each, and the sums of each cluster.
 
 Where the rows are (a CPU, a GPU, the shards of many ranks) and how the nearest centroid is found
-(in tiles by torch, by flash-kmeans) is known to :class:`Rows` alone.
+(in tiles by torch, by flash-kmeans) is known to :class:`Points` alone.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed.collectives import World
 from ..errors import UserError
-from .searchable_bank import product_type
+from .searchable_bank import product_dtype
 
 # Rows and centroids of one product: on a CPU it stays in the cache, on a GPU it fills it.
 _TILES = {"cpu": (512, 1024), "cuda": (16_384, 8_192)}
@@ -35,13 +35,13 @@ class KMeans(NamedTuple):
     """How often the centroids were moved."""
 
 
-class Rows:
+class Points:
     """Rows [N, D] to be clustered, all of them here or this rank's share of them.
 
     Sharded rows: each rank has its :func:`~localagg.distributed.collectives.share` of the N rows, and all
     ranks do the same calls in the same order. All see the same centroids, bit by bit. Collectives:
-    one all-reduce of two numbers here, one of [k, D] float32 in :meth:`take`, and one of [k, D + 2]
-    float64 in :meth:`totals`, which is 8 k (D + 2) bytes a pass over the rows whatever N is.
+    one all-reduce of two numbers here, one of [k, D] float32 in :meth:`subset`, and one of [k, D + 2]
+    float64 in :meth:`cluster_totals`, which is 8 k (D + 2) bytes a pass over the rows whatever N is.
 
     Args:
         rows: [n, D] in any float dtype, on a CPU or a CUDA GPU (others are copied to the CPU).
@@ -67,10 +67,10 @@ class Rows:
                 "TODO", "The bank holds values that are not finite and cannot be clustered."
             )
         self.count = int(count)
-        self.has_coarse = product_type(self.rows) in (torch.bfloat16, torch.float16)
+        self.multiplies_bfloat16 = product_dtype(self.rows) in (torch.bfloat16, torch.float16)
         self._coarse: Tensor | None = None
 
-    def take(self, index: Tensor) -> Tensor:
+    def subset(self, index: Tensor) -> Tensor:
         """The rows of global indices, float32 [len(index), D], on every rank."""
         part = self.world.part(self.count)
         mine = (index >= part.start) & (index < part.stop)
@@ -97,7 +97,7 @@ class Rows:
             return _nearest_flash(self._coarse, centroids)
         return _nearest(self._coarse, centroids.to(torch.bfloat16), half)
 
-    def totals(self, labels: Tensor, clusters: int) -> Tensor:
+    def cluster_totals(self, labels: Tensor, clusters: int) -> Tensor:
         """Of all ranks' rows in each cluster the sum [D], the number, and the sum of |x|^2.
 
         Args:
@@ -120,7 +120,7 @@ class Rows:
 
 
 def lloyd(
-    rows: Rows, first: Tensor, *, iterations: int, tolerance: float = 0.0, overshoot: float = 0.0
+    rows: Points, first: Tensor, *, iterations: int, tolerance: float = 0.0, overshoot: float = 0.0
 ) -> KMeans:
     """Lloyd's iterations: rows to their nearest centroid, centroids to the means of their rows.
 
@@ -144,24 +144,24 @@ def lloyd(
         iterations.
     """
     centroids = first.to(rows.device, torch.float32)
-    leading, before = rows.has_coarse or overshoot > 0, float("inf")
+    leading, before = rows.multiplies_bfloat16 or overshoot > 0, float("inf")
     for done in range(iterations + 1):
         leading = leading and done < iterations
-        labels = rows.assign(centroids, exact=not (leading and rows.has_coarse))
-        totals = rows.totals(labels, len(centroids))
+        labels = rows.assign(centroids, exact=not (leading and rows.multiplies_bfloat16))
+        totals = rows.cluster_totals(labels, len(centroids))
         inertia = _inertia(totals, centroids)
         settled = before - inertia <= tolerance * inertia
         if done == iterations or (settled and not leading):
             return KMeans(labels.to(torch.int32), centroids, inertia, done)
         leading, before = leading and not settled and done + 1 < iterations, inertia
-        moved = means(totals, centroids)
+        moved = mean_centroids(totals, centroids)
         if leading and totals[:, -2].all():  # a centroid that was set anew has not moved
             moved = torch.lerp(centroids, moved, 1 + overshoot)
         centroids = moved
     raise ValueError(f"iterations is {iterations}; it must not be negative")
 
 
-def means(totals: Tensor, centroids: Tensor | None = None) -> Tensor:
+def mean_centroids(totals: Tensor, centroids: Tensor | None = None) -> Tensor:
     """The centroids [k, D] of cluster totals. Those of empty clusters come from splitting others.
 
     Each empty cluster, in order, takes one half of the cluster that is the largest then (the first
@@ -171,7 +171,7 @@ def means(totals: Tensor, centroids: Tensor | None = None) -> Tensor:
     by 1/1024 of the coordinates, which says nothing of how far its rows lie.
 
     Args:
-        totals: float64 [k, D + 2] of :meth:`Rows.totals`.
+        totals: float64 [k, D + 2] of :meth:`Points.cluster_totals`.
         centroids: what clusters keep that are empty when nothing is left to split. None: zeros.
     """
     sums, counts, squares = totals[:, :-2], totals[:, -2], totals[:, -1]
@@ -200,14 +200,14 @@ def means(totals: Tensor, centroids: Tensor | None = None) -> Tensor:
     return centers.float()
 
 
-def first_rows(rows: Rows, clusters: int, seed: int) -> Tensor:
+def initial_centroids(rows: Points, clusters: int, seed: int) -> Tensor:
     """The first centroids [k, D] of a cold start: the rows that faiss draws for this seed."""
     import faiss
 
     order = np.empty(rows.count, dtype=np.int32)
     pointer = faiss.swig_ptr(order)
     faiss.rand_perm(pointer, rows.count, seed + 1)  # type: ignore[attr-defined]
-    return rows.take(torch.from_numpy(order[:clusters].astype(np.int64)))
+    return rows.subset(torch.from_numpy(order[:clusters].astype(np.int64)))
 
 
 def has_flash_kmeans() -> bool:
@@ -248,7 +248,7 @@ def _first_largest(scores: Iterable[Tensor], width: int) -> Tensor:
     """The column of each row's largest value, the first of several, over blocks of columns."""
     best = label = None
     for number, score in enumerate(scores):
-        found = _argmax(score)
+        found = argmax_columns(score)
         value = score.gather(1, found.unsqueeze(1)).squeeze(1)
         if best is None or label is None:
             best, label = value, found
@@ -259,7 +259,7 @@ def _first_largest(scores: Iterable[Tensor], width: int) -> Tensor:
     return label
 
 
-def _argmax(score: Tensor) -> Tensor:
+def argmax_columns(score: Tensor) -> Tensor:
     if score.device.type != "cpu":
         return score.argmax(dim=1)
     # numpy's is vectorized: 2.3 ms where torch's took 50 (50,000 x 781 in tiles, one thread)

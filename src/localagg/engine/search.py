@@ -1,7 +1,7 @@
 """The engine under the objectives: who is near in a bank, by one pass over it, never B x N.
 
 One function, :func:`nearest`, with three back-ends: compiled loops for processors
-(``neighbors_numba``), kernels for NVIDIA's GPUs (``neighbors_triton``), and torch alone for the
+(``cpu_backend``), kernels for NVIDIA's GPUs (``cuda_backend``), and torch alone for the
 rest (``torch_backend``). All are exact: the same rows, up to rows whose similarities differ by
 less than float32's rounding.
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import torch_backend
-from .searchable_bank import SearchableBank, not_finite
+from .searchable_bank import SearchableBank, not_finite_error
 
-COMPILED_FROM = 4096  # rows of a bank; below so many torch alone is as quick
+MIN_COMPILED_ROWS = 4096  # rows of a bank; below so many torch alone is as quick
 PRODUCT_TILE_BYTES = 1 << 20  # float32 products held by a thread, in its core's cache
 
 
@@ -58,19 +58,19 @@ def nearest(
     prepared = bank if isinstance(bank, SearchableBank) else SearchableBank(bank, copy=False)
     rows_ND, queries = prepared.refresh().rows, queries.detach()
     if queries.device.type == "cpu" and not queries.isfinite().all():
-        raise not_finite()
-    if k < len(rows_ND) and (compiled := numba_engine(rows_ND, queries)):
+        raise not_finite_error()
+    if k < len(rows_ND) and (compiled := cpu_backend_for(rows_ND, queries)):
         return compiled.nearest(_single(queries), prepared, k, at_least)
-    if gpu := triton_engine(rows_ND):
-        options = {"bank_low": prepared.coarse, "threshold": at_least}
+    if gpu := cuda_backend_for(rows_ND):
+        options = {"bank_low": prepared.rounded, "threshold": at_least}
         rows_BK, sim_BK = gpu.top_rows(queries, rows_ND, k, **options)
     else:
         rows_BK, sim_BK = torch_backend.nearest(queries, rows_ND, k)
     if queries.device.type == "cpu" and not sim_BK.isfinite().all():
-        raise not_finite()  # what is not a number counts as the largest
+        raise not_finite_error()  # what is not a number counts as the largest
     if at_least is None:
         return rows_BK, sim_BK
-    return packed(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
+    return compact_lists(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
 
 
 def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
@@ -85,12 +85,12 @@ def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: i
         sample: 1..N.
     """
     rows_ND = bank.refresh().rows
-    if compiled := numba_engine(rows_ND, queries):
+    if compiled := cpu_backend_for(rows_ND, queries):
         return compiled.sample_threshold(_single(queries), bank, rank, sample)
     return torch_backend.sample_threshold(queries.detach(), bank, rank, sample)
 
 
-def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Those of listed rows that are kept, in their order, in as few places as the query with the
     most of them needs; free ones are the last of their line and hold row -1, similarity -inf.
 
@@ -99,20 +99,20 @@ def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tens
         similarity: float [B, K].
         kept: bool [B, K].
     """
-    engine = numba_engine(similarity.flatten()) or torch_backend
-    return engine.packed(rows, similarity, kept)
+    engine = cpu_backend_for(similarity.flatten()) or torch_backend
+    return engine.compact_lists(rows, similarity, kept)
 
 
-def in_order(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+def sort_by_similarity(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`nearest` gives with the most similar rows first, equal ones by row."""
-    rows, by_row = rows.sort(dim=1)
+    rows, row_order = rows.sort(dim=1)
     similarity, by_similarity = torch.sort(
-        similarity.gather(1, by_row), dim=1, descending=True, stable=True
+        similarity.gather(1, row_order), dim=1, descending=True, stable=True
     )
     return rows.gather(1, by_similarity), similarity
 
 
-def by_row(labels: Tensor) -> Tensor:
+def store_by_row(labels: Tensor) -> Tensor:
     """The same [H, N] labels, with those of one row side by side in memory: one read for all H."""
     return labels.T.contiguous().T
 
@@ -124,14 +124,14 @@ def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
     """Which rows share a cluster with the sample in any clustering.
 
     Args:
-        labels: int [H, N]; quickest from :func:`by_row`.
+        labels: int [H, N]; quickest from :func:`store_by_row`.
         own: the samples' labels, of the same type [H, B].
         rows: int64 [B, K]; a row of -1 shares none.
 
     Returns:
         bool [B, K].
     """
-    if engine := triton_engine(labels) or numba_engine(labels.T):
+    if engine := cuda_backend_for(labels) or cpu_backend_for(labels.T):
         return engine.close_rows(labels, own, rows)
     close_BK = torch.zeros_like(rows, dtype=torch.bool)
     for labels_N, own_B in zip(labels, own, strict=True):
@@ -169,7 +169,7 @@ def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """
     if not rows.shape[1]:
         return weight.new_zeros(len(rows), bank.shape[1])
-    if compiled := numba_engine(bank, weight):
+    if compiled := cpu_backend_for(bank, weight):
         return compiled.weigh_rows(bank, rows, _single(weight))
     return torch_backend.weigh_rows(bank, rows, weight)
 
@@ -188,7 +188,7 @@ def exponential_sums(
     Returns:
         (exponentials [B, C] in the type of ``similarity``, sums [2, B] in float64).
     """
-    if compiled := numba_engine(similarity.flatten()):
+    if compiled := cpu_backend_for(similarity.flatten()):
         return compiled.exponential_sums(similarity, inside, largest, temperature)
     return torch_backend.exponential_sums(similarity, inside, largest, temperature)
 
@@ -196,7 +196,7 @@ def exponential_sums(
 def weigh_split_rows(
     bank: Tensor, rows: Tensor, weight: Tensor, inside: Tensor, scale: Tensor, other_scale: Tensor
 ) -> Tensor:
-    """Return sum_k s_ik weight_ik M_[rows_ik]: s is ``scale`` inside of a set, else ``other_scale``.
+    """Return sum_k s_ik weight_ik M_[rows_ik], s_i ``scale`` inside of a set, else ``other_scale``.
 
     Args:
         bank: [N, D].
@@ -209,7 +209,7 @@ def weigh_split_rows(
     Returns:
         [B, D] in the weights' type.
     """
-    if rows.shape[1] and (compiled := numba_engine(bank, weight)):
+    if rows.shape[1] and (compiled := cpu_backend_for(bank, weight)):
         return compiled.weigh_split_rows(bank, rows, weight, inside, scale, other_scale)
     scales = (each.to(weight.dtype).unsqueeze(1) for each in (scale, other_scale))
     return weigh_rows(bank, rows, weight.mul_(torch.where(inside, *scales)))
@@ -227,14 +227,17 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
 
     Args:
         embedding: [B, D], at least float32.
-        bank: [N, D], N >= 1.
+        bank: [N, D]. Without rows the value is -inf and the gradient 0.
         temperature: t > 0.
 
     Returns:
         [B], differentiable in the embedding.
     """
     with torch.no_grad():
-        if gpu := triton_engine(bank, most=256):
+        if not len(bank):
+            log_Z_B = torch.full_like(embedding[:, 0], -torch.inf)
+            mean_BD = torch.zeros_like(embedding)
+        elif gpu := cuda_backend_for(bank, most=256):
             log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
         else:
             log_Z_B, mean_BD = torch_backend.log_partition(
@@ -246,55 +249,55 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
 # --- Which engine answers -------------------------------------------------------------------------
 
 
-def engine_note(rows: Tensor) -> str | None:
+def missing_backend_note(rows: Tensor) -> str | None:
     """A sentence for the user where a faster engine is made for this device but cannot run."""
-    if rows.device.type == "cpu" and len(rows) >= COMPILED_FROM:
-        return _numba()[1]
-    return _triton()[1] if rows.device.type == "cuda" else None
+    if rows.device.type == "cpu" and len(rows) >= MIN_COMPILED_ROWS:
+        return load_cpu_backend()[1]
+    return load_cuda_backend()[1] if rows.device.type == "cuda" else None
 
 
-def search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
+def estimate_search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
     """About what an LA step holds beside a bank of ``size`` such rows: copy, tiles, lists."""
-    copied = 0 if bank.type == bank.rows.dtype else bank.type.itemsize
+    copied = 0 if bank.product_dtype == bank.rows.dtype else bank.product_dtype.itemsize
     listed = batch * min(neighbors, size)
     threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
     # A thread lists 10 bytes for each of 2 (K + a tile) places; an answer takes 24 a neighbor.
     return size * bank.rows.shape[1] * copied + threads * ((12 << 20) + 20 * listed) + 24 * listed
 
 
-def numba_engine(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
+def cpu_backend_for(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
     """The compiled loops, where they run and pay."""
     types = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
-    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= COMPILED_FROM
+    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= MIN_COMPILED_ROWS
     if queries is not None:
         fits = fits and rows.is_contiguous() and queries.dtype in (torch.float32, torch.bfloat16)
-    return _numba()[0] if fits else None
+    return load_cpu_backend()[0] if fits else None
 
 
-def triton_engine(rows: Tensor, most: int = 512) -> ModuleType | None:
+def cuda_backend_for(rows: Tensor, most: int = 512) -> ModuleType | None:
     """The kernels for NVIDIA's GPUs, where they run: rows of at most so many numbers."""
     if rows.device.type != "cuda" or rows.dtype == torch.float64:
         return None
-    return _triton()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
+    return load_cuda_backend()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
 
 
 @cache
-def _numba() -> tuple[ModuleType | None, str | None]:
+def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
     try:
-        from . import cpu_backend as neighbors_numba
+        from . import cpu_backend
 
-        neighbors_numba.compile_all()
-        return neighbors_numba, None
+        cpu_backend.compile_all()
+        return cpu_backend, None
     except Exception as error:  # of numba, LLVM or the folder of compiled code: all the same here
         return None, _cannot("numba", error)
 
 
 @cache
-def _triton() -> tuple[ModuleType | None, str | None]:
+def load_cuda_backend() -> tuple[ModuleType | None, str | None]:
     try:
-        from . import cuda_backend as neighbors_triton
+        from . import cuda_backend
 
-        return neighbors_triton, None
+        return cuda_backend, None
     except Exception as error:
         return None, _cannot("triton", error)
 
@@ -334,7 +337,7 @@ class _RowSimilarity(Function):
         ctx.save_for_backward(bank, rows)
         if known is not None:
             return known.to(embedding.dtype, copy=True)
-        if compiled := numba_engine(bank, embedding):
+        if compiled := cpu_backend_for(bank, embedding):
             return compiled.similarities(_single(embedding), bank, rows)
         return torch_backend.similarities(embedding, bank, rows)
 

@@ -12,7 +12,7 @@ from ..errors import UserError
 _CHUNK = 1 << 14  # rows that are rounded at a time
 
 
-def not_finite() -> UserError:
+def not_finite_error() -> UserError:
     """What is raised where a value among queries or bank is not finite."""
     return UserError(
         "TODO", "The embeddings hold values that are not finite and have no neighbors."
@@ -33,18 +33,18 @@ class SearchableBank:
 
     Attributes:
         rows: the bank.
-        type: of the products in the first pass.
-        coarse: the rows in that type; None without a copy.
-        bounds: (lost, longest) of the copy on a processor: no row lost more than this length by
+        product_dtype: of the products in the first pass.
+        rounded: the rows in that type; None without a copy.
+        row_bounds: (lost, longest) of the copy on a processor: no row lost more than this length by
             rounding, and none is longer.
-        scratch: what an engine keeps from search to search, for itself.
+        workspace: what an engine keeps from search to search, for itself.
     """
 
     def __init__(self, rows: Tensor, *, copy: bool = True) -> None:
-        self.rows, self.type = rows, product_type(rows)
-        self.coarse: Tensor | None = None
-        self.bounds: tuple[float, float] | None = None
-        self.scratch: dict[Any, Any] = {}
+        self.rows, self.product_dtype = rows, product_dtype(rows)
+        self.rounded: Tensor | None = None
+        self.row_bounds: tuple[float, float] | None = None
+        self.workspace: dict[Any, Any] = {}
         self._copies = copy and not rows.is_inference()  # those do not tell when they change
         self._version = -1
 
@@ -58,20 +58,24 @@ class SearchableBank:
             UserError: rows on a processor that are not finite.
         """
         if self._copies and self.rows._version != self._version:
-            if self.coarse is None:
-                alike = self.rows.dtype == self.type
-                self.coarse = self.rows if alike else torch.empty_like(self.rows, dtype=self.type)
-            self.bounds = (0.0, 0.0)
+            if self.rounded is None:
+                alike = self.rows.dtype == self.product_dtype
+                self.rounded = (
+                    self.rows if alike else torch.empty_like(self.rows, dtype=self.product_dtype)
+                )
+            self.row_bounds = (0.0, 0.0)
             for start in range(0, len(self.rows), _CHUNK):
                 self._copy(slice(start, start + _CHUNK))
             self._version = self.rows._version
         return self
 
-    def sample(self, count: int) -> Tensor:
+    def sample_rows(self, count: int) -> Tensor:
         """So many rows at even distances, in the type of products; the copy has to be in step."""
         step = len(self.rows) // count
         every = slice(0, step * count, step)
-        return self.rows[every].to(self.type) if self.coarse is None else self.coarse[every]
+        return (
+            self.rows[every].to(self.product_dtype) if self.rounded is None else self.rounded[every]
+        )
 
     def write(self, index: Tensor, values: Tensor) -> None:
         """``rows[index] = values``, in the copy too; of indices no two are equal."""
@@ -82,24 +86,24 @@ class SearchableBank:
             self._version = self.rows._version
 
     def _copy(self, index: Tensor | slice) -> None:
-        assert self.coarse is not None
-        assert self.bounds is not None
+        assert self.rounded is not None
+        assert self.row_bounds is not None
         rows = self.rows[index]
-        if self.coarse is not self.rows:
-            self.coarse[index] = rows.to(self.coarse.dtype)
+        if self.rounded is not self.rows:
+            self.rounded[index] = rows.to(self.rounded.dtype)
         if rows.device.type != "cpu":  # there kernels bound as they go, and nobody should wait
             return
-        lost = (rows.float() - self.coarse[index].float()).norm(dim=1)
+        lost = (rows.float() - self.rounded[index].float()).norm(dim=1)
         longest = rows.float().norm(dim=1)
         new = [lost.max().item(), longest.max().item()] if len(rows) else [0.0, 0.0]
         if not math.isfinite(sum(new)):
-            self.bounds = (0.0, 0.0)
+            self.row_bounds = (0.0, 0.0)
             self._version = -1
-            raise not_finite()
-        self.bounds = (max(self.bounds[0], new[0]), max(self.bounds[1], new[1]))
+            raise not_finite_error()
+        self.row_bounds = (max(self.row_bounds[0], new[0]), max(self.row_bounds[1], new[1]))
 
 
-def product_type(rows: Tensor) -> torch.dtype:
+def product_dtype(rows: Tensor) -> torch.dtype:
     """The type in which a device multiplies rows fastest, of those that are no finer."""
     if rows.device.type == "cuda" and rows.dtype == torch.float32:
         return torch.float16

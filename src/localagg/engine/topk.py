@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import World
-from .search import numba_engine
-from .torch_backend import positions
+from .search import cpu_backend_for
+from .torch_backend import flatnonzero
 
 _BITS = 6  # of a digit. Fewer send less, in more collectives; see benchmarks/scale.py
 _BUCKETS = 1 << _BITS
@@ -135,7 +135,7 @@ def offsets(value: Tensor, low: Tensor) -> Tensor:
     Returns:
         integers [B, C] in any order of a line; -1 in places of none.
     """
-    if compiled := numba_engine(value.flatten()):
+    if compiled := cpu_backend_for(value.flatten()):
         return compiled.offsets(value, low)
     offset_BC = torch.maximum(ordered(value), low.unsqueeze(1)) - low.unsqueeze(1)
     return offset_BC.masked_fill_(value == -torch.inf, -1)
@@ -154,10 +154,10 @@ def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tens
         int32 [B, 64].
     """
     B, C = offset.shape
-    if offset.dtype == torch.int32 and (compiled := numba_engine(offset.flatten())):
+    if offset.dtype == torch.int32 and (compiled := cpu_backend_for(offset.flatten())):
         return compiled.count_digits(offset, known, prefix, shift, _BUCKETS)
     offset.masked_fill_(offset & known != prefix.unsqueeze(1), -1)
-    place = positions((offset != -1).flatten())
+    place = flatnonzero((offset != -1).flatten())
     digit = (offset.flatten().index_select(0, place) >> shift & _BUCKETS - 1).long()
     line = place.div(max(1, C), rounding_mode="floor")
     counts = torch.bincount(digit + line * _BUCKETS, minlength=B * _BUCKETS)

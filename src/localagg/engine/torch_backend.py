@@ -16,7 +16,7 @@ TILE_BYTES = 32 << 20
 
 @torch.no_grad()
 def nearest(queries: Tensor, rows_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As ``streaming.nearest``; similarities in the common type of both, at least float32.
+    """As ``search.nearest``; similarities in the common type of both, at least float32.
 
     Equal rows may differ in the last bit of their products, where these come from other places of
     a tile; such a tie is settled by that bit.
@@ -65,8 +65,8 @@ def _better(sim: Tensor, least: Tensor, start: int, most: int) -> tuple[Tensor, 
     return sim, rows
 
 
-def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``streaming.packed``."""
+def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``search.compact_lists``."""
     line, place, column, count_B = _listed(kept)
     return _placed((rows[line, place], similarity[line, place]), line, column, count_B)
 
@@ -74,7 +74,7 @@ def packed(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tens
 def _listed(kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each true value of [B, K], in order: its line, its place there and how many of the line's
     come before it; and how many each line has [B]."""
-    flat = positions(kept.flatten())
+    flat = flatnonzero(kept.flatten())
     line = flat.div(max(1, kept.shape[1]), rounding_mode="floor")
     count_B = torch.bincount(line, minlength=len(kept))
     column = torch.arange(len(flat), device=flat.device) - (count_B.cumsum(0) - count_B)[line]
@@ -91,7 +91,7 @@ def _placed(
     return rows, sim
 
 
-def positions(mask: Tensor) -> Tensor:
+def flatnonzero(mask: Tensor) -> Tensor:
     """Where a flat mask is true: int64. On the CPU by numpy, which takes a tenth of the time."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
@@ -125,7 +125,7 @@ def _settle(
 
 def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
     """As ``search.sample_threshold``."""
-    sim_BT = (queries.to(bank.type) @ bank.sample(sample).T).to(queries.dtype)
+    sim_BT = (queries.to(bank.product_dtype) @ bank.sample_rows(sample).T).to(queries.dtype)
     if sim_BT.device.type == "cpu":  # numpy's partition takes a fraction of the time of topk
         place = sample - rank
         return torch.from_numpy(np.partition(sim_BT.numpy(), place, axis=1)[:, place].copy())

@@ -33,11 +33,10 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import weights_digest, write_json
 from ..config import ViewConfig, require_resolved
-from ..data.images.decode import image_size
-from ..data.loading.loader import FAULTS, Progress, Throttle
+from ..data.images.decode import READ_ERRORS, image_size
 from ..data.sources.open import Source
 from ..errors import UserError
-from ..io.console import show_progress
+from ..io.console import ProgressCallback, show_progress
 from ..models import Compat, Encoder
 from .linear_heads import evaluation_views
 
@@ -60,7 +59,7 @@ def read_all(source: Source) -> tuple[str, dict[int, str]]:
     """
     digest, failed = hashlib.sha256(), {}
     with show_progress("reading images") as show:
-        progress: Progress = Throttle(show)
+        progress: ProgressCallback = show
         for i in range(len(source)):
             data = b"\0unreadable"
             try:
@@ -68,7 +67,7 @@ def read_all(source: Source) -> tuple[str, dict[int, str]]:
                 data = image if isinstance(image, bytes) else image.numpy().tobytes()
                 if isinstance(image, bytes):
                     image_size(image)
-            except FAULTS as error:
+            except READ_ERRORS as error:
                 failed[i] = str(error) or type(error).__name__
             digest.update(len(data).to_bytes(8, "little") + data)
             progress(i + 1, len(source))

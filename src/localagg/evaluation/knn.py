@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..engine.search import in_order, nearest
-from ..engine.searchable_bank import SearchableBank, not_finite
+from ..engine.search import nearest, sort_by_similarity
+from ..engine.searchable_bank import SearchableBank, not_finite_error
 from ..errors import UserError
 
 VOTES = (1, 10, 20, 100, 200)  # the numbers of neighbors that are reported for an embedding
@@ -48,12 +48,12 @@ def _nearest(
     """(which queries, rows, similarity) of :func:`nearest_rows`, batch by batch."""
     check_count(k, len(bank) - (exclude is not None))
     if not (queries.isfinite().all() and bank.isfinite().all()):
-        raise not_finite()
+        raise not_finite_error()
     most = k + (exclude is not None)
     prepared = SearchableBank(bank)
     for start in range(0, len(queries), _BATCH):
         part = slice(start, start + _BATCH)
-        rows_Qk, sim_Qk = in_order(*nearest(queries[part], prepared, most))
+        rows_Qk, sim_Qk = sort_by_similarity(*nearest(queries[part], prepared, most))
         if exclude is not None:
             others = rows_Qk != exclude[part].unsqueeze(1)
             others[:, -1] &= others[:, :-1].sum(dim=1) < k  # not found at all: one too many

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation
 from ..embeddings.embed import embed

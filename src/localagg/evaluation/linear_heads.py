@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ViewConfig
 from ..data.images.augment import evaluation_view, ten_crop_views
-from ..data.loading.loader import Batch, evaluation_batches
+from ..data.loading.cropping import LoadedBatch, evaluation_batches
 from ..data.sources.open import Source
 from ..engine.counter_rng import bits
 from ..errors import UserError
@@ -237,7 +237,7 @@ def evaluation_views(
     """
     batch = max(1, _EVALUATION_BATCH // (10 if ten_crop else 1))
     if pixels is None:
-        found: Iterator[Batch] = evaluation_batches(
+        found: Iterator[LoadedBatch] = evaluation_batches(
             source, views, batch=batch, workers=workers, ten_crop=ten_crop
         )
         yield from found

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from ..config import TransferConfig, require_resolved
 from ..data.images.augment import Augment
-from ..data.loading.loader import (
-    Feed,
-    Throttle,
-    hold_or_scan,
-    on_device,
-    report_unreadable,
-)
+from ..data.loading.loader import Feed, on_device
+from ..data.loading.scan import load_or_scan, require_readable
 from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
@@ -70,10 +65,28 @@ class LinearProbe:
             ),
         )
         with show_progress("reading images") as show:
-            self.feed = Feed(labelled.source, general, Throttle(show))
-            pixels, failed = hold_or_scan(labelled.held_out, general, Throttle(show))
-        report_unreadable(labelled.held_out, failed, config.unreadable)
-        self.pixels = None if failed else pixels
+            self.feed = Feed(
+                labelled.source,
+                config.views,
+                batch_size=require_resolved(config.batch_size),
+                seed=config.seed,
+                workers=config.workers,
+                memory=config.memory,
+                memory_gb=config.memory_gb,
+                unreadable=config.unreadable,
+                device=config.device,
+                on_progress=show,
+            )
+            held_out = load_or_scan(
+                labelled.held_out,
+                upright=config.views.exif_orientation,
+                memory=config.memory,
+                memory_gb=config.memory_gb,
+                workers=config.workers,
+                on_progress=show,
+            )
+        require_readable(labelled.held_out, held_out.unreadable, config.unreadable)
+        self.pixels = held_out.complete_pixels
         self.kept: CachedFeatures | None = None
         self.kept_held_out: CachedFeatures | None = None
         if config.cache_gb and not config.finetune:
@@ -114,17 +127,7 @@ class LinearProbe:
         """Training images of which only the header could be read are refused, or never drawn."""
         feed = self.feed
         lost = sorted(set(feed.valid.tolist()) - set(readable.tolist()))
-        failed = dict.fromkeys(lost, "damaged")
-        report_unreadable(self.labelled.source, failed, self.config.unreadable)
-        feed.unreadable.update(failed)
-        feed.valid = readable
-        feed.steps = len(readable) // feed.batch
-        if not feed.steps:
-            raise UserError(
-                "TODO",
-                f"--batch-size {feed.batch} is more than the {len(readable):,} images that can be"
-                f" decoded; set it to at most {len(readable):,}.",
-            )
+        feed.exclude(dict.fromkeys(lost, "damaged"))
 
     def batches(
         self, epoch: int, first: int
@@ -137,9 +140,12 @@ class LinearProbe:
         """
         feed, device = self.feed, self.device
         if self.kept is None:
-            for index, images in on_device(feed.batches(epoch, first), device, feed.fail):
-                views = self.augment(images, epoch, index)
-                yield index, views.contiguous(memory_format=torch.channels_last)
+            for index, images, uniforms in on_device(feed.batches(epoch, first), device):
+                views = self.augment(images, epoch, index, uniforms)
+                yield (
+                    index.to(device, non_blocking=True),
+                    views.contiguous(memory_format=torch.channels_last),
+                )
             return
         order = feed.order(epoch)[: feed.steps * feed.batch]
         for index in order.view(-1, feed.batch)[first:]:

@@ -18,7 +18,7 @@ from ..checkpoint import (
     weights_digest,
 )
 from ..config import PretrainConfig, ViewConfig
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
 from ..engine.device import make_fabric

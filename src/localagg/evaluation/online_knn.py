@@ -6,7 +6,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from ..config import PretrainConfig
-from ..data.loading.loader import decoded
+from ..data.loading.scan import load_or_scan
 from ..data.sources.open import Source
 from ..distributed.collectives import World
 from ..io.console import notify
@@ -58,7 +58,13 @@ class OnlineKnn:
         for note in self.choice.notes:
             notify(note)
         if self.choice.held_out is not None:
-            self.pixels = decoded(self.choice.held_out, config)
+            self.pixels = load_or_scan(
+                self.choice.held_out,
+                upright=config.views.exif_orientation,
+                memory=config.memory,
+                memory_gb=config.memory_gb,
+                workers=config.workers,
+            ).complete_pixels
 
     def __call__(self, encoder: Encoder, bank: Tensor, fabric: Fabric) -> dict[str, float]:
         """Accuracies in 0-1 by name, with the network in ``fabric``'s precision; empty where

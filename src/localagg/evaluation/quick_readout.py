@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
-from ..data.loading.loader import report_unreadable
+from ..data.loading.scan import require_readable
 from ..data.sources.open import Source
 from ..engine.device import make_fabric
 from ..errors import UserError
@@ -240,7 +240,7 @@ def _kept(
 ) -> CachedFeatures:
     """The features of a source. Held-out images whose damage only decoding shows are counted."""
     digest, failed = read_all(source)
-    report_unreadable(source, failed, policy)
+    require_readable(source, failed, policy)
     kept = cache.keep(extractor, source, digest=digest)
     if kept is None:
         raise UserError(
@@ -250,7 +250,7 @@ def _kept(
         )
     if learned:
         lost = set(range(len(source))) - set(kept.index.tolist()) - set(failed)
-        report_unreadable(source, dict.fromkeys(lost, "damaged"), policy)
+        require_readable(source, dict.fromkeys(lost, "damaged"), policy)
     return kept
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import load_encoder, load_views
 from ..config import PretrainConfig, TransferConfig, ViewConfig
-from ..data.loading.loader import (
-    typical_side,
-)
+from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..errors import UserError

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..checkpoint import load_views
 from ..config import PretrainConfig, ViewConfig
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..recipes.defaults import resolve_defaults
 from .published import dataset_name, knn_protocol

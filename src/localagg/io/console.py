@@ -23,6 +23,10 @@ from rich.text import Text
 
 from ..errors import printable
 
+ProgressCallback = Callable[[int, int], None]
+"""Called with (items done, items); 0 items if unknown."""
+
+_BAR_SECONDS = 0.1  # between updates of a bar
 _LINE_SECONDS = 10.0  # between lines of progress without a terminal
 console = Console(stderr=True)
 
@@ -72,20 +76,24 @@ def progress_bar() -> Progress:
 
 
 @contextlib.contextmanager
-def show_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(description: str) -> Iterator[ProgressCallback]:
     """Show a bar; the block reports ``(done, total)``, total 0 if unknown.
 
     Without a terminal it prints a line every ten seconds.
     """
     with progress_bar() as bar:
         task = bar.add_task(_escaped(description), total=None, note="")
-        last = time.monotonic()
+        updated, line = 0.0, time.monotonic()
 
         def show(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal updated, line
+            now = time.monotonic()
+            if done != total and now - updated < _BAR_SECONDS:
+                return
+            updated = now
             bar.update(task, completed=done, total=total or None)
-            if bar.disable and time.monotonic() - last >= _LINE_SECONDS:
-                last = time.monotonic()
+            if bar.disable and now - line >= _LINE_SECONDS:
+                line = now
                 notify(f"{description}: {done:,} of {total:,}")
 
         yield show

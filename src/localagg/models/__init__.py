@@ -1,19 +1,6 @@
-"""Encoders: images in, unit rows out. One file for each architecture."""
+"""Encoders: images in, unit rows out. One file for each architecture, listed in BACKBONES."""
 
 from .backbone import Compat
-from .encoder import (
-    Encoder,
-    available_models,
-    create_encoder,
-    encoder_from_json,
-    spec_to_json,
-)
+from .encoder import BACKBONES, Encoder, available_models, create_encoder
 
-__all__ = [
-    "Compat",
-    "Encoder",
-    "available_models",
-    "create_encoder",
-    "encoder_from_json",
-    "spec_to_json",
-]
+__all__ = ["BACKBONES", "Compat", "Encoder", "available_models", "create_encoder"]

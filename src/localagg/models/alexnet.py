@@ -9,8 +9,15 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .backbone import Backbone, Compat, flatten_nhwc, reference_norm, truncated_normal_
+from .backbone import (
+    Backbone,
+    Compat,
+    flatten_nhwc,
+    image_size_error,
+    initialize_glorot,
+    reference_batch_norm,
+    truncated_normal_,
+)
 
 # name: channels in, out, kernel, stride, padding
 _CONVS = {
@@ -22,6 +29,11 @@ _CONVS = {
     "fc6": (256, 4096, 5, 1, 0),
     "fc7": (4096, 4096, 1, 1, 0),
 }
+_SIZES = (
+    "alexnet_bn",
+    "195 to 226",
+    "its fc6 reads maps of 5x5 (features of conv1 to conv5 alone work from 35 pixels on)",
+)
 
 
 class AlexNet(Backbone):
@@ -37,48 +49,35 @@ class AlexNet(Backbone):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleDict({name: nn.Conv2d(*sizes) for name, sizes in _CONVS.items()})
-        self.norms = nn.ModuleDict({name: reference_norm(s[1]) for name, s in _CONVS.items()})
-        for name, conv in self.convs.items():
-            # slim's defaults, except that the reference starts fc6 and fc7 as "one weird trick".
+        convs = {name: nn.Conv2d(*sizes) for name, sizes in _CONVS.items()}
+        self.convs = nn.ModuleDict(convs)
+        self.norms = nn.ModuleDict({name: reference_batch_norm(s[1]) for name, s in _CONVS.items()})
+        for name, conv in convs.items():
             if name.startswith("conv"):
-                nn.init.xavier_uniform_(conv.weight)  # type: ignore[arg-type]
-                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            else:
-                truncated_normal_(conv.weight, 0.005)  # type: ignore[arg-type]
+                initialize_glorot(conv)
+            else:  # the reference starts fc6 and fc7 as "one weird trick"
+                truncated_normal_(conv.weight, 0.005)
                 nn.init.constant_(conv.bias, 0.1)  # type: ignore[arg-type]
 
-    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The named maps [B, C, H, W] from first to last.
-
-        Raises:
-            UserError: images of a size that the layers asked for cannot take.
-        """
-        height, width = x.shape[2:]
-        if min(height, width) < 35:
-            raise _wrong_size(height, width)
+    def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, map [B, C, H, W]) from first to last."""
+        size = x.shape[2:]
+        if min(size) < 35:
+            raise image_size_error(size, *_SIZES)
         for name in self.layers:
             if name == "pool5" and not {*x.shape[2:]} <= {11, 12}:
-                raise _wrong_size(height, width)
+                raise image_size_error(size, *_SIZES)
             if name.startswith("pool"):
                 x = F.max_pool2d(x, 3, 2)
             else:
                 x = F.relu(self.norms[name](self.convs[name](x)))
             yield name, x
 
-    def readout(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
-        """[B, values] in NHWC order, never pooled, as in the reference."""
+    def flatten_map(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
+        """Return [B, values] in NHWC order, never pooled, as in the reference."""
         return flatten_nhwc(map_BCHW)
 
-    def start_head(self, head: nn.Linear) -> None:
-        """The reference's fc8: a normal of deviation 0.005 cut at two deviations, no bias."""
+    def initialize_head(self, head: nn.Linear) -> None:
+        """Initialize as the reference's fc8: normal of deviation 0.005 cut at two, no bias."""
         truncated_normal_(head.weight, 0.005)
         nn.init.zeros_(head.bias)
-
-
-def _wrong_size(height: int, width: int) -> UserError:
-    return UserError(
-        "TODO",
-        f"alexnet_bn takes images of 195 to 226 pixels a side, not of {height}x{width}: its fc6 "
-        "reads maps of 5x5 (features of conv1 to conv5 alone work from 35 pixels on).",
-    )

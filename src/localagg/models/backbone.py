@@ -1,4 +1,4 @@
-"""What a network is to its encoder, and how the reference pools and flattens its maps."""
+"""The interface of all backbones, and how the reference pools, flattens and initializes."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
@@ -7,17 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 Compat = Literal["reference"]
 
-# The reference pools a map by 2 above so many values an image, and by 4 above so many.
+# The reference pools a map by 2 above this many values an image, and by 4 above the second.
 _POOL_BY_2, _POOL_BY_4 = 200_000, 800_000
 
 
 class Backbone(nn.Module):
     """A network without its embedding head.
 
-    A subclass sets ``channels`` and ``layers`` and either walks, or overrides :meth:`vector` and
-    :meth:`maps` together.
+    A subclass sets ``channels`` and ``layers``. It implements :meth:`iterate_maps`, or overrides
+    :meth:`pooled` and :meth:`maps` together.
     """
 
     channels: int
@@ -25,33 +27,36 @@ class Backbone(nn.Module):
     layers: Sequence[str]
     """Names of the maps, from first to last."""
 
-    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The named maps [B, C, H, W] from first to last, each computed when it is asked for.
+    def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, map [B, C, H, W]) from first to last, each computed on demand.
 
         Args:
             x: normalized images [B, 3, H, W].
+
+        Raises:
+            UserError: the next layer does not take images of this size.
         """
         raise NotImplementedError
 
-    def vector(self, x: Tensor) -> Tensor:
-        """[B, channels]: the last map's mean over space, which the head reads."""
-        for _, map_BCHW in self.walk(x):
-            x = map_BCHW  # so that maps in between are freed on the way
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the last map's mean over space [B, channels], which the head reads."""
+        for _, map_BCHW in self.iterate_maps(x):
+            x = map_BCHW  # frees the maps in between on the way
         return x.mean(dim=(2, 3))
 
     def maps(self, x: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Named maps [B, C, H, W], from first to last; stops behind the last one that is wanted."""
+        """Return the named maps [B, C, H, W] (default: all); stop after the last of them."""
         wanted = set(self.layers if layers is None else layers)
         found: dict[str, Tensor] = {}
-        for name, map_BCHW in self.walk(x):
+        for name, map_BCHW in self.iterate_maps(x):
             if name in wanted:
                 found[name] = map_BCHW
             if len(found) == len(wanted):
                 break
         return found
 
-    def readout(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
-        """A map as read-out feature [B, values], by the reference's rule for its ResNets.
+    def flatten_map(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
+        """Return a map as read-out feature [B, values], by the reference's rule for its ResNets.
 
         More than 200,000 values an image are averaged over windows of 2 (800,000: of 4) and
         flattened in NHWC order, fewer are flattened in NCHW order.
@@ -59,46 +64,66 @@ class Backbone(nn.Module):
         window = pool_window(map_BCHW)
         if window == 1:
             return map_BCHW.flatten(1)
-        return flatten_nhwc(average_pool(map_BCHW, window))
+        return flatten_nhwc(average_pool_same(map_BCHW, window))
 
-    def start_head(self, head: nn.Linear) -> None:
-        """Give the head this network's initial weights; the default leaves torch's."""
+    def initialize_head(self, head: nn.Linear) -> None:
+        """Set the head's initial weights; the default keeps torch's."""
+
+
+def image_size_error(size: Sequence[int], model: str, sides: str, rest: str) -> UserError:
+    """Return the error for images of a size [H, W] that the fully connected layers do not take."""
+    height, width = size
+    return UserError(
+        "mismatch", f"{model} takes images of {sides} pixels a side, not {height}x{width}: {rest}."
+    )
 
 
 def pool_window(map_BCHW: Tensor) -> int:
-    """Window by which the reference averages a map of this size: 1, 2 or 4."""
+    """Return the window by which the reference averages a map of this size: 1, 2 or 4."""
     values = map_BCHW[0].numel()
     return 4 if values > _POOL_BY_4 else 2 if values > _POOL_BY_2 else 1
 
 
-def average_pool(map_BCHW: Tensor, window: int) -> Tensor:
-    """TensorFlow's average pooling with SAME padding, stride = window.
+def average_pool_same(map_BCHW: Tensor, window: int) -> Tensor:
+    """Average as TensorFlow's pooling with SAME padding, stride = window.
 
-    Of the padding that makes a side divisible, the smaller half goes before; windows at the edge
-    average over what is inside.
+    The smaller half of the padding goes before; windows at the edge average over the values inside.
     """
     before = [(-side % window) // 2 for side in map_BCHW.shape[2:]]
     return F.avg_pool2d(map_BCHW, window, padding=before, ceil_mode=True, count_include_pad=False)
 
 
+def max_pool_same(x: Tensor) -> Tensor:
+    """Pool 3x3 with stride 2 and SAME padding: one after an even side, one around an odd one."""
+    odd = (x.shape[2] % 2, x.shape[3] % 2)
+    return F.max_pool2d(x, 3, 2, padding=odd, ceil_mode=True)
+
+
 def flatten_nhwc(map_BCHW: Tensor) -> Tensor:
-    """[B, H*W*C], channels fastest, as TensorFlow flattens."""
+    """Flatten to [B, H*W*C], channels fastest, as TensorFlow does."""
     return map_BCHW.permute(0, 2, 3, 1).flatten(1)
 
 
-def reference_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch-norm as in the reference: decay 0.997 and eps 1e-5; variance is tracked unbiased."""
+def reference_batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Create the reference's batch-norm: decay 0.997, eps 1e-5, unbiased running variance."""
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=1 - 0.997)
+
+
+def initialize_glorot(layer: nn.Linear | nn.Conv2d) -> None:
+    """Set Glorot's uniform weights and no bias, the default of slim and ``tf.layers.dense``."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, std: float) -> None:
-    """Fill with normal draws of deviation std, those beyond two deviations drawn again.
+    """Fill with normal draws of deviation ``std``; redraw those beyond two deviations.
 
     TensorFlow's ``truncated_normal``; ``nn.init.trunc_normal_`` takes several times as long.
     """
     weight.normal_(0, std)
-    if weight.is_meta:  # has no values to draw again
+    if weight.is_meta:  # has no values to redraw
         return
     while len(again := weight.abs().flatten().gt(2 * std).nonzero()):
         weight.view(-1)[again] = torch.randn(again.shape, device=weight.device) * std

@@ -1,7 +1,7 @@
-"""Encoders: images in, unit rows out. ``create_encoder`` is the one way to make one."""
+"""The encoder: a backbone, an embedding head, and normalization of pixels and embeddings."""
 
-import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +17,21 @@ from .timm_backbone import TimmBackbone
 from .torchvision_resnet import TorchvisionResNet, torchvision_resnets
 from .vgg import VGG16
 
-_OURS: dict[str, Callable[..., Backbone]] = {
+BACKBONES: dict[str, Callable[..., Backbone]] = {
     "preact_resnet18": preact_resnet18,
     "preact_resnet50": preact_resnet50,
     "alexnet_bn": AlexNet,
     "vgg16_bn_last": VGG16,
     "resnet18_small": SmallResNet,
+    **{name: partial(TorchvisionResNet, name) for name in torchvision_resnets()},
 }
 
 
 class Encoder(nn.Module):
-    """A backbone, an embedding head with bias (linear, as in the paper, unless its spec has two
-    ``head_layers``), and normalization at both ends.
+    """A backbone and an embedding head with bias, which maps images to unit rows.
 
-    Pixels are normalized in here (ImageNet's mean and deviation, as in the reference), so that a
-    user hands over images as they are and weights files are complete.
+    The encoder normalizes pixels itself (ImageNet's mean and deviation, as in the reference), so
+    that images are passed as they are and weights files are complete.
     """
 
     mean: Tensor
@@ -42,75 +42,69 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.compat: Compat | None = _checked(compat)
+        self.compat = _check_compat(compat)
         self.backbone = backbone
         self.hidden: nn.Module = nn.Identity()
         if spec.get("head_layers", 1) == 2:
             self.hidden = nn.Sequential(nn.Linear(backbone.channels, backbone.channels), nn.ReLU())
         self.head = nn.Linear(backbone.channels, dim)
-        backbone.start_head(self.head)
+        backbone.initialize_head(self.head)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of images.
+        """Return embeddings: float32 unit rows [B, dim] (float64 from float64 weights).
 
         Args:
             images: [B, 3, H, W], uint8 in 0-255 or floating in 0-1, RGB.
 
-        Returns:
-            float32 unit rows [B, dim] (float64 from float64 weights).
-
         Raises:
-            UserError: images of a size that this network cannot take (AlexNet, VGG).
+            UserError: this network (AlexNet, VGG) does not take images of this size.
         """
         return F.normalize(self.unnormalized(images), dim=1)
 
     def unnormalized(self, images: Tensor) -> Tensor:
-        """float32 [B, dim]: what the head computes, before it is brought to unit length."""
-        found = self.head(self.hidden(self.backbone.vector(self._normalized(images))))
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        """Return the head's output float32 [B, dim], before it is scaled to unit length."""
+        output = self.head(self.hidden(self.pooled(images)))
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return the backbone's pooled last map [B, channels], which the head reads."""
+        return self.backbone.pooled(self._normalize_pixels(images))
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers that :meth:`features` knows, from first to last."""
+        """Names of the layers that :meth:`features` takes, from first to last."""
         return list(self.backbone.layers)
 
     def features(
         self, images: Tensor, layers: Iterable[str | int], *, compat: Compat | None = None
     ) -> dict[str, Tensor]:
-        """Read-out features of named layers, pooled and flattened as the reference does.
+        """Return read-out features {name: [B, values]}, pooled and flattened as in the reference.
 
-        ResNets (and all networks that the reference does not have): a map of more than 200,000
-        values an image is average-pooled by 2 (800,000: by 4) and flattened in NHWC order; smaller
-        ones are flattened in NCHW order. AlexNet: never pooled, NHWC order. VGG: pooled as ResNets,
-        NHWC order.
+        See :meth:`Backbone.flatten_map` of each network for the rule.
 
         Args:
-            images: as in :meth:`forward`; only the network up to the last of the layers is
-                computed, and only that must be able to take their size.
+            images: as in :meth:`forward`. The network runs up to the last named layer, and only
+                this part must accept their size.
             layers: names out of :attr:`layers`; 3 means "3".
-            compat: "reference" also copies the reference's slip of pooling VGG's maps over width
-                and channels; None: what the encoder was created with.
-
-        Returns:
-            {name: [B, values]}.
+            compat: "reference" also copies the reference's slip in VGG. Default: the encoder's own.
 
         Raises:
-            UserError: a layer that this network does not have, or a wrong ``compat``.
+            UserError: unknown layer or ``compat``.
         """
-        compat = _checked(compat) or self.compat
-        wanted = [str(layer) for layer in layers]
-        for layer in wanted:
-            if layer not in self.layers:
+        compat = _check_compat(compat) or self.compat
+        names = [str(layer) for layer in layers]
+        for name in names:
+            if name not in self.layers:
+                known = ", ".join(self.layers)
                 raise UserError(
-                    "TODO",
-                    f"{self.spec['model']} has no layer '{layer}'; it has {', '.join(self.layers)}.",
+                    "option-unknown", f"{self.spec['model']} has no layer '{name}'; it has {known}."
                 )
-        maps = self.backbone.maps(self._normalized(images), wanted)
-        return {layer: self.backbone.readout(maps[layer], compat) for layer in wanted}
+        maps = self.backbone.maps(self._normalize_pixels(images), names)
+        return {name: self.backbone.flatten_map(maps[name], compat) for name in names}
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def _normalize_pixels(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W]")
         if images.dtype == torch.uint8:
@@ -118,10 +112,10 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _checked(compat: str | None) -> Compat | None:
+def _check_compat(compat: str | None) -> Compat | None:
     if compat is None or compat == "reference":
         return compat
-    raise UserError("TODO", f"compat is '{compat}'; it can be 'reference' or be left out.")
+    raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
 
 
 def create_encoder(
@@ -133,69 +127,51 @@ def create_encoder(
     compat: Compat | None = None,
     **options: Any,
 ) -> Encoder:
-    """A new encoder with random weights.
+    """Create an encoder with random weights: images [B, 3, H, W] -> float32 unit rows [B, dim].
 
     Args:
         model: one of :func:`available_models`, or "timm:NAME" for any network of timm.
         dim: size of the embedding.
         head_layers: 1, a linear head as in the paper; or 2, with a hidden layer and ReLU before
             it, as in SimCLR (Chen et al. 2020, section 4.2).
-        seed: of the weights; None takes torch's global generator as it stands.
-        compat: the default of :meth:`Encoder.features`. It says how features are read and is no
-            property of the weights: it is not saved with them.
+        seed: random seed of the weights. Default: torch's global generator.
+        compat: default of :meth:`Encoder.features`. Weights files do not store it.
         options: of the architecture (``resnet18_small``: width, blocks, stem_stride; torchvision's
             and timm's own).
 
-    Returns:
-        ``encoder(images [B, 3, H, W]) -> float32 unit rows [B, dim]``.
-
     Raises:
-        UserError: no such model (the nearest is suggested) or option.
+        UserError: unknown model (the message suggests the closest name) or option.
     """
     if head_layers not in (1, 2):
-        raise UserError("TODO", f"head_layers is {head_layers}; a head has 1 or 2.")
-    make = _backbone(model)
+        raise UserError("option-invalid", f"head_layers is {head_layers}; use 1 or 2.")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            backbone = make(**options)
+            backbone = _create_backbone(model, options)
         except TypeError as error:
             raise UserError(
-                "TODO", f"Model {model} does not take these options: {error}."
+                "option-unknown", f"Model {model} does not take these options: {error}."
             ) from None
         spec = {"model": model, "dim": dim, **options}
-        if head_layers != 1:  # files of linear heads do not name it
+        if head_layers != 1:  # weights files of linear heads omit it
             spec["head_layers"] = head_layers
         return Encoder(backbone, dim, spec, compat)
 
 
-def _backbone(model: str) -> Callable[..., Backbone]:
-    if model in _OURS:
-        return _OURS[model]
-    if model in torchvision_resnets():
-        return lambda **options: TorchvisionResNet(model, **options)
+def _create_backbone(model: str, options: dict[str, Any]) -> Backbone:
+    if model in BACKBONES:
+        return BACKBONES[model](**options)
     if model.startswith("timm:"):
-        return lambda **options: TimmBackbone(model.removeprefix("timm:"), **options)
+        return TimmBackbone(model.removeprefix("timm:"), **options)
     known = available_models()
     raise UserError(
-        "TODO",
+        "option-unknown",
         f"There is no model '{model}'; there are {', '.join(known)} and timm:NAME."
         f"{suggest(model, known)}",
     )
 
 
 def available_models() -> list[str]:
-    """Names that :func:`create_encoder` knows; it also takes "timm:NAME" for any name of timm."""
-    return sorted([*_OURS, *torchvision_resnets()])
-
-
-def spec_to_json(encoder: Encoder) -> str:
-    """What :func:`encoder_from_json` needs to make an encoder of the same shape."""
-    return json.dumps(encoder.spec)
-
-
-def encoder_from_json(text: str) -> Encoder:
-    """An encoder of the architecture that :func:`spec_to_json` described, with random weights."""
-    spec = json.loads(text)
-    return create_encoder(spec.pop("model"), spec.pop("dim"), **spec)
+    """Return the names that :func:`create_encoder` takes, besides "timm:NAME"."""
+    return sorted(BACKBONES)

@@ -17,8 +17,8 @@ class SmallResNet(Backbone):
 
     Args:
         width: channels of the first stage.
-        blocks: residual blocks of each stage; (2, 2, 2, 2) is ResNet-18.
-        stem_stride: of the first convolution.
+        blocks: number of residual blocks of each stage; (2, 2, 2, 2) is ResNet-18.
+        stem_stride: stride of the first convolution.
     """
 
     def __init__(
@@ -30,15 +30,17 @@ class SmallResNet(Backbone):
         stages, channels = [], width
         for stage, count in enumerate(blocks):
             out = width * 2**stage
-            first = _Block(channels, out, stride=1 if stage == 0 else 2)
-            stages.append(nn.Sequential(first, *(_Block(out, out, 1) for _ in range(count - 1))))
+            first = BasicBlock(channels, out, stride=1 if stage == 0 else 2)
+            stages.append(
+                nn.Sequential(first, *(BasicBlock(out, out, 1) for _ in range(count - 1)))
+            )
             channels = out
         self.stages = nn.ModuleList(stages)
         self.channels = channels
         self.layers = [str(layer) for layer in range(len(stages) + 1)]
 
-    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Maps by name: "0" after the stem, "1".. after each stage, all behind their ReLU."""
+    def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield maps by name: "0" after the stem, "1".. after each stage, all behind their ReLU."""
         x = F.relu(self.stem_norm(self.stem(x)))
         yield "0", x
         for layer, stage in enumerate(self.stages, start=1):
@@ -46,7 +48,9 @@ class SmallResNet(Backbone):
             yield str(layer), x
 
 
-class _Block(nn.Module):
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions."""
+
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.norm1 = _conv(channels, out, 3, stride), nn.BatchNorm2d(out)
@@ -56,6 +60,7 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output [B, C, H, W]."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 

@@ -14,7 +14,7 @@ class TorchvisionResNet(Backbone):
 
     Args:
         name: one of :func:`torchvision_resnets`; weights are random.
-        options: of torchvision's ``ResNet``.
+        options: arguments of torchvision's ``ResNet``.
     """
 
     layers = ("0", "1", "2", "3", "4")
@@ -26,8 +26,8 @@ class TorchvisionResNet(Backbone):
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
 
-    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The named maps [B, C, H, W] from first to last."""
+    def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, map [B, C, H, W]) from first to last."""
         x = self.stem(x)
         yield "0", x
         for layer, stage in enumerate(self.stages, start=1):
@@ -36,5 +36,5 @@ class TorchvisionResNet(Backbone):
 
 
 def torchvision_resnets() -> list[str]:
-    """Names that :class:`TorchvisionResNet` takes."""
+    """Return the names that :class:`TorchvisionResNet` takes."""
     return torchvision.models.list_models(include=("resnet*", "resnext*", "wide_resnet*"))

@@ -9,11 +9,23 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .backbone import Backbone, Compat, average_pool, flatten_nhwc, pool_window, reference_norm
+from .backbone import (
+    Backbone,
+    Compat,
+    average_pool_same,
+    flatten_nhwc,
+    image_size_error,
+    initialize_glorot,
+    pool_window,
+    reference_batch_norm,
+)
 
-# channels and convolutions of each stage
-_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions of each
+_SIZES = (
+    "vgg16_bn_last",
+    "224 to 255",
+    "its fc6 reads maps of 7x7 (features of layers 0 to 4 alone work from 16 pixels on)",
+)
 
 
 class VGG16(Backbone):
@@ -40,31 +52,23 @@ class VGG16(Backbone):
     def _add(
         self, name: str, channels: int, out: int, kernel: int, *, padding: int, norm: bool
     ) -> None:
-        conv = nn.Conv2d(channels, out, kernel, padding=padding, bias=not norm)
-        nn.init.xavier_uniform_(conv.weight)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
-        self.convs[name] = conv
+        self.convs[name] = conv = nn.Conv2d(channels, out, kernel, padding=padding, bias=not norm)
+        initialize_glorot(conv)
         if norm:
-            self.norms[name] = reference_norm(out)
+            self.norms[name] = reference_batch_norm(out)
 
-    def walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The named maps [B, C, H, W] from first to last.
-
-        Raises:
-            UserError: images of a size that the layers asked for cannot take.
-        """
-        height, width = x.shape[2:]
-        if min(height, width) < 16:
-            raise _wrong_size(height, width)
+    def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, map [B, C, H, W]) from first to last."""
+        size = x.shape[2:]
+        if min(size) < 16:
+            raise image_size_error(size, *_SIZES)
         for stage, (_, count) in enumerate(_STAGES, start=1):
             for number in range(1, count + 1):
                 x = self._layer(f"conv{stage}_{number}", x)
             yield str(stage - 1), x
-            if stage < len(_STAGES) or {*x.shape[2:]} <= {14, 15}:
-                x = F.max_pool2d(x, 2)
-            else:
-                raise _wrong_size(height, width)
+            if stage == len(_STAGES) and not {*x.shape[2:]} <= {14, 15}:
+                raise image_size_error(size, *_SIZES)
+            x = F.max_pool2d(x, 2)
         for name in ("fc6", "fc7"):
             x = self._layer(name, x)
             yield name, x
@@ -73,30 +77,17 @@ class VGG16(Backbone):
         x = self.convs[name](x)
         return F.relu(self.norms[name](x) if name in self.norms else x)
 
-    def readout(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
-        """[B, values] in NHWC order; large maps are pooled first, as in the ResNets.
+    def flatten_map(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:
+        """Return [B, values] in NHWC order; large maps are averaged first, as in the ResNets.
 
-        With ``compat="reference"`` large maps are pooled over width and channels, which is what
-        the reference does by transposing a map that is NHWC already: the values come in the order
-        width, channel, height. Deviation: by default they are pooled over space.
+        Deviation: with ``compat="reference"`` alone they are averaged over width and channels, as
+        the reference does by transposing a map that is NHWC already.
         """
         window = pool_window(map_BCHW)
-        if window == 1:
-            return flatten_nhwc(map_BCHW)
-        if compat == "reference":
-            map_BHWC = map_BCHW.permute(0, 2, 3, 1)
-            return flatten_nhwc(average_pool(map_BHWC, window))
-        return flatten_nhwc(average_pool(map_BCHW, window))
+        if compat == "reference" and window > 1:
+            map_BCHW = map_BCHW.permute(0, 2, 3, 1)  # flattens to width, channel, height
+        return flatten_nhwc(average_pool_same(map_BCHW, window))
 
-    def start_head(self, head: nn.Linear) -> None:
-        """slim's defaults: Glorot's uniform weights, no bias."""
-        nn.init.xavier_uniform_(head.weight)
-        nn.init.zeros_(head.bias)
-
-
-def _wrong_size(height: int, width: int) -> UserError:
-    return UserError(
-        "TODO",
-        f"vgg16_bn_last takes images of 224 to 255 pixels a side, not of {height}x{width}: its fc6 "
-        "reads maps of 7x7 (features of layers 0 to 4 alone work from 16 pixels on).",
-    )
+    def initialize_head(self, head: nn.Linear) -> None:
+        """Set slim's defaults: Glorot's uniform weights, no bias."""
+        initialize_glorot(head)

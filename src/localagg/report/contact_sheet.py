@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..config import PretrainConfig, ViewConfig
 from ..data.images.augment import Augment
-from ..data.images.nvjpeg import EncodedCrops
-from ..data.loading.cropping import Crops, Measured
-from ..data.loading.loader import report_unreadable, typical_side
+from ..data.loading.cropping import EvaluationCrops, TrainingCrops
+from ..data.loading.scan import require_readable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
 from ..io.files import atomic_write
@@ -47,7 +46,7 @@ def contact_sheet(
     views = resolve_defaults(fitted, len(source), typical_side(source)).views
     index, columns, failed = _views(source, views, index, seed)
     if not len(index):
-        report_unreadable(source, failed, "error")
+        require_readable(source, failed, "error")
     names = [source.name(i) for i in index.tolist()]
     with atomic_write(path) as beside:
         _drawn(columns, names).save(beside, format="PNG")
@@ -64,15 +63,13 @@ def _views(
     source: Source, views: ViewConfig, index: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
     """(index of the readable images [n], their views [n, columns, 3, S, S] in 0-1, failed)."""
-    index, measured, failed = Measured(source, views, [index], ten_crop=False)[0]
+    (index, measured), failed = EvaluationCrops(source, views, [index], ten_crop=False)[0]
     columns = [measured.float() / 255]
     if len(index):
         augment = Augment(views, seed, cropped=True)
         for epoch in range(_COLUMNS - 1):
-            _, crops, _ = Crops(source, views, seed, epoch, [index])[0]
-            if isinstance(crops, EncodedCrops):
-                crops, _ = crops.decoded("cpu")
-            columns.append(augment(crops, epoch, index))
+            batch, _ = TrainingCrops(source, views, seed, epoch, [index])[0]
+            columns.append(augment(batch.images, epoch, batch.index, batch.uniforms))
     return index, torch.stack(columns, dim=1), failed
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint import load_encoder, write_json
 from ..config import PretrainConfig, ViewConfig, override
 from ..data.images.augment import evaluation_view
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
 from ..errors import UserError

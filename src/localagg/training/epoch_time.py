@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..config import PretrainConfig, require_resolved
-from ..data.images.augment import Augment
-from ..data.loading.cropping import Crops
-from ..data.loading.loader import typical_side
-from ..data.loading.workers import through_workers
+from ..data.images.augment import Augment, view_uniforms
+from ..data.loading.cropping import TrainingBatch, TrainingCrops
+from ..data.loading.scan import typical_side
+from ..data.loading.workers import iterate_in_workers
 from ..data.sources.open import Source, open_images
 from ..engine.counter_rng import ORDER, permutation
 from ..errors import UserError
@@ -88,11 +88,12 @@ def _reading(config: PretrainConfig, source: Source) -> float:
     order = permutation(len(source), config.seed, ORDER, 0)
     chunks, workers = list(order.split(_FEWEST)), config.workers
     started, timed, done = time.perf_counter(), 0.0, 0
-    for index, _, failed in through_workers(Crops(source, config.views, 0, 0, chunks), workers):
+    crops = TrainingCrops(source, config.views, 0, 0, chunks)
+    for batch, failed in iterate_in_workers(crops, workers):
         if timed == 0.0 and len(chunks) > 1:  # not timed: the workers have started
             started, timed = time.perf_counter(), 1e-9
             continue
-        done += len(index) + len(failed)
+        done += len(batch.index) + len(failed)
         timed = time.perf_counter() - started
         if timed > _SECONDS:
             break
@@ -116,7 +117,7 @@ def _learning(learner: Learner, aggregating: bool, held: tuple[int, int] | None)
         take_step(
             learner,
             augment,
-            (index, images),
+            TrainingBatch(index, images, view_uniforms(config.seed, 0, index)),
             0,
             aggregating=aggregating,
             size=count,

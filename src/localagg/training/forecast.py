@@ -14,9 +14,9 @@ from ..config import (
     require_resolved,
     to_dict,
 )
-from ..data.loading.loader import typical_side
+from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
-from ..engine.search import search_bytes
+from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
@@ -104,7 +104,9 @@ def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
         "weights, gradients and momentum": 3 * 4 * parameters,
         "activations (estimate)": batch * activations * number_bytes,
         "views (estimate)": 3 * batch * 3 * view * view * 4,
-        "loss engine (estimate)": search_bytes(SearchableBank(row), size, batch, neighbors),
+        "loss engine (estimate)": estimate_search_bytes(
+            SearchableBank(row), size, batch, neighbors
+        ),
         "images held decoded (estimate, if they share one size)": pixels if held else 0,
     }
 

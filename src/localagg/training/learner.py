@@ -17,7 +17,7 @@ from ..distributed.collectives import World
 from ..engine.bank_shard import BankShard
 from ..engine.device import make_fabric
 from ..engine.kmeans import KMeans
-from ..engine.search import by_row
+from ..engine.search import store_by_row
 from ..errors import UserError
 from ..models import Encoder, create_encoder
 from .initial_bank import embed_bank
@@ -73,7 +73,7 @@ class Learner:
     @property
     def shard(self) -> BankShard:
         """This rank's rows of the bank, ready to be searched."""
-        return BankShard(self.bank.prepared, self.bank.part, self.bank.size, self.world)
+        return self.bank.shard(self.world)
 
     def embed_bank(self, source: Source, pixels: Tensor | None) -> None:
         """Write each image's embedding by the untrained network into its row of the bank.
@@ -134,7 +134,7 @@ class Learner:
             world=self.world,
             on_progress=on_progress,
         )
-        self.labels = by_row(labels)
+        self.labels = store_by_row(labels)
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
         """Write a checkpoint of this step."""
@@ -156,7 +156,7 @@ class Learner:
             folder, encoder=self.encoder, optimizer=self.optimizer, bank=self.bank
         )
         if "labels" in clusters:
-            self.labels = by_row(clusters["labels"].to(self.device))
+            self.labels = store_by_row(clusters["labels"].to(self.device))
         self.step = progress["step"]
         return progress
 

@@ -11,11 +11,12 @@ from typing import Any
 from .. import checkpoint
 from ..config import PretrainConfig
 from ..data.images.augment import Augment
-from ..data.loading.loader import Feed, on_device, typical_side
+from ..data.loading.loader import Feed, on_device
+from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
 from ..data.sources.open import open_images
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
-from ..engine.search import engine_note
+from ..engine.search import missing_backend_note
 from ..errors import UserError
 from ..evaluation.online_knn import OnlineKnn
 from ..io.console import notify
@@ -164,7 +165,9 @@ def _train(
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     recorder = Recorder(config, run, feed, learner, schedule, progress)
-    if schedule.total_steps > schedule.la_start and (note := engine_note(learner.bank.rows)):
+    if schedule.total_steps > schedule.la_start and (
+        note := missing_backend_note(learner.bank.rows)
+    ):
         notify(note)
 
     with convert_worker_death(), recorder:
@@ -179,7 +182,7 @@ def _train(
 
             # --- Steps to the end of the epoch ---
             size = schedule.batch_size(aggregating=aggregating)
-            batches = on_device(feed.batches(epoch, first, size), learner.device, feed.fail)
+            batches = on_device(feed.batches(epoch, first, size), learner.device)
             end = schedule.end_of_epoch(learner.step)
             while learner.step < end and not recorder.should_stop:
                 recorder.timer.next_step()

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_json
 from ..config import PretrainConfig
 from ..data.loading.loader import Feed
-from ..data.loading.waiting import waiting_hint
+from ..data.loading.loading_hint import data_loading_hint
 from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
@@ -172,7 +172,7 @@ class Recorder:
         if whole := sum(spent.values()):  # on CUDA a short epoch may have no timed step
             share = spent.get(WAITING, 0.0) / whole
             self._curve({"waiting_for_data": share})
-            hint = waiting_hint(share, self.feed)
+            hint = data_loading_hint(share, self.feed)
             if hint and not self._hinted:
                 notify(f"epoch {epoch + 1}: {hint}")
                 self._hinted = True
@@ -277,7 +277,7 @@ class Recorder:
             "seconds": round(self.seconds(), 2),
             "final": self.final,
             "shares": shares,
-            "hint": waiting_hint(shares.get(WAITING, 0.0), self.feed),
+            "hint": data_loading_hint(shares.get(WAITING, 0.0), self.feed),
         }
         self.checkpoint(summary)
         return summary

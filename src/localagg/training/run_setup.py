@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
-from ..data.loading.loader import Feed, Throttle
+from ..data.loading.loader import Feed
 from ..data.sources.open import Source
 from ..distributed.collectives import World
 from ..errors import UserError
@@ -108,7 +108,21 @@ def open_feed(
     """Return the batches of a run; with the progress of a checkpoint, those that come next."""
     before = progress if progress and "left_out" in progress else None
     with show_progress("reading images") as show:
-        feed = Feed(source, config, Throttle(show), before=before, world=world)
+        feed = Feed(
+            source,
+            config.views,
+            batch_size=require_resolved(config.batch_size),
+            seed=config.seed,
+            workers=config.workers,
+            memory=config.memory,
+            memory_gb=config.memory_gb,
+            unreadable=config.unreadable,
+            device=config.device,
+            on_progress=show,
+            before=before,
+            world=world,
+        )
+    feed.check_batch_size(config.ir_batch_size or 0, "ir_batch_size")
     if feed.unreadable:
         notify(f"Excluded {len(feed.unreadable):,} unreadable images.")
     return feed

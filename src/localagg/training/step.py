@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.images.augment import Augment
+from ..data.loading.cropping import TrainingBatch
 from ..distributed.differentiable import gather_rows
 from ..engine.counter_rng import NOISE, integers
 from ..objectives import (
@@ -21,6 +22,7 @@ from ..objectives import (
     close_neighbors,
     instance_nce,
     instance_softmax,
+    loss_dtype,
     mixed_loss,
 )
 from .learner import Learner
@@ -41,7 +43,7 @@ class StepResult(NamedTuple):
 def take_step(
     learner: Learner,
     augment: Augment,
-    batch: tuple[Tensor, Tensor],
+    batch: TrainingBatch,
     epoch: int,
     *,
     aggregating: bool,
@@ -54,26 +56,21 @@ def take_step(
     Args:
         learner: its network is in training mode.
         augment: turns images into random views.
-        batch: (index int64 [b] on the CPU, images uint8 [b, 3, height, width] on the device), this
-            rank's share.
+        batch: this rank's share of the images.
         epoch: from 0; views depend on it.
         aggregating: LA, otherwise IR.
         size: B, images of all ranks.
         learning_rate: of this step.
         timer: measures the parts of the step.
     """
-    index_b, images = batch
     with timer("augmentation"):
-        views = augment(images, epoch, index_b)
+        views = augment(batch.images, epoch, batch.index, batch.uniforms)
     with timer("network"):
         v_bD = learner.network(views.contiguous(memory_format=torch.channels_last))
     with timer("loss engine"):
-        index_B = learner.world.gather(index_b.to(learner.device, non_blocking=True), size)
+        index_B = learner.world.gather(batch.index.to(learner.device, non_blocking=True), size)
         leaf_bD = v_bD.detach().requires_grad_()
-        dtype = torch.promote_types(
-            torch.promote_types(v_bD.dtype, learner.bank.rows.dtype), torch.float32
-        )
-        v_BD = gather_rows(learner.world, leaf_bD, size, dtype)
+        v_BD = gather_rows(learner.world, leaf_bD, size, loss_dtype(v_bD, learner.bank.rows))
         loss, values = batch_loss(learner, v_BD, index_B, aggregating=aggregating)
         (gradient_bD,) = torch.autograd.grad(loss, leaf_bD)
     with timer("network"):

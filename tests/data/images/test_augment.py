@@ -14,17 +14,18 @@ from localagg.data.images import augment as module
 from localagg.data.images.augment import (
     Augment,
     Boxes,
-    Parameters,
+    ViewDraws,
     brightness,
     central_boxes,
     color_jitter,
     contrast,
     crop_boxes,
-    draw,
     evaluation_view,
     hue,
     resample,
     saturation,
+    view_draws,
+    view_uniforms,
 )
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import open_images
@@ -43,7 +44,12 @@ def images(pictures):
 def test_crops_are_torchvisions(images, size):
     index = torch.arange(12)
     views = images.float() / 255
-    boxes = crop_boxes(CONFIG, draw(CONFIG, 0, 0, index).crop, torch.tensor(48), torch.tensor(48))
+    boxes = crop_boxes(
+        CONFIG,
+        view_draws(CONFIG, view_uniforms(0, 0, index)).crop,
+        torch.tensor(48),
+        torch.tensor(48),
+    )
     flip = index % 3 == 0
     found = resample(views, boxes, size, flip)
     for i in range(12):
@@ -100,7 +106,7 @@ def test_gray_views_skip_what_would_not_change_them(images, monkeypatch):
     spies = [spied(i, call) for i, call in enumerate((brightness, contrast, saturation, hue))]
     monkeypatch.setattr(module.color_jitter, "__defaults__", (spies,))
     augment, index = Augment(replace(CONFIG, gray=0.5), 0), torch.arange(12)
-    gray = draw(augment.config, 0, 0, index).gray
+    gray = view_draws(augment.config, view_uniforms(0, 0, index)).gray
     views = augment(images, 0, index)
     assert [asked.count(number) for number in range(4)] == [12, 12, *[int((~gray).sum())] * 2]
     assert 0 < gray.sum() < 12
@@ -120,14 +126,14 @@ ORDERS = list(itertools.permutations(range(4)))
 def forced(count):
     """Parameters of ``count`` views that meet every order, extreme and ordinary factors, with and
     without gray and mirror, and crops from a fifth of the image to the whole."""
-    drawn = draw(CONFIG, 7, 0, torch.arange(count))
+    drawn = view_draws(CONFIG, view_uniforms(7, 0, torch.arange(count)))
     factors = drawn.factors.clone()
     factors[::3, :3] = torch.tensor([0.6, 1.4, 1.4])
     factors[1::3, :3] = torch.tensor([1.4, 0.6, 0.6])
     factors[::4, 3] = torch.tensor([-0.4, 0.4]).repeat(count)[: len(factors[::4])]
     crop = drawn.crop.clone()
     crop[::5, :, 0] = 0.0
-    return Parameters(
+    return ViewDraws(
         crop=crop,
         gray=torch.arange(count) % 6 == 0,
         flip=torch.arange(count) % 2 == 0,
@@ -152,7 +158,7 @@ def test_forced_views_are_torchvisions_to_a_level(images, monkeypatch, size, cro
     """112 is worked through image by image, 32 in runs."""
     count = 48
     chosen = forced(count)
-    monkeypatch.setattr(module, "draw", lambda *keys: chosen)
+    monkeypatch.setattr(module, "view_draws", lambda *keys: chosen)
     config = ViewConfig(image_size=size)
     many = images.repeat(4, 1, 1, 1)
     box = crop_boxes(config, chosen.crop, torch.tensor(48), torch.tensor(48))
@@ -195,7 +201,7 @@ LEVEL = 1e-3 / (7 * len(SHAPES) + 4 + 2 + 1)
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_crops_are_distributed_as_torchvisions(height, width):
-    crop = draw(CONFIG, 0, 0, torch.arange(DRAWS)).crop
+    crop = view_draws(CONFIG, view_uniforms(0, 0, torch.arange(DRAWS))).crop
     ours = torch.stack(crop_boxes(CONFIG, crop, torch.tensor(height), torch.tensor(width)), dim=1)
     torch.manual_seed(0)
     oracle = v2.RandomResizedCrop(32, scale=CONFIG.crop_area, ratio=CONFIG.crop_aspect)
@@ -215,7 +221,9 @@ def test_crops_are_distributed_as_torchvisions(height, width):
 
 def test_jitter_factors_and_orders_are_distributed_as_torchvisions():
     strengths = (0.4, 0.3, 0.2, 0.1)
-    chosen = draw(ViewConfig(image_size=32, jitter=strengths), 1, 2, torch.arange(DRAWS))
+    chosen = view_draws(
+        ViewConfig(image_size=32, jitter=strengths), view_uniforms(1, 2, torch.arange(DRAWS))
+    )
     torch.manual_seed(0)
     oracle = v2.ColorJitter(*strengths)
     drawn = [oracle.make_params([]) for _ in range(DRAWS)]
@@ -229,7 +237,9 @@ def test_jitter_factors_and_orders_are_distributed_as_torchvisions():
 
 
 def test_gray_and_mirror_rates_are_as_asked():
-    chosen = draw(ViewConfig(image_size=32, gray=0.2, flip=0.5), 1, 2, torch.arange(DRAWS))
+    chosen = view_draws(
+        ViewConfig(image_size=32, gray=0.2, flip=0.5), view_uniforms(1, 2, torch.arange(DRAWS))
+    )
     for found, rate in ((chosen.gray, 0.2), (chosen.flip, 0.5)):
         low, high = binom.interval(1 - LEVEL, DRAWS, rate)
         assert low <= int(found.sum()) <= high
@@ -238,7 +248,7 @@ def test_gray_and_mirror_rates_are_as_asked():
 def test_the_draws_of_a_view_do_not_hang_together():
     """Correlations of all pairs of draws; the largest of 1,225 exceeds 5.2 deviations once in
     4,000 times."""
-    chosen = draw(CONFIG, 4, 1, torch.arange(DRAWS))
+    chosen = view_draws(CONFIG, view_uniforms(4, 1, torch.arange(DRAWS)))
     columns = [chosen.crop.flatten(1), chosen.gray.view(-1, 1), chosen.flip.view(-1, 1),
                chosen.factors, chosen.order.argsort(dim=1)]  # fmt: skip
     table = torch.cat([column.double() for column in columns], dim=1)

@@ -9,7 +9,7 @@ from scipy.stats import binom, ks_2samp
 from torchvision.transforms import v2
 
 from localagg.config import ViewConfig
-from localagg.data.images.augment import draw
+from localagg.data.images.augment import view_draws, view_uniforms
 from localagg.data.images.crops import crop_boxes, evaluation_boxes
 from localagg.engine.counter_rng import uniform
 from localagg.errors import UserError
@@ -51,7 +51,7 @@ def test_torchvisions_ten_crops_lie_where_its_five_crop_does():
 
 def test_fixed_crops_are_torchvisions_random_crop_and_stay_inside():
     count = 4000
-    crop = draw(config(), 0, 0, torch.arange(count)).crop
+    crop = view_draws(config(), view_uniforms(0, 0, torch.arange(count))).crop
     boxes = crop_boxes(config(crop="fixed"), crop, torch.tensor(80), torch.tensor(200))
     assert set(boxes.height.tolist()) == set(boxes.width.tolist()) == {70.0}
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_fixed_crops_are_torchvisions_random_crop_and_stay_inside():
 
 def test_reference_fixed_crops_stay_in_the_central_square():
     reference = config(crop="fixed", augmentation="reference")
-    crop = draw(reference, 0, 0, torch.arange(5000)).crop
+    crop = view_draws(reference, view_uniforms(0, 0, torch.arange(5000))).crop
     boxes = crop_boxes(reference, crop, torch.tensor(80), torch.tensor(200))
     assert set(boxes.height.tolist()) == {70.0}
     assert sorted(set(boxes.top.tolist())) == list(range(11))
@@ -75,7 +75,7 @@ def test_center_crops_are_the_measured_ones():
     for augmentation in ("torchvision", "reference"):
         centered = config(crop="center", augmentation=augmentation)
         height, width = torch.from_numpy(SIZES[:50]).T
-        crop = draw(centered, 0, 0, torch.arange(50)).crop
+        crop = view_draws(centered, view_uniforms(0, 0, torch.arange(50))).crop
         found = crop_boxes(centered, crop, height, width)
         expected = evaluation_boxes(centered, height, width)[0]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -106,7 +106,7 @@ def distorted(crop, H, W, area=(0.2, 1.0), aspects=(3 / 4, 4 / 3)):
 
 def test_reference_random_crops_are_those_of_a_scalar_loop():
     reference = config(augmentation="reference")
-    crop = draw(reference, 0, 0, torch.arange(300)).crop
+    crop = view_draws(reference, view_uniforms(0, 0, torch.arange(300))).crop
     height, width = torch.from_numpy(SIZES).T
     found = torch.stack(crop_boxes(reference, crop, height, width), dim=1)
     differ, squares = 0, 0
@@ -125,7 +125,7 @@ def test_reference_random_crops_are_those_of_a_scalar_loop():
 
 def test_an_image_too_long_for_any_crop_gives_squares_anywhere():
     reference = config(augmentation="reference")
-    crop = draw(reference, 0, 0, torch.arange(4000)).crop
+    crop = view_draws(reference, view_uniforms(0, 0, torch.arange(4000))).crop
     top, left, height, width = crop_boxes(reference, crop, torch.tensor(400), torch.tensor(20))
     assert set(height.tolist()) == set(width.tolist()) == {20.0}
     assert not left.any()
@@ -138,7 +138,7 @@ def test_an_image_too_long_for_any_crop_gives_squares_anywhere():
 def test_a_hundred_tries_find_what_ten_do_not():
     """Of a 3:1 image only aspects close to the limit leave a fifth of the area."""
     reference = config(augmentation="reference", crop_area=(0.43, 1.0))
-    crop = draw(reference, 0, 0, torch.arange(2000)).crop
+    crop = view_draws(reference, view_uniforms(0, 0, torch.arange(2000))).crop
     boxes = crop_boxes(reference, crop, torch.tensor(100), torch.tensor(300))
     fit = boxes.width > boxes.height
     first = sum(distorted(tries, 100, 300, (0.43, 1.0)) is not None for tries in crop.tolist())

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from expect import user_error
 from make_tars import tar
 from PIL import Image, ImageFile, features
 from sklearn.datasets import load_digits, load_sample_images
 
-from localagg.config import PretrainConfig, override
 from localagg.data.images.decode import PIXEL_LIMIT, UnreadableImage, decode
 from localagg.data.inspect.inspect_dataset import inspect
-from localagg.data.loading.loader import Feed
+from localagg.data.loading.scan import load_or_scan, require_readable
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
 
@@ -203,17 +203,12 @@ def test_pixels_before_a_flipped_bit_are_right(corpus, monkeypatch):
 def test_the_header_scan_finds_every_cut_and_nothing_that_decodes(corpus):
     root, damaged, _, named = corpus
     source = open_images(root)
-    config = override(
-        PretrainConfig(), memory="never", workers=0, unreadable="skip", batch_size=8, image_size=16
-    )
-    feed = Feed(source, config, lambda done, of: None)
-    found = {source.name(index) for index in feed.unreadable}
+    unreadable = load_or_scan(source, memory="never").unreadable
+    found = {source.name(index) for index in unreadable}
     cut = {case.name for case in damaged if case.damage == "cut"}
     assert cut & named["unreadable"].keys() <= found <= named["unreadable"].keys()
-    with pytest.raises(
-        UserError, match=f"{len(found):,} of {len(damaged):,} images cannot be read"
-    ):
-        Feed(source, override(config, unreadable="error"), lambda done, of: None)
+    with user_error("unreadable-images", f"{len(found):,}", f"{len(damaged):,}"):
+        require_readable(source, unreadable, "error")
 
 
 # --- One by one -----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def fast_calls(monkeypatch):
             answered.append(pixels.shape)
             return pixels
 
-    monkeypatch.setattr(module, "_simplejpeg", lambda: Spied)
+    monkeypatch.setattr(module, "simplejpeg_module", lambda: Spied)
     return answered
 
 
@@ -89,7 +89,7 @@ def test_the_size_is_that_of_the_pixels_with_and_without_pillow(odd_photo, monke
             size = tuple(decode(data, upright=upright).shape[1:])
             assert decoded_size(data, upright=upright) == size
             assert image_size(data, upright=upright)[:2] == size
-    monkeypatch.setattr(module, "_open", None)  # Pillow is not asked
+    monkeypatch.setattr(module, "open_image", None)  # Pillow is not asked
     assert [decoded_size(data) for data in files[:2]] == [(83, 117)] * 2
 
 
@@ -129,14 +129,14 @@ def test_what_simplejpeg_finds_fault_with_is_pillows_to_judge(odd_photo, fast_ca
 def test_without_simplejpeg_pixels_are_the_same_and_it_is_said_once(odd_photo, monkeypatch, capsys):
     data = encoded(odd_photo, "JPEG")
     expected = decode(data)
-    module._simplejpeg.cache_clear()
+    module.simplejpeg_module.cache_clear()
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     try:
         assert torch.equal(decode(data), expected)
         assert torch.equal(decode(data), expected)
         assert capsys.readouterr().err.count("simplejpeg is not installed") == 1
     finally:
-        module._simplejpeg.cache_clear()
+        module.simplejpeg_module.cache_clear()
 
 
 # --- CMYK, whose colors are Pillow's --------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from localagg.data.images.headers import HEAD, Ends, Headers, read_ends, read_header
+from localagg.data.images.headers import HEAD, FileEnds, read_ends, read_header
+from localagg.data.loading.scan import HeaderScan
 from localagg.data.sources.open import open_images
 
 PHOTO = Image.fromarray(load_sample_images().images[0][100:228, 200:360])
@@ -72,7 +73,7 @@ if features.check("avif"):
 
 def is_cut(source, index):
     ends = read_ends(source, index)
-    assert isinstance(ends, Ends)
+    assert isinstance(ends, FileEnds)
     return read_header(source, index, ends)[1]
 
 
@@ -81,7 +82,7 @@ def test_the_scan_knows_where_an_image_ends(data, stored):
     lengths = [len(data) // 10, len(data) // 2, len(data) * 9 // 10, len(data) - 1, len(data)]
     source = stored(*(data[:length] for length in lengths))
     assert not is_cut(source, 4)
-    failed = Headers(source)[0].failed.keys()
+    failed = HeaderScan(source, 0, 256)[0].unreadable.keys()
     last_is_no_pixel = data[:4] in (b"\x89PNG", b"GIF8")
     assert failed == ({0, 1, 2} if last_is_no_pixel else {0, 1, 2, 3})
 

@@ -10,7 +10,13 @@ import torchvision.transforms.v2.functional as V
 
 from localagg.config import ViewConfig, override
 from localagg.data.images import augment
-from localagg.data.images.augment import Augment, draw, evaluation_view, ten_crop_views
+from localagg.data.images.augment import (
+    Augment,
+    evaluation_view,
+    ten_crop_views,
+    view_draws,
+    view_uniforms,
+)
 from localagg.data.images.crops import Boxes, crop_boxes
 from localagg.data.images.decode import decode
 from localagg.data.images.reference_views import (
@@ -169,11 +175,11 @@ def test_zero_switches_everything_off(images):
 def test_forced_views_are_the_formulas_one_after_the_other(images, monkeypatch):
     """Every order of the jitter, each image alone: none of 24 views differs by a level."""
     orders = torch.tensor(list(itertools.permutations(range(4))))
-    drawn = draw(CONFIG, 0, 0, torch.arange(24))
+    drawn = view_draws(CONFIG, view_uniforms(0, 0, torch.arange(24)))
     chosen = drawn._replace(
         gray=torch.arange(24) % 5 == 0, flip=torch.arange(24) % 2 == 0, order=orders
     )
-    monkeypatch.setattr(augment, "draw", lambda *keys: chosen)
+    monkeypatch.setattr(augment, "view_draws", lambda *keys: chosen)
     many = images.repeat(2, 1, 1, 1)
     found = Augment(CONFIG, 0)(many, 0, torch.arange(24)) * 255
     box = crop_boxes(CONFIG, chosen.crop, torch.tensor(48), torch.tensor(48))

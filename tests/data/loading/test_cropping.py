@@ -7,11 +7,11 @@ import torch
 import torchvision.transforms.v2.functional as V
 from PIL import Image, ImageOps
 
-from localagg.config import PretrainConfig, ViewConfig, override
-from localagg.data.images.augment import Augment, draw
+from localagg.config import ViewConfig, override
+from localagg.data.images.augment import Augment, view_draws, view_uniforms
 from localagg.data.images.crops import crop_boxes
 from localagg.data.images.decode import decode
-from localagg.data.loading.cropping import Crops, Measured
+from localagg.data.loading.cropping import EvaluationCrops, TrainingCrops
 from localagg.data.loading.loader import Feed
 from localagg.data.sources.open import open_images
 from localagg.data.sources.source import Sample
@@ -43,14 +43,14 @@ def source(pictures):
 
 def test_crops_are_cut_where_the_draws_say(source):
     chunks = [torch.tensor([5, 0, 17]), torch.tensor([30])]
-    crops = Crops(source, VIEWS, 3, 2, chunks)
+    crops = TrainingCrops(source, VIEWS, 3, 2, chunks)
     for step, chunk in enumerate(chunks):
-        index, images, failed = crops[step]
+        (index, images, _), failed = crops[step]
         assert index.tolist() == chunk.tolist()
         assert not failed
         for i, found in zip(index, images, strict=True):
             pixels = decode(source[int(i)].image)
-            drawn = draw(VIEWS, 3, 2, i.view(1)).crop
+            drawn = view_draws(VIEWS, view_uniforms(3, 2, i.view(1))).crop
             height, width = (torch.tensor([side]) for side in pixels.shape[1:])
             box = (int(side) for side in crop_boxes(VIEWS, drawn, height, width))
             assert torch.equal(found, V.resized_crop(pixels, *box, [24, 24], antialias=True))
@@ -62,14 +62,11 @@ def test_neither_workers_nor_batches_nor_order_change_a_pixel(source, augmentati
     views = override(VIEWS, augmentation=augmentation)
     seen = {}
     for workers, batch in ((0, 12), (2, 5), (0, 1)):
-        config = PretrainConfig(
-            views=views, workers=workers, batch_size=batch, memory="never", seed=4
-        )
+        feed = Feed(source, views, workers=workers, batch_size=batch, memory="never", seed=4)
         augment = Augment(views, 4, cropped=True)
-        for index, images in Feed(source, config, lambda done, of: None).batches(1):
-            for i, crop, view in zip(
-                index.tolist(), images, augment(images, 1, index), strict=True
-            ):
+        for index, images, uniforms in feed.batches(1):
+            made = augment(images, 1, index, uniforms)
+            for i, crop, view in zip(index.tolist(), images, made, strict=True):
                 first = seen.setdefault(i, (crop, view))
                 assert torch.equal(crop, first[0])
                 torch.testing.assert_close(view, first[1], atol=2e-6, rtol=0)
@@ -81,23 +78,26 @@ def test_unreadable_images_are_named_and_the_others_kept(source):
     damaged = [*whole, whole[1][:200], b"", whole[0][: len(whole[0]) // 2]]
     chunk = torch.tensor([6, 0, 4, 3, 5])
     for dataset in (
-        Crops(Listed(damaged), VIEWS, 0, 0, [chunk]),
-        Measured(Listed(damaged), VIEWS, [chunk], ten_crop=False),
+        TrainingCrops(Listed(damaged), VIEWS, 0, 0, [chunk]),
+        EvaluationCrops(Listed(damaged), VIEWS, [chunk], ten_crop=False),
     ):
-        index, images, failed = dataset[0]
+        (index, images, *_), failed = dataset[0]
         assert index.tolist() == [0, 3]
         assert len(images) == 2
         assert sorted(failed) == [4, 5, 6]
         assert failed[5] == "empty file"
-    index, images, failed = Crops(Listed(damaged), VIEWS, 0, 0, [torch.tensor([4, 5])])[0]
+    (index, images, _), failed = TrainingCrops(
+        Listed(damaged), VIEWS, 0, 0, [torch.tensor([4, 5])]
+    )[0]
     assert (len(index), images.shape, len(failed)) == (0, (0, 3, 24, 24), 2)
 
 
 def test_decoded_sources_take_the_same_path(source):
     encoded = [source[i].image for i in range(3)]
     index = torch.arange(3)
-    found = Crops(Listed([decode(data) for data in encoded]), VIEWS, 0, 0, [index])[0]
-    assert torch.equal(found[1], Crops(Listed(encoded), VIEWS, 0, 0, [index])[0][1])
+    found = TrainingCrops(Listed([decode(data) for data in encoded]), VIEWS, 0, 0, [index])[0]
+    expected = TrainingCrops(Listed(encoded), VIEWS, 0, 0, [index])[0]
+    assert torch.equal(found[0].images, expected[0].images)
 
 
 def test_images_are_turned_upright_where_asked(source):
@@ -111,15 +111,9 @@ def test_images_are_turned_upright_where_asked(source):
     asked = override(VIEWS, exif_orientation=True)
     one = torch.tensor([0])
     for make in (
-        lambda source, views: Crops(source, views, 0, 0, [one])[0][1],
-        lambda source, views: Measured(source, views, [one], ten_crop=True)[0][1],
-        lambda source, views: (
-            Feed(
-                source,
-                PretrainConfig(views=views, batch_size=1, memory="always"),
-                lambda done, of: None,
-            ).pixels
-        ),
+        lambda source, views: TrainingCrops(source, views, 0, 0, [one])[0][0].images,
+        lambda source, views: EvaluationCrops(source, views, [one], ten_crop=True)[0][0].images,
+        lambda source, views: Feed(source, views, batch_size=1, memory="always").pixels,
     ):
         found, expected = make(sources[0], asked), make(sources[1], VIEWS)
         assert torch.equal(found, expected)

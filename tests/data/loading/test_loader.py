@@ -3,29 +3,32 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from localagg.config import PretrainConfig, override
+from localagg.config import ViewConfig
 from localagg.data.images.augment import Augment, evaluation_view, ten_crop_views
 from localagg.data.images.decode import decode
-from localagg.data.loading.loader import Feed, Throttle, evaluation_batches, on_device, typical_side
-from localagg.data.loading.workers import convert_worker_death, through_workers
+from localagg.data.loading.cropping import evaluation_batches
+from localagg.data.loading.loader import Feed, on_device
+from localagg.data.loading.scan import load_or_scan, typical_side
+from localagg.data.loading.workers import convert_worker_death, iterate_in_workers
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
 
-CONFIG = override(PretrainConfig(), batch_size=10, image_size=24, eval_crop=1.0, workers=0)
+VIEWS = ViewConfig(image_size=24, eval_crop=1.0)
 
 
-def quiet(done, of):
-    pass
+def load(source, views=VIEWS, batch_size=10, **options):
+    return Feed(source, views, batch_size=batch_size, **options)
 
 
 @pytest.fixture
 def feed(pictures):
-    return Feed(open_images(pictures), override(CONFIG, memory="never"), quiet)
+    return load(open_images(pictures), memory="never")
 
 
 def test_an_epoch_shows_whole_batches_of_different_images(feed):
@@ -40,7 +43,7 @@ def test_an_epoch_shows_whole_batches_of_different_images(feed):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_workers_or_on_where_one_starts(feed, pictures, workers):
-    other = Feed(open_images(pictures), override(CONFIG, memory="never", workers=workers), quiet)
+    other = load(open_images(pictures), memory="never", workers=workers)
     expected = list(feed.batches(3))
     for first in (0, 2):
         for one, two in zip(expected[first:], other.batches(3, first), strict=True):
@@ -50,19 +53,19 @@ def test_batches_do_not_depend_on_workers_or_on_where_one_starts(feed, pictures,
 
 def test_small_images_of_one_size_are_held_in_memory():
     source = open_images("digits")
-    feed = Feed(source, CONFIG, quiet)
+    feed = load(source)
     assert feed.pixels.shape == (1400, 3, 8, 8)
     batch = next(feed.batches(0))
     assert torch.equal(batch.images[3], source[int(batch.index[3])].image)
     assert not feed.cropped
-    tiny = Feed(source, override(CONFIG, memory_gb=1e-6), quiet)
+    tiny = load(source, memory_gb=1e-6)
     assert tiny.pixels is None
     assert tiny.cropped
 
 
 def test_images_of_different_sizes_cannot_be_held(pictures):
-    with pytest.raises(UserError, match="another size"):
-        Feed(open_images(pictures), override(CONFIG, memory="always"), quiet)
+    with pytest.raises(UserError, match="--memory auto"):
+        load(open_images(pictures), memory="always")
 
 
 @pytest.fixture
@@ -80,16 +83,16 @@ def one_size(pictures, tmp_path):
 @pytest.mark.parametrize("augmentation", ["torchvision", "reference"])
 def test_workers_crop_as_the_device_does(one_size, augmentation, crop):
     """A view is the same, torchvision's up to the rounding of the worker's uint8 crop."""
-    config = override(
-        CONFIG, batch_size=4, augmentation=augmentation, crop=crop, eval_crop=0.875, gray=0.5
-    )
+    config = replace(VIEWS, augmentation=augmentation, crop=crop, eval_crop=0.875, gray=0.5)
     if augmentation == "torchvision":  # color multiplies the rounding
-        config = override(config, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
+        config = replace(config, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
     views = []
     for memory in ("always", "never"):
-        feed = Feed(one_size, override(config, memory=memory), quiet)
-        index, images = next(feed.batches(0))
-        views.append(Augment(config.views, 0, cropped=feed.cropped)(images, 0, index))
+        feed = load(one_size, config, batch_size=4, memory=memory)
+        index, images, uniforms = next(feed.batches(0))
+        augment = Augment(config, 0, cropped=feed.cropped)
+        views.append(augment(images, 0, index, uniforms))
+        assert torch.equal(views[-1], augment(images, 0, index))  # the draws are those of the batch
     tolerance = 1.01 / 255 if augmentation == "torchvision" else 0
     assert (views[0] - views[1]).abs().max() <= tolerance
 
@@ -97,7 +100,7 @@ def test_workers_crop_as_the_device_does(one_size, augmentation, crop):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("augmentation", ["torchvision", "reference"])
 def test_evaluation_through_workers_equals_that_in_memory(one_size, augmentation, workers):
-    views = override(CONFIG.views, augmentation=augmentation, eval_crop=0.875)
+    views = replace(VIEWS, augmentation=augmentation, eval_crop=0.875)
     pixels = torch.stack([decode(one_size[i].image) for i in range(4)])
     for ten_crop, expected in (
         (False, evaluation_view(pixels, views)),
@@ -112,8 +115,8 @@ def test_evaluation_through_workers_equals_that_in_memory(one_size, augmentation
 
 
 def test_a_batch_larger_than_the_data_is_refused(pictures):
-    with pytest.raises(UserError, match="--batch-size 60 is more than the 48 images"):
-        Feed(open_images(pictures), override(CONFIG, batch_size=60), quiet)
+    with pytest.raises(UserError, match="--batch-size is 60; it must be at most 48"):
+        load(open_images(pictures), batch_size=60)
 
 
 def test_evaluation_shows_each_readable_image_once_in_order(pictures, tmp_path):
@@ -121,7 +124,7 @@ def test_evaluation_shows_each_readable_image_once_in_order(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "data")
     (tmp_path / "data" / "flower" / "02.jpg").write_bytes(b"broken")
     source = open_images(tmp_path / "data")
-    batches = list(evaluation_batches(source, CONFIG.views, batch=7))
+    batches = list(evaluation_batches(source, VIEWS, batch=7))
     index = torch.cat([batch.index for batch in batches])
     assert index.tolist() == [i for i in range(48) if i != 2]
     assert batches[0].images.shape == (6, 3, 24, 24)
@@ -134,17 +137,16 @@ def test_a_vanished_file_is_named_once_and_left_out(pictures, tmp_path):
     (tmp_path / "data" / "flower" / "00.png").unlink()
     assert typical_side(source) > 0
     with pytest.raises(UserError, match=r"00.png \(No such file or directory\);"):
-        Feed(source, override(CONFIG, memory="never"), quiet)
+        load(source, memory="never")
     for ten_crop in (False, True):
-        batches = evaluation_batches(source, CONFIG.views, batch=1, ten_crop=ten_crop)
+        batches = evaluation_batches(source, VIEWS, batch=1, ten_crop=ten_crop)
         assert [int(batch.index) for batch in batches] == list(range(1, 48))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_record_is_told_in_one_sentence_from_any_process(pictures, workers):
     source = open_images(pictures)
-    config = override(CONFIG, memory="never", workers=workers)
-    feed = Feed(source, config, quiet)
+    feed = load(source, memory="never", workers=workers)
 
     class Damaged:
         """A source one of whose records turns out to be damaged after the start."""
@@ -174,14 +176,6 @@ def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):
     assert typical_side(source) == sides[24]
 
 
-def test_throttle_always_lets_the_last_through():
-    calls = []
-    throttle = Throttle(lambda done, of: calls.append(done), seconds=100)
-    for done in range(1, 6):
-        throttle(done, 5)
-    assert calls == [1, 5]
-
-
 # --- Bad images in training -----------------------------------------------------------------------
 
 
@@ -207,14 +201,14 @@ class Failing:
         return self.source[index]
 
 
-SKIP = override(CONFIG, memory="never", unreadable="skip")
+SKIP = {"memory": "never", "unreadable": "skip"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_replaced_within_its_batch_and_read_no_more(pictures, workers):
     """Batches keep their size and all others their images, before and after it is known."""
     source = open_images(pictures)
-    feed = Feed(source, override(SKIP, workers=workers), quiet)
+    feed = load(source, **SKIP, workers=workers)
     expected = {epoch: list(feed.batches(epoch)) for epoch in (0, 1)}
     bad = {int(expected[0][1].index[i]) for i in (0, 3, 9)} | {int(expected[0][2].index[5])}
     feed.source = failing = Failing(source, bad)
@@ -238,13 +232,13 @@ def test_a_run_that_goes_on_draws_the_same_batches(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "data")
     (tmp_path / "data" / "flower" / "02.jpg").write_bytes(b"broken")
     source = open_images(tmp_path / "data")
-    feed = Feed(source, SKIP, quiet)
+    feed = load(source, **SKIP)
     assert feed.state() == {"left_out": [2], "unreadable": [2]}
     feed.source = Failing(source, [5, 7])
     expected = [list(feed.batches(epoch)) for epoch in (0, 1)]
     assert feed.state() == {"left_out": [2], "unreadable": [2, 5, 7]}
     shutil.copy(pictures / "train" / "flower" / "02.jpg", tmp_path / "data" / "flower" / "02.jpg")
-    again = Feed(open_images(tmp_path / "data"), SKIP, quiet, before=feed.state())
+    again = load(open_images(tmp_path / "data"), **SKIP, before=feed.state())
     assert len(again.valid) == 47
     for one, two in zip(expected[1], again.batches(1), strict=True):
         assert torch.equal(one.index, two.index)
@@ -258,20 +252,19 @@ def test_held_images_that_cannot_be_read_are_never_shown(one_size, tmp_path):
     source = open_images(tmp_path / "data")
     before = {"left_out": [], "unreadable": []}  # it was whole when the run began
     for given in (None, before):
-        config = override(CONFIG, memory="always", unreadable="skip", batch_size=3)
-        feed = Feed(source, config, quiet, before=given)
+        feed = load(source, memory="always", unreadable="skip", batch_size=3, before=given)
         assert len(feed.valid) == (3 if given is None else 4)
         for epoch in range(5):
             for batch in feed.batches(epoch):
                 assert 1 not in batch.index.tolist()
                 assert (batch.images.flatten(1).max(dim=1).values > 0).all()
     with pytest.raises(UserError, match=r"1 of 4 images cannot be read: .*\(empty file\)"):
-        Feed(source, override(CONFIG, memory="always", batch_size=3), quiet, before=before)
+        load(source, memory="always", batch_size=3, before=before)
 
 
 def test_a_batch_without_any_readable_image_is_refused(pictures):
     source = open_images(pictures)
-    feed = Feed(source, SKIP, quiet)
+    feed = load(source, **SKIP)
     feed.source = Failing(source, feed.order(0)[10:20].tolist())
     batches = feed.batches(0)
     next(batches)
@@ -279,19 +272,26 @@ def test_a_batch_without_any_readable_image_is_refused(pictures):
         next(batches)
 
 
-def test_many_headers_are_read_by_workers_and_the_same_are_found(pictures, tmp_path, monkeypatch):
+def test_many_headers_are_read_by_workers_and_the_same_are_found(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "data")
     for name in ("flower/02.jpg", "temple/11.jpg"):
         path = tmp_path / "data" / name
         path.write_bytes(path.read_bytes()[:-40])
     source = open_images(tmp_path / "data")
-    monkeypatch.setattr("localagg.data.images.headers._CHUNK", 10)
     found, told = [], []
     for few in (10_000, 0):
-        monkeypatch.setattr("localagg.data.loading.loader._FEW", few)
-        feed = Feed(source, override(SKIP, workers=2), lambda done, of: told.append((done, of)))
-        found.append((feed.unreadable, feed.sizes))
-        assert told[-1] == (48, 48)
+        scanned = load_or_scan(
+            source,
+            memory="never",
+            workers=2,
+            on_progress=lambda done, of: told.append((done, of)),
+            serial_below=few,
+            chunk=10,
+        )
+        assert scanned.pixels is None
+        found.append((scanned.unreadable, scanned.sizes))
+        assert told == [(10, 48), (20, 48), (30, 48), (40, 48), (48, 48)]
+        told.clear()
     assert found[0] == found[1]
     assert list(found[0][0]) == [2, 35]
     assert found[0][1] == {
@@ -313,7 +313,7 @@ class Tensors(Dataset):
 @pytest.mark.parametrize("position", [0, 25])
 def test_a_killed_worker_is_one_sentence_and_no_hang(pictures, position):
     source = open_images(pictures)
-    feed = Feed(source, override(SKIP, workers=2), quiet)
+    feed = load(source, **SKIP, workers=2)
     feed.source = Failing(source, [int(feed.order(0)[position])], kill=True)
 
     def learn():
@@ -328,7 +328,7 @@ def test_a_killed_worker_is_one_sentence_and_no_hang(pictures, position):
 def test_a_worker_that_was_killed_with_its_items_not_fetched_is_one_sentence(monkeypatch):
     # Sockets of a killed process close a little before it counts as dead, and torch looks once.
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "is_alive", lambda _: True)
-    items = through_workers(Tensors(), 1)
+    items = iterate_in_workers(Tensors(), 1)
     next(items)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -342,7 +342,7 @@ def test_a_worker_that_was_killed_with_its_items_not_fetched_is_one_sentence(mon
 
 
 def test_a_lost_connection_while_all_workers_live_is_what_it_is():
-    items = through_workers(Tensors(), 1)
+    items = iterate_in_workers(Tensors(), 1)
     next(items)
     with pytest.raises(ConnectionResetError):
         items.throw(ConnectionResetError())  # pyright: ignore[reportAttributeAccessIssue]
@@ -354,7 +354,7 @@ def test_other_errors_pass_through():
 
 
 def test_batches_move_to_the_device_as_they_are(feed):
-    moved = list(on_device(feed.batches(0), torch.device("cpu"), feed.fail))
+    moved = list(on_device(feed.batches(0), torch.device("cpu")))
     for one, two in zip(feed.batches(0), moved, strict=True):
         assert torch.equal(one.index, two.index)
         assert torch.equal(one.images, two.images)
@@ -363,8 +363,8 @@ def test_batches_move_to_the_device_as_they_are(feed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_right_on_cuda_while_it_computes(pictures, workers):
-    feed = Feed(open_images(pictures), override(SKIP, workers=workers), quiet)
-    moved = on_device(feed.batches(0), torch.device("cuda"), feed.fail)
+    feed = load(open_images(pictures), **SKIP, workers=workers)
+    moved = on_device(feed.batches(0), torch.device("cuda"))
     for one, two in zip(feed.batches(0), moved, strict=True):
         torch.randn(2000, 2000, device="cuda") @ torch.randn(2000, 2000, device="cuda")
         assert torch.equal(two.images.cpu(), one.images)

@@ -12,7 +12,7 @@ import torch
 from make_tfrecords import Example, by_protobuf, example, framed, record
 
 from localagg.data import open_evaluation, open_images
-from localagg.data.loading.loader import through_workers
+from localagg.data.loading.workers import iterate_in_workers
 from localagg.data.sources.tfrecord import write_tfrecords
 from localagg.data.sources.tfrecord_index import frame
 from localagg.errors import UserError
@@ -113,7 +113,7 @@ class Items(torch.utils.data.Dataset):
 def test_worker_processes_and_copies_read_the_same(folder):
     source = open_images(folder)
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
-    read = list(through_workers(Items(source), 2))
+    read = list(iterate_in_workers(Items(source), 2))
     assert [image for image, _ in read] == [image for image, _ in contents(source)]
     assert os.getpid() not in {process for _, process in read}
 

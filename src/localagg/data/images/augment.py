@@ -15,21 +15,22 @@ from torch import Tensor
 
 from ...config import ViewConfig, require_resolved
 from ...engine.counter_rng import VIEW, uniform
-from ...io.allocator import keep_freed_memory
+from ...io.machine import keep_freed_memory
 from . import reference_views
 from .crops import TRIES, Boxes, central_boxes, crop_boxes, evaluation_boxes
 
 __all__ = [
     "Augment",
     "Boxes",
-    "Parameters",
+    "ViewDraws",
     "central_boxes",
     "color_jitter",
     "crop_boxes",
-    "draw",
     "evaluation_view",
     "resample",
     "ten_crop_views",
+    "view_draws",
+    "view_uniforms",
 ]
 
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, torchvision's rgb_to_grayscale
@@ -39,8 +40,8 @@ _LARGE = 2**15
 _RUN = 2**19
 
 
-class Parameters(NamedTuple):
-    """All that is random about the views of a batch, on the CPU."""
+class ViewDraws(NamedTuple):
+    """All random parameters of the views of a batch, on the CPU."""
 
     crop: Tensor
     """float64 [B, 10, 4] in 0-1: area (reference: height), aspect, top, left of each try."""
@@ -54,16 +55,22 @@ class Parameters(NamedTuple):
     """int64 [B, 4]: which of the four comes first, second, ... for each sample."""
 
 
-def draw(config: ViewConfig, seed: int, epoch: int, index: Tensor) -> Parameters:
-    """The random parameters of the views of samples ``index`` [B] in ``epoch``."""
-    crops = 4 * TRIES
-    u = uniform(seed, VIEW, epoch, index.cpu(), count=crops + 10)
-    color = u[:, crops:]
+def view_uniforms(seed: int, epoch: int, index: Tensor) -> Tensor:
+    """Draw float64 [B, 50] in 0-1 for the views of samples ``index`` [B] (on the CPU) in an epoch.
+
+    A batch is drawn once: workers crop by these numbers, and :class:`Augment` reads the others.
+    """
+    return uniform(seed, VIEW, epoch, index, count=4 * TRIES + 10)
+
+
+def view_draws(config: ViewConfig, uniforms: Tensor) -> ViewDraws:
+    """Convert draws of :func:`view_uniforms` to the parameters of views."""
+    color = uniforms[:, 4 * TRIES :]
     strength = torch.tensor(config.jitter, dtype=torch.float64)
     factors = (2 * color[:, 2:6] - 1) * strength
     factors[:, :3] += 1
-    return Parameters(
-        crop=u[:, :crops].view(-1, TRIES, 4),
+    return ViewDraws(
+        crop=uniforms[:, : 4 * TRIES].view(-1, TRIES, 4),
         gray=color[:, 0] < config.gray,
         flip=color[:, 1] < config.flip,
         factors=factors.float(),
@@ -226,19 +233,33 @@ class Augment:
         self.config, self.seed, self.cropped = config, seed, cropped
         keep_freed_memory()
 
-    def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
-        """Views of uint8 images [B, 3, H, W] as float32 [B, 3, S, S] in 0-1, on their device."""
-        chosen = draw(self.config, self.seed, epoch, index)
+    def __call__(
+        self, images: Tensor, epoch: int, index: Tensor, uniforms: Tensor | None = None
+    ) -> Tensor:
+        """Return random views of a batch.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            epoch: the epoch, from 0.
+            index: int64 [B], the samples.
+            uniforms: the batch's :func:`view_uniforms`; default: drawn here.
+
+        Returns:
+            float32 [B, 3, S, S] in 0-1, on the device of the images.
+        """
+        if uniforms is None:
+            uniforms = view_uniforms(self.seed, epoch, index.cpu())
+        chosen = view_draws(self.config, uniforms)
         size = require_resolved(self.config.image_size)
         views = torch.empty(len(images), 3, size, size, device=images.device)
         make = self._reference
         if self.config.augmentation == "torchvision":
             make, chosen = self._torchvision, _spared(chosen)
         for part in _parts(views):
-            make(images[part], Parameters(*(drawn[part] for drawn in chosen)), views[part])
+            make(images[part], ViewDraws(*(drawn[part] for drawn in chosen)), views[part])
         return views
 
-    def _torchvision(self, images: Tensor, chosen: Parameters, views: Tensor) -> None:
+    def _torchvision(self, images: Tensor, chosen: ViewDraws, views: Tensor) -> None:
         if self.cropped:
             views.copy_(_mirrored(images, chosen.flip)).div_(255)
         else:
@@ -248,7 +269,7 @@ class Augment:
             _apply_gray(views, chosen.gray, grayscale)
         color_jitter(views, chosen.factors, chosen.order, self.config.jitter)
 
-    def _reference(self, images: Tensor, chosen: Parameters, views: Tensor) -> None:
+    def _reference(self, images: Tensor, chosen: ViewDraws, views: Tensor) -> None:
         """The same by the reference's formulas: levels throughout, 0-1 only at the end."""
         if self.cropped:
             views.copy_(_mirrored(images, chosen.flip))
@@ -261,12 +282,12 @@ class Augment:
         strength, operations = self.config.jitter, reference_views.JITTER
         color_jitter(views, chosen.factors, chosen.order, strength, operations).div_(255)
 
-    def _boxes(self, images: Tensor, chosen: Parameters) -> Boxes:
+    def _boxes(self, images: Tensor, chosen: ViewDraws) -> Boxes:
         height, width = torch.tensor(images.shape[2]), torch.tensor(images.shape[3])
         return crop_boxes(self.config, chosen.crop, height, width)
 
 
-def _spared(chosen: Parameters) -> Parameters:
+def _spared(chosen: ViewDraws) -> ViewDraws:
     """Without saturation and hue for gray views: half of the time, to change their rounding."""
     of_color = (chosen.order >= 2) & chosen.gray.unsqueeze(1)
     return chosen._replace(order=chosen.order.masked_fill(of_color, _NOTHING))

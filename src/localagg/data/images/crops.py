@@ -27,6 +27,11 @@ class Boxes(NamedTuple):
     height: Tensor
     width: Tensor
 
+    def corners(self) -> Tensor:
+        """Return int64 [B, 4]: left, top, right, bottom."""
+        right, bottom = self.left + self.width, self.top + self.height
+        return torch.stack([self.left, self.top, right, bottom], dim=1).long()
+
 
 def crop_boxes(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
     """The boxes of a batch's training views.

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
+from ...errors import UserError
 from ...io.console import notify
 from .crops import Boxes
 from .reference_views import resample
@@ -60,6 +61,15 @@ class UnreadableImage(Exception):
     """Bytes that are not a whole image; the message says why, in a few words."""
 
 
+# Errors of a source or a decoder about one image (a damaged record is a UserError).
+READ_ERRORS = (UnreadableImage, OSError, UserError)
+
+
+def read_error_reason(error: Exception) -> str:
+    """Return why an image cannot be read, without its path, which messages name anyway."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
 @cache
 def _formats() -> list[str]:
     Image.init()
@@ -67,7 +77,7 @@ def _formats() -> list[str]:
 
 
 @cache
-def _simplejpeg() -> ModuleType | None:
+def simplejpeg_module() -> ModuleType | None:
     try:
         import simplejpeg
     except ImportError:
@@ -79,7 +89,7 @@ def _simplejpeg() -> ModuleType | None:
     return simplejpeg
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of metadata that are not used
@@ -96,24 +106,12 @@ def _open(data: bytes) -> Image.Image:
             f"{image.width:,} x {image.height:,} pixels, more than the limit of {PIXEL_LIMIT:,}"
         )
     if image.format in ("JPEG", "MPO"):
-        _simplejpeg()  # what it says is said by the main process, before workers start
+        simplejpeg_module()  # what it says is said by the main process, before workers start
     return image
 
 
 def _unreadable(error: Exception) -> UnreadableImage:
     return UnreadableImage(str(error) or type(error).__name__)
-
-
-def on_gpu(data: bytes, *, upright: bool = False) -> bool:
-    """Whether a GPU's decoder reads it: a JPEG file in gray or color, whole, not to be turned.
-
-    Raises:
-        UnreadableImage: the header is not an image's.
-    """
-    image = _open(data)
-    turned = upright and _orientation(image) > 1
-    plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    return plain and not turned and data.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
@@ -126,14 +124,14 @@ def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
     Raises:
         UnreadableImage: the header is not an image's, or tells more than ``PIXEL_LIMIT`` pixels.
     """
-    image = _open(data)
+    image = open_image(data)
     height, width = image.height, image.width
     if upright and _orientation(image) > 4:
         height, width = width, height
     return height, width, image.format or "?"
 
 
-def decoded_size(data: bytes, *, upright: bool = False) -> tuple[int, int]:
+def decoded_size(data: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
     """(height, width) of what :func:`decode` gives; of a plain JPEG file in a thirtieth of the time
     of :func:`image_size`.
 
@@ -144,13 +142,15 @@ def decoded_size(data: bytes, *, upright: bool = False) -> tuple[int, int]:
     Raises:
         UnreadableImage: as :func:`image_size`.
     """
+    if isinstance(data, Tensor):
+        return data.shape[1], data.shape[2]
     plain = None if upright else _plain_jpeg_size(data)
     return plain or image_size(data, upright=upright)[:2]
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG file that simplejpeg can decode; None where Pillow has to look."""
-    if not data.startswith(b"\xff\xd8\xff") or (jpeg := _simplejpeg()) is None:
+    if not data.startswith(b"\xff\xd8\xff") or (jpeg := simplejpeg_module()) is None:
         return None
     try:
         height, width, colors, _ = jpeg.decode_jpeg_header(data)
@@ -166,10 +166,10 @@ def orientation(data: bytes) -> int:
     Raises:
         UnreadableImage: the header is not an image's.
     """
-    return _orientation(_open(data))
+    return _orientation(open_image(data))
 
 
-def decode(data: bytes, *, upright: bool = False) -> Tensor:
+def decode(data: bytes | Tensor, *, upright: bool = False) -> Tensor:
     """All pixels.
 
     Gray images are repeated to three channels; alpha is dropped, which shows the color beneath it;
@@ -188,6 +188,8 @@ def decode(data: bytes, *, upright: bool = False) -> Tensor:
         UnreadableImage: not an image, truncated, of samples that have no agreed range (32 bits), or
             of more than ``PIXEL_LIMIT`` pixels.
     """
+    if isinstance(data, Tensor):
+        return data
     return _tensor(_pixels(data, upright)).contiguous()
 
 
@@ -196,7 +198,7 @@ Box = tuple[int, int, int, int]
 
 
 def decode_crops(
-    data: bytes,
+    data: bytes | Tensor,
     boxes: Sequence[Box],
     size: int,
     *,
@@ -222,7 +224,10 @@ def decode_crops(
     Raises:
         UnreadableImage: as :func:`decode`.
     """
-    image = _tensor(_pixels(data, upright))
+    if isinstance(data, Tensor):
+        image = data.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # the layout of decoded files
+    else:
+        image = _tensor(_pixels(data, upright))
     resized = _bilinear if resize == "bilinear" else _area
     crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
     for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
@@ -246,11 +251,11 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 
 def _pixels(data: bytes, upright: bool) -> np.ndarray:
     """uint8 [H, W, 3], RGB. Truncated data is an error, never gray pixels (as libjpeg gives)."""
-    image = None if not upright and _plain_jpeg_size(data) else _open(data)
+    image = None if not upright and _plain_jpeg_size(data) else open_image(data)
     pixels, colors = None, "RGB"
     if image is not None:
         colors = JPEG_COLORS.get(image.mode) if image.format in ("JPEG", "MPO") else None
-    if colors is not None and (jpeg := _simplejpeg()) is not None:
+    if colors is not None and (jpeg := simplejpeg_module()) is not None:
         try:
             pixels = jpeg.decode_jpeg(data, colorspace=colors, strict=True)
         except ValueError as error:  # or something odd that Pillow may put up with
@@ -258,7 +263,7 @@ def _pixels(data: bytes, upright: bool) -> np.ndarray:
                 raise UnreadableImage("its data end before the image does") from None
             pixels = None
     if pixels is None or colors == "CMYK":
-        pixels = np.array(_rgb(image or _open(data)))
+        pixels = np.array(_rgb(image or open_image(data)))
     if upright and image is not None:
         pixels = np.ascontiguousarray(_TURNS[_orientation(image)](pixels))
     return pixels

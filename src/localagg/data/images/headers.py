@@ -6,24 +6,17 @@ damage in its middle shows only when it is decoded.
 """
 
 import os
-import warnings
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ...errors import UserError
 from ..sources.source import Source, open_file
-from .decode import UnreadableImage, _open, decode
+from .decode import UnreadableImage, decode, open_image
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a header that is longer is read whole
 _TAIL = 1024  # and from its end, which may be padded with zeros
 _TIFF_PARTS = ((273, 279), (324, 325))  # tags of offsets and byte counts, of strips and tiles
-_CHUNK = 256  # images a worker looks at before it reports
-# What a source or a decoder raises about one image (a damaged record is a UserError).
-FAULTS = (UnreadableImage, OSError, UserError)
 
 
 class Header(NamedTuple):
@@ -37,7 +30,7 @@ class Header(NamedTuple):
     """Pillow's: RGB, L, P, CMYK, I;16, ..."""
 
 
-class Ends(NamedTuple):
+class FileEnds(NamedTuple):
     """The two ends of encoded bytes, which of short ones are all of them."""
 
     head: bytes
@@ -50,7 +43,7 @@ class Ends(NamedTuple):
         return len(self.head) == self.size
 
 
-def read_ends(source: Source, index: int) -> Ends | Tensor:
+def read_ends(source: Source, index: int) -> FileEnds | Tensor:
     """The ends of a stored image, or its pixels where the source has them decoded.
 
     Raises:
@@ -58,17 +51,17 @@ def read_ends(source: Source, index: int) -> Ends | Tensor:
     """
     if (path := source.file(index)) is None:
         image = source[index].image
-        return image if isinstance(image, Tensor) else Ends(image, image[-_TAIL:], len(image))
+        return image if isinstance(image, Tensor) else FileEnds(image, image[-_TAIL:], len(image))
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = tail = file.read(HEAD)
         if size > len(head):
             file.seek(-_TAIL, os.SEEK_END)
             tail = file.read(_TAIL)
-    return Ends(head, tail[-_TAIL:], size)
+    return FileEnds(head, tail[-_TAIL:], size)
 
 
-def read_header(source: Source, index: int, ends: Ends) -> tuple[Header, bool, dict[Any, Any]]:
+def read_header(source: Source, index: int, ends: FileEnds) -> tuple[Header, bool, dict[Any, Any]]:
     """The header, whether the end is missing although all pixels are there, and Pillow's ``info``
     (EXIF and so on).
 
@@ -77,14 +70,14 @@ def read_header(source: Source, index: int, ends: Ends) -> tuple[Header, bool, d
         OSError, UserError: it cannot be read.
     """
     try:
-        image = _open(ends.head)
+        image = open_image(ends.head)
     except UnreadableImage:
         if ends.whole:
             raise
         # The header is longer, or the format wants all of it.
-        image = _open(stored_bytes(source, index, ends))
+        image = open_image(stored_bytes(source, index, ends))
     if image.format == "TIFF" and not ends.whole and _tiff_end(image) == 0:
-        image = _open(stored_bytes(source, index, ends))  # its tags lie behind
+        image = open_image(stored_bytes(source, index, ends))  # its tags lie behind
     header = Header(image.height, image.width, image.format or "?", image.mode)
     cut = _is_cut(image, ends)
     if cut:
@@ -92,7 +85,7 @@ def read_header(source: Source, index: int, ends: Ends) -> tuple[Header, bool, d
     return header, cut, image.info
 
 
-def stored_bytes(source: Source, index: int, ends: Ends) -> bytes:
+def stored_bytes(source: Source, index: int, ends: FileEnds) -> bytes:
     """All bytes of the image with these ends.
 
     Raises:
@@ -105,7 +98,7 @@ def stored_bytes(source: Source, index: int, ends: Ends) -> bytes:
     return image
 
 
-def _is_cut(image: Image.Image, ends: Ends) -> bool:
+def _is_cut(image: Image.Image, ends: FileEnds) -> bool:
     """Whether the end of the format is missing. PPM written as text shows none."""
     tail = ends.tail.rstrip(b"\0")
     match image.format:
@@ -169,45 +162,3 @@ def _box_end(head: bytes, pixels: bytes) -> int | None:
         if kind == pixels:
             return start
     return None
-
-
-class Checked(NamedTuple):
-    """What the headers of a chunk of images say."""
-
-    sizes: set[tuple[int, int]]
-    """(height, width) that occur."""
-    failed: dict[int, str]
-    """Why an image cannot be read, by index."""
-    images: int
-
-
-class Headers(Dataset):
-    """Item c is what the headers of chunk c of the images say."""
-
-    def __init__(self, source: Source, first: int = 0) -> None:
-        self.source = source
-        self.chunks = torch.arange(first, len(source)).split(_CHUNK)
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> Checked:
-        sizes, failed = set(), {}
-        indices = self.chunks[chunk].tolist()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata that are not used
-            for index in indices:
-                try:
-                    ends = read_ends(self.source, index)
-                    if isinstance(ends, Tensor):
-                        sizes.add((ends.shape[1], ends.shape[2]))
-                    else:
-                        sizes.add(read_header(self.source, index, ends)[0][:2])
-                except FAULTS as error:
-                    failed[index] = reason(error)
-        return Checked(sizes, failed, len(indices))
-
-
-def reason(error: Exception) -> str:
-    """Why an image cannot be read, without the path that the message names anyway."""
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..images.headers import FAULTS, HEAD, Ends, read_ends, stored_bytes
-from ..loading.workers import Progress
+from ...io.console import ProgressCallback
+from ..images.decode import READ_ERRORS
+from ..images.headers import HEAD, FileEnds, read_ends, stored_bytes
 from ..sources.open import Source
 
 _LENGTH = 16  # bytes of a digest: that two of a million different images share one is 1 in 1e24
@@ -26,7 +27,7 @@ def compare(
     sources: Sequence[Source],
     digests: Sequence[np.ndarray],
     sizes: Sequence[np.ndarray],
-    on_progress: Progress,
+    on_progress: ProgressCallback,
 ) -> None:
     """Make the digests of equal images equal, and no others.
 
@@ -52,9 +53,9 @@ def compare(
 def _whole(source: Source, index: int) -> bytes:
     try:
         ends = read_ends(source, index)
-        assert isinstance(ends, Ends)
+        assert isinstance(ends, FileEnds)
         return digest(stored_bytes(source, index, ends))
-    except FAULTS:  # it could be read a moment ago
+    except READ_ERRORS:  # it could be read a moment ago
         return b""
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...io.console import show_progress
-from ..images.decode import JPEG_COLORS, _simplejpeg, decode
-from ..images.headers import FAULTS, Header, read_ends, read_header, reason, stored_bytes
+from ...io.console import ProgressCallback, show_progress
+from ..images.decode import JPEG_COLORS, READ_ERRORS, decode, read_error_reason, simplejpeg_module
+from ..images.headers import Header, read_ends, read_header, stored_bytes
 from ..images.metadata import broken_checksum, odd_metadata
-from ..loading.workers import Progress, Throttle, through_workers
+from ..loading.workers import iterate_in_workers
 from ..sources.open import Source, open_images, report_other_splits, stored_splits
 from .identical_images import compare, digest, repetitions, shared
 
@@ -79,14 +79,14 @@ def _look(source: Source, index: int, whole: bool) -> _Look:
             pixels, doubt = _decoded(stored_bytes(source, index, ends), header)
             odd, empty = odd or doubt, nearly_empty(pixels)
         return found._replace(header=header, odd=odd, decoded=whole or cut, empty=empty)
-    except FAULTS as error:
-        return found._replace(fault=reason(error))
+    except READ_ERRORS as error:
+        return found._replace(fault=read_error_reason(error))
 
 
 def _decoded(data: bytes, header: Header) -> tuple[Tensor, str | None]:
     """The pixels, and what speaks against them although they can be decoded."""
     if header.format in ("JPEG", "MPO") and header.mode in JPEG_COLORS:
-        if (jpeg := _simplejpeg()) is None:
+        if (jpeg := simplejpeg_module()) is None:
             return decode(data), None
         colors = JPEG_COLORS[header.mode]
         try:
@@ -150,11 +150,11 @@ def inspect(uri: str, *, workers: int = 0, decode_all: bool = False) -> dict[str
     tallies: dict[str, _Tally] = {}
     for split, source in splits.items():
         with show_progress(f"looking at {split}") as show:
-            tallies[split] = _looked_at(source, workers, decode_all, Throttle(show))
+            tallies[split] = _looked_at(source, workers, decode_all, show)
     digests = {split: tally.digests for split, tally in tallies.items()}
     with show_progress("comparing images that seem equal") as show:
         sizes = [tally.sizes for tally in tallies.values()]
-        compare(list(splits.values()), list(digests.values()), sizes, Throttle(show))
+        compare(list(splits.values()), list(digests.values()), sizes, show)
     found = {split: _facts(splits[split], tally) for split, tally in tallies.items()}
     for split in digests:
         if "train" in digests and split != "train":
@@ -196,9 +196,9 @@ class _Tally:
             self.near_empty.append(self.source.name(look.index))
 
 
-def _looked_at(source: Source, workers: int, every: bool, on_progress: Progress) -> _Tally:
+def _looked_at(source: Source, workers: int, every: bool, on_progress: ProgressCallback) -> _Tally:
     tally, done = _Tally(source), 0
-    for looks in through_workers(_Looks(source, every), workers):
+    for looks in iterate_in_workers(_Looks(source, every), workers):
         for look in looks:
             tally.add(look)
         done += len(looks)

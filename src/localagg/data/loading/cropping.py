@@ -1,10 +1,10 @@
-"""What worker processes do: read a batch, place its boxes by the headers, decode, cut and resize.
+"""Crop batches in worker processes: read, place boxes by the headers, decode, cut and resize.
 
-Boxes come from the same draws as on the device (``augment.draw``), so workers, their number and the
-order of batches change no pixel.
+Boxes use the uniform draws that ``augment`` uses for color, so workers, their number and the order
+of batches change no pixel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,22 +12,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...config import ViewConfig, require_resolved
-from ..images.augment import draw
+from ..images.augment import view_draws, view_uniforms
 from ..images.crops import Boxes, crop_boxes, evaluation_boxes
-from ..images.decode import Box, decode_crops, decoded_size
-from ..images.headers import FAULTS, reason
-from ..images.nvjpeg import EncodedCrops, encoded_crops
+from ..images.decode import READ_ERRORS, decode_crops, decoded_size, read_error_reason
 from ..sources.source import Source
-
-Item = tuple[Tensor, Tensor, dict[int, str]]
-"""(index int64 [b] of the readable images, crops uint8 [b, ...], {index: why it is unreadable})."""
+from .workers import iterate_in_workers
 
 
-class Crops(Dataset):
-    """Item s is batch s of an epoch, decoded and randomly cropped: uint8 [b, 3, S, S].
+class TrainingBatch(NamedTuple):
+    """Images of a training batch, and the uniform draws of their random views."""
 
-    With ``views.nvjpeg`` the crops are :class:`nvjpeg.EncodedCrops`, to be decoded on the device.
-    """
+    index: Tensor
+    """int64 [B], always on the CPU."""
+    images: Tensor
+    """uint8 [B, 3, H, W]: whole images from memory, or random crops from workers."""
+    uniforms: Tensor
+    """float64 [B, 50] on the CPU; see :func:`augment.view_uniforms`."""
+
+
+class LoadedBatch(NamedTuple):
+    """Images of an evaluation batch."""
+
+    index: Tensor
+    """int64 [B], always on the CPU."""
+    images: Tensor
+    """uint8 [B, 3, S, S]: central views. Ten crops: [B, 10, 3, S, S]."""
+
+
+class TrainingCrops(Dataset):
+    """Item s is (:class:`TrainingBatch` s of an epoch, {index: reason} of unreadable images)."""
 
     def __init__(
         self, source: Source, views: ViewConfig, seed: int, epoch: int, chunks: list[Tensor]
@@ -38,23 +51,20 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor | EncodedCrops, dict[int, str]]:
+    def __getitem__(self, step: int) -> tuple[TrainingBatch, dict[int, str]]:
         index = self.chunks[step]
-        crop = draw(self.views, self.seed, self.epoch, index).crop
+        uniforms = view_uniforms(self.seed, self.epoch, index)
+        crop = view_draws(self.views, uniforms).crop
 
         def boxes(rows: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
             return [crop_boxes(self.views, crop[rows], height, width)]
 
-        read = _read(self.source, index, self.views, boxes)
-        if self.views.nvjpeg:
-            return encoded_crops(read, self.views)
-        index, images, failed = _crop(read, self.views)
-        return index, images.squeeze(1), failed
+        rows, images, unreadable = _crop(self.source, index, self.views, boxes)
+        return TrainingBatch(index[rows], images.squeeze(1), uniforms[rows]), unreadable
 
 
-class Measured(Dataset):
-    """Item s is batch s of all images in order, decoded and cropped: uint8 [b, 3, S, S], or the ten
-    crops [b, 10, 3, S, S]."""
+class EvaluationCrops(Dataset):
+    """Item s is (:class:`LoadedBatch` s of all images in order, {index: reason} of unreadable)."""
 
     def __init__(
         self, source: Source, views: ViewConfig, chunks: list[Tensor], ten_crop: bool
@@ -64,77 +74,74 @@ class Measured(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, step: int) -> Item:
+    def __getitem__(self, step: int) -> tuple[LoadedBatch, dict[int, str]]:
         def boxes(_: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
             return evaluation_boxes(self.views, height, width, ten_crop=self.ten_crop)
 
-        index, images, failed = _crop(
-            _read(self.source, self.chunks[step], self.views, boxes), self.views
-        )
-        if self.ten_crop:
-            return index, torch.cat([images, images.flip(4)], dim=1), failed
-        return index, images.squeeze(1), failed
+        index = self.chunks[step]
+        rows, images, unreadable = _crop(self.source, index, self.views, boxes)
+        images = torch.cat([images, images.flip(4)], dim=1) if self.ten_crop else images.squeeze(1)
+        return LoadedBatch(index[rows], images), unreadable
 
 
-class Read(NamedTuple):
-    """A batch as it is stored, and what is to be cut out of it."""
+def evaluation_batches(
+    source: Source,
+    views: ViewConfig,
+    *,
+    batch: int = 256,
+    workers: int = 0,
+    ten_crop: bool = False,
+    part: slice = slice(None),
+) -> Iterator[LoadedBatch]:
+    """Yield the central view of every readable image, in order.
 
-    index: list[int]
-    encoded: list[bytes]
-    boxes: list[list[Box]]
-    """Of each image."""
-    failed: dict[int, str]
+    Unreadable images are skipped; compare the indices with the source to count them.
+
+    Args:
+        source: the images.
+        views: augmentation, image_size and eval_crop.
+        batch: images a batch.
+        workers: processes that decode.
+        ten_crop: the ten views of :func:`augment.ten_crop_views` instead.
+        part: the batches to yield.
+    """
+    chunks = list(torch.arange(len(source)).split(batch))[part]
+    for loaded, _ in iterate_in_workers(EvaluationCrops(source, views, chunks, ten_crop), workers):
+        if len(loaded.index):
+            yield loaded
 
 
-def _read(
+def _crop(
     source: Source,
     index: Tensor,
     views: ViewConfig,
     boxes: Callable[[Tensor, Tensor, Tensor], list[Boxes]],
-) -> Read:
-    """Bytes and boxes of a batch; ``boxes`` gets rows of the batch and their sizes, all at once."""
-    read, rows, sizes, failed = [], [], [], {}
-    for row, i in enumerate(index.tolist()):
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """Return (readable rows int64 [b], crops uint8 [b, V, 3, S, S], {index: reason}).
+
+    ``boxes`` takes rows of the batch and their heights and widths, and returns V boxes of each."""
+    indices, upright = index.tolist(), views.exif_orientation
+    rows, stored, sizes, unreadable = [], [], [], {}
+    for row, i in enumerate(indices):
         try:
-            data = source[i].image
-            data = data if isinstance(data, bytes) else _encode(data)
-            sizes.append(decoded_size(data, upright=views.exif_orientation))
-            read.append((i, data))
+            image = source[i].image
+            sizes.append(decoded_size(image, upright=upright))
+            stored.append(image)
             rows.append(row)
-        except FAULTS as error:
-            failed[i] = reason(error)
-    if not read:
-        return Read([], [], [], failed)
-    height, width = torch.tensor(sizes, dtype=torch.float64).unbind(dim=1)
-    found = [
-        torch.stack([box.left, box.top, box.left + box.width, box.top + box.height], dim=1)
-        for box in boxes(torch.tensor(rows), height, width)
-    ]
-    cut = torch.stack(found, dim=1).long().tolist()
-    boxes_of = [[(left, top, right, bottom) for left, top, right, bottom in few] for few in cut]
-    return Read([i for i, _ in read], [data for _, data in read], boxes_of, failed)
-
-
-def _crop(read: Read, views: ViewConfig) -> Item:
-    """(index, crops uint8 [b, V, 3, S, S], failed) of what was read."""
+        except READ_ERRORS as error:
+            unreadable[i] = read_error_reason(error)
     size = require_resolved(views.image_size)
     resize = "area" if views.augmentation == "reference" else "bilinear"
-    images, kept, failed = [], [], dict(read.failed)
-    for i, data, boxes in zip(read.index, read.encoded, read.boxes, strict=True):
-        try:
-            images.append(
-                decode_crops(data, boxes, size, resize=resize, upright=views.exif_orientation)
-            )
-            kept.append(i)
-        except FAULTS as error:
-            failed[i] = reason(error)
+    kept, crops = [], []
+    if rows:
+        height, width = torch.tensor(sizes, dtype=torch.float64).unbind(dim=1)
+        corners = [box.corners() for box in boxes(torch.tensor(rows), height, width)]
+        for row, image, cut in zip(rows, stored, torch.stack(corners, dim=1).tolist(), strict=True):
+            try:
+                crops.append(decode_crops(image, cut, size, resize=resize, upright=upright))
+                kept.append(row)
+            except READ_ERRORS as error:
+                unreadable[indices[row]] = read_error_reason(error)
     none = torch.empty(0, 1, 3, size, size, dtype=torch.uint8)
-    stacked = torch.stack(images) if images else none
-    return torch.tensor(kept, dtype=torch.int64), stacked, failed
-
-
-def _encode(pixels: Tensor) -> bytes:
-    """Decoded pixels as PNG, so that the few decoded sources take the same path."""
-    from torchvision.io import encode_png
-
-    return encode_png(pixels.contiguous()).numpy().tobytes()
+    stacked = torch.stack(crops) if crops else none
+    return torch.tensor(kept, dtype=torch.int64), stacked, unreadable

@@ -17,7 +17,6 @@ import torch
 
 from ...errors import Interrupted, UserError
 from ...io.console import notify, show_progress
-from ..loading.loader import Throttle
 from ..sources.open import open_images, report_other_splits, stored_splits
 from ..sources.source import Source
 from .formats import FORMATS
@@ -250,7 +249,6 @@ def _check_back(split: _Split, workers: int, verify: bool, partial: PartialFolde
         return
     written = ((name, digest) for name in split.files for digest in partial.digests(name))
     with show_progress(f"verifying {split.target}") as show:
-        progress = Throttle(show)
         for i, found in enumerate(digests(packed, workers)):
             name, due = next(written)
             if due != found:
@@ -260,7 +258,7 @@ def _check_back(split: _Split, workers: int, verify: bool, partial: PartialFolde
                     f"{source.name(i)} was read back differently from the packed {split.target};"
                     f" look after the disk; {partial.way_on}",
                 )
-            progress(i + 1, len(source))
+            show(i + 1, len(source))
 
 
 def pack_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from ...errors import UserError
+from ...io.console import ProgressCallback
 from ...io.files import atomic_write
 from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
-from ..loading.loader import Throttle, through_workers
+from ..loading.workers import iterate_in_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
 from .formats import Format
 from .partial_folder import PartialFolder
@@ -145,7 +146,7 @@ def pack_images(
     shrink: Shrink | None,
     workers: int,
     partial: PartialFolder,
-    show: Callable[[int, int], None],
+    show: ProgressCallback,
 ) -> None:
     """Write those files of a split that are not finished.
 
@@ -157,14 +158,14 @@ def pack_images(
     todo = [number for number in range(len(files)) if files[number] not in partial.finished]
     chunks = {n: [rows[n][i : i + _CHUNK] for i in range(0, len(rows[n]), _CHUNK)] for n in todo}
     items = _Items(source, [chunk for n in todo for chunk in chunks[n]], shrink)
-    stream = through_workers(items, workers)
-    progress, before = Throttle(show), len(source) - sum(len(rows[n]) for n in todo)
+    stream = iterate_in_workers(items, workers)
+    before = len(source) - sum(len(rows[n]) for n in todo)
     for number in todo:
         tally = _Tally(source)
         path = partial.folder / files[number]
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as beside:
-            format.write(beside, tally.records(chunks[number], stream, before, progress), source)
+            format.write(beside, tally.records(chunks[number], stream, before, show), source)
         before += len(rows[number])
         partial.add(files[number], tally.facts, tally.digests)
 
@@ -181,7 +182,7 @@ class _Tally:
         self.digests: list[bytes] = []
 
     def records(
-        self, chunks: list[range], stream: Iterator, before: int, show: Throttle
+        self, chunks: list[range], stream: Iterator, before: int, show: ProgressCallback
     ) -> Iterator[ImageRecord]:
         """The images of a file, as they come from the workers."""
         for chunk in chunks:
@@ -246,5 +247,5 @@ class _Digests(Dataset):
 
 def digests(source: Source, workers: int) -> Iterator[bytes]:
     """The hash of each image of a source, in order."""
-    for found in through_workers(_Digests(source), workers):
+    for found in iterate_in_workers(_Digests(source), workers):
         yield from found

@@ -19,11 +19,9 @@ from torch.utils._pytree import tree_leaves
 from localagg import objectives
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World, share
-from localagg.engine import search as streaming
-from localagg.engine import torch_backend as neighbors_torch
+from localagg.engine import search, torch_backend
 from localagg.errors import UserError
 from localagg.evaluation import knn, sharded_knn
-from localagg.training import sharded
 
 
 @st.composite
@@ -50,22 +48,17 @@ def problems(draw, exact=None):
         "t": draw(st.sampled_from([0.07, 0.3, 1.0])) if not exact else 1.0,
         "instance_share": draw(st.sampled_from([0.0, 0.3, 1.0])),
         "ranks": draw(st.integers(1, 5)),
-        "group": draw(st.sampled_from([1, 2, 4096])),
         "sampled_from": draw(st.sampled_from([2, 4, 8, 4096])),
         "deviations": draw(st.sampled_from([0, 0.5, 4])),  # 0: guesses mislead half of the time
     }
 
 
-WHOLE = {"group": 4096, "sampled_from": 4096, "deviations": 4}  # as it comes
+WHOLE = {"sampled_from": 4096, "deviations": 4}  # as it comes
 
 
 def over_ranks(p, loss):
     """(loss, gradient [B, D], notes) of ``cases.score`` with the problem's ranks as threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded, "QUERIES", p["group"])
-        patch.setattr(sharded, "SAMPLED_FROM", p["sampled_from"])
-        patch.setattr(sharded, "DEVIATIONS", p["deviations"])
-        found = in_threads(p["ranks"], lambda world: cases.score(world, p, loss))
+    found = in_threads(p["ranks"], lambda world: cases.score(world, p, loss))
     for scored in found[1:]:
         assert torch.equal(scored.loss, found[0].loss)
         assert all(torch.equal(scored.notes[name], found[0].notes[name]) for name in scored.notes)
@@ -187,7 +180,7 @@ def test_lower_precision_agrees_with_one_process(dtype):
         leaf, p["bank"], p["labels"], p["index"], neighbors=p["K"], temperature=p["t"]
     )
     loss.backward()
-    found = over_ranks(p | {"ranks": 3} | WHOLE | {"group": 5}, "local_aggregation")
+    found = over_ranks(p | {"ranks": 3} | WHOLE, "local_aggregation")
     assert found[0].dtype == torch.float32
     assert found[1].dtype == dtype
     assert found[0].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -245,19 +238,20 @@ def test_memory_of_a_rank_falls_as_one_over_the_ranks(ranks):
     def call(world):
         bank, batch = cases.bank_of(world, p["bank"]), cases.gathered(world, p)
         labels = p["labels"][:, bank.part.start : bank.part.stop].contiguous()
-        coarse = bank.prepared.refresh().coarse  # a bf16 copy, where that is multiplied faster
+        coarse = bank.searchable.refresh().rounded  # a bf16 copy, where that is multiplied faster
         assert coarse is not None
         held = {id(t): t.nbytes for t in (bank.rows, coarse, labels)}
         with Largest() as seen:
-            sharded.local_aggregation(world, batch, bank, labels, neighbors=32)
-            bank.update(batch.index, batch.embedding)
+            v, index = batch.embedding.detach(), batch.index
+            objectives.local_aggregation(v, bank.shard(world), labels, index, neighbors=32)
+            bank.update(index, v)
         copied = 0 if coarse is bank.rows else coarse.element_size()
         assert sum(held.values()) == N // ranks * (4 * D + copied * D + 4 * H)
         return seen.most
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors_torch, "TILE_BYTES", B * 2048 * 4)  # tiles of 2048 rows
-        patch.setattr(streaming, "numba_engine", lambda *_: None)  # its arrays are not torch's
+        patch.setattr(torch_backend, "TILE_BYTES", B * 2048 * 4)  # tiles of 2048 rows
+        patch.setattr(search, "cpu_backend_for", lambda *_: None)  # its arrays are not torch's
         found = in_threads(ranks, call)
     tile = B * 2048 * 4  # of similarities; as many rows are sampled
     assert all(0 < most <= tile for most in found)
@@ -313,12 +307,13 @@ def test_bytes_over_the_wire_are_those_of_the_formula_whatever_n_and_k(pool, ran
             gradient = ("reduce_scatter", b * ranks * D * e)
             assert sent["gather"] == [("all_gather", b * D * e), ("all_gather", 8 * b)]
             floor = [("all_reduce", e * B), ("all_reduce", 8 * B)] if N == 20_000 else []
-            before = [("all_reduce", 4 * H * B), *floor, ("all_reduce", 3 * e * B)]
+            before = [*floor, ("all_reduce", 3 * e * B)]
             assert sent["la"][: len(before)] == before
-            histograms = sent["la"][len(before) : -2]
+            histograms = sent["la"][len(before) : -3]
             assert 1 <= len(histograms) <= -(-8 * e // 6)
             assert set(histograms) == {("all_reduce", 256 * B)}
-            assert sent["la"][-2:] == [("all_reduce", 24 * B), gradient]
+            sums = [("all_reduce", 4 * H * B), ("all_reduce", 16 * B)]
+            assert sent["la"][-3:] == [*sums, gradient]
             softmax = [("all_reduce", e * B), ("all_reduce", 2 * e * B), gradient]
             assert sent["softmax"] == softmax
             assert sent["nce"] == [("all_reduce", 2 * e), gradient]
@@ -329,8 +324,8 @@ def test_ties_at_the_last_place_cost_one_more_collective(pool):
     p = cases.problem(size=300, batch=7, seed=5, dtype=torch.float32, dim=8)
     p["bank"] = p["bank"][:1].expand(300, 8).clone()  # every row ties with every other
     for sent in pool(2, cases.traffic, p):
-        assert [name for name, _ in sent["la"][2:-2]] == ["all_reduce", "all_gather"]
-        assert sent["la"][3] == ("all_gather", 8 * 7)
+        assert [name for name, _ in sent["la"][1:-3]] == ["all_reduce", "all_gather"]
+        assert sent["la"][2] == ("all_gather", 8 * 7)
 
 
 def test_neighbors_vote_over_processes_as_in_one(pool):

@@ -3,25 +3,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from localagg.config import PretrainConfig, override
-from localagg.data.loading import waiting
-from localagg.data.loading.waiting import waiting_hint
+from localagg.config import PretrainConfig, ViewConfig, override
+from localagg.data.loading import loading_hint
+from localagg.data.loading.loading_hint import data_loading_hint
 from localagg.data.sources.image_folder import ImageFolder
 from localagg.training.loop import pretrain
-
-CONFIG = override(PretrainConfig(), image_size=224, workers=2, memory_gb=2.0)
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """Four cores and 16 GiB."""
-    monkeypatch.setattr(waiting, "cores", lambda: 4)
-    monkeypatch.setattr(waiting, "_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(loading_hint, "cores", lambda: 4)
+    monkeypatch.setattr(loading_hint, "memory_bytes", lambda: 16 * 2**30)
 
 
-def feed(sizes, images=1000, pixels=None, **options):
+def feed(sizes, images=1000, pixels=None, workers=2):
     return SimpleNamespace(
-        config=override(CONFIG, **options), sizes=sizes, source=range(images), pixels=pixels
+        views=ViewConfig(image_size=224),
+        workers=workers,
+        memory_gb=2.0,
+        sizes=sizes,
+        source=range(images),
+        pixels=pixels,
     )
 
 
@@ -29,15 +32,17 @@ MANY = {(375, 500), (500, 375), (333, 400)}
 
 
 def test_nothing_is_said_below_a_tenth_or_where_images_are_held():
-    assert waiting_hint(0.099, feed(MANY)) is None
-    assert waiting_hint(0.9, feed({(32, 32)}, pixels=object())) is None
-    assert waiting_hint(0.1, feed(MANY)).startswith("10% of the time was spent waiting for data; ")
+    assert data_loading_hint(0.099, feed(MANY)) is None
+    assert data_loading_hint(0.9, feed({(32, 32)}, pixels=object())) is None
+    assert data_loading_hint(0.1, feed(MANY)).startswith(
+        "10% of the time was spent waiting for data; "
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "knob"),
     [
-        (feed({(64, 64)}, memory="never"), "--memory auto."),
+        (feed({(64, 64)}), "--memory auto."),
         (feed({(64, 64)}, 250_000), "--memory auto --memory-gb 3.0."),
         (feed({(64, 64)}, 500_000), "--workers 4."),  # it would take more than a quarter of 16 GiB
         (feed(MANY), "--workers 4."),
@@ -47,7 +52,7 @@ def test_nothing_is_said_below_a_tenth_or_where_images_are_held():
     ],
 )
 def test_the_hint_names_the_knob_that_helps(given, knob):
-    assert knob in waiting_hint(0.5, given)
+    assert knob in data_loading_hint(0.5, given)
 
 
 def test_a_run_that_waits_is_told_so_after_its_first_epoch_and_at_its_end(

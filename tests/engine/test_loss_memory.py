@@ -1,4 +1,4 @@
-"""What the loop asks of the engine; that its memory is bounded whatever the size of the bank."""
+"""Memory of a loss is bounded whatever the size of the bank; the engine's fallback."""
 
 import subprocess
 import sys
@@ -9,16 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from localagg.bank import MemoryBank
-from localagg.engine import cpu_backend as neighbors_numba
-from localagg.engine import search as streaming
-from localagg.objectives import local_aggregation
-from localagg.training.neighbors import (
-    by_row,
-    engine_note,
-    find_neighbors,
-    neighborhood_loss,
-    search_bytes,
-)
+from localagg.engine import cpu_backend, search
+from localagg.engine.search import estimate_search_bytes, missing_backend_note, store_by_row
+from localagg.objectives import background_neighbors, close_neighbors, mixed_loss
 
 _STEP = """
 import sys, torch
@@ -27,17 +20,16 @@ def peak_kib():
     # Linux's own figure is this process's; getrusage inherits that of the process that forked it.
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
-from localagg import neighbors_torch, streaming
-from localagg.training.neighbors import SearchableBank, find_neighbors, neighborhood_loss
-size, neighbors_torch.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+from localagg.engine import search, torch_backend
+from localagg.objectives import local_aggregation
+size, torch_backend.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
 if sys.argv[3] == "torch":
-    streaming._numba = lambda: (None, None)
+    search.load_cpu_backend = lambda: (None, None)
 generator = torch.Generator().manual_seed(0)
 def step(bank, labels):
     embedding = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
     embedding.requires_grad_()
-    found = find_neighbors(embedding, bank, labels, torch.arange(64), neighbors=256)
-    neighborhood_loss(embedding, bank, found).backward()
+    local_aggregation(embedding, bank, labels, torch.arange(64), neighbors=256).backward()
 bank = torch.randn(size, 32, generator=generator)
 labels = torch.randint(0, 100, (3, size), dtype=torch.int32)
 step(bank[:5000], labels[:, :5000])  # libraries load their buffers, loops are compiled
@@ -63,22 +55,6 @@ def test_memory_follows_the_tile_and_not_the_bank():
 
 
 @pytest.mark.parametrize("size", [300, 5000])  # by torch alone, and by the compiled loops
-def test_the_engine_and_the_objective_agree(size):
-    generator = torch.Generator().manual_seed(1)
-    bank = MemoryBank(size, 16, seed=1)
-    embedding = F.normalize(torch.randn(8, 16, generator=generator), dim=1)
-    labels = by_row(torch.randint(0, 30, (2, size), generator=generator))
-    index = torch.arange(8)
-    found = find_neighbors(embedding, bank.prepared, labels, index, neighbors=40)
-    assert found.rows.shape == found.similarity.shape == found.close.shape == (8, 40)
-    whole = local_aggregation(embedding, bank.rows, labels, index, neighbors=40)
-    torch.testing.assert_close(neighborhood_loss(embedding, bank.prepared, found), whole)
-    alone = find_neighbors(embedding, bank.rows, torch.arange(size)[None], index, neighbors=1)
-    itself = (alone.rows == index[:, None]).any(dim=1)
-    assert alone.without_close == (~itself).float().mean()
-
-
-@pytest.mark.parametrize("size", [300, 5000])
 def test_part_of_the_loss_can_stay_irs(size):
     """Against the equation in float64 over the whole bank: K = N, so all of it is background."""
     generator = torch.Generator().manual_seed(2)
@@ -87,16 +63,19 @@ def test_part_of_the_loss_can_stay_irs(size):
     index = torch.arange(3, 11)
     moved = bank[index] + 0.2 * torch.randn(8, 16, generator=generator)
     embedding = F.normalize(moved, dim=1).requires_grad_()
-    found = find_neighbors(embedding, bank, by_row(labels), index, neighbors=size)
-    mixed = neighborhood_loss(embedding, bank, found, temperature=0.1, instance_share=0.3)
-    (gradient,) = torch.autograd.grad(mixed, embedding)
+    background = background_neighbors(embedding, bank, size)
+    close = close_neighbors(store_by_row(labels), index, background.rows)
+    options = {"temperature": 0.1, "instance_share": 0.3}
+    losses, ratio = mixed_loss(embedding, bank, background, close, index, **options)
+    (gradient,) = torch.autograd.grad(losses.mean(), embedding)
 
     exact = embedding.detach().double().requires_grad_()
     P = torch.softmax(exact @ bank.double().T / 0.1, dim=1)
     close = (labels[:, None, :] == labels[:, index][:, :, None]).any(dim=0)
     terms = 0.7 * (P * close).sum(dim=1).log() + 0.3 * P[torch.arange(8), index].log()
     (wanted,) = torch.autograd.grad(-terms.mean(), exact)
-    assert mixed.item() == pytest.approx(-terms.mean().item(), rel=1e-5)
+    assert losses.mean().item() == pytest.approx(-terms.mean().item(), rel=1e-5)
+    torch.testing.assert_close(ratio, (P * close).sum(dim=1).detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -104,26 +83,26 @@ def test_where_the_loops_do_not_compile_torch_answers_and_a_sentence_says_so(mon
     def broken():
         raise OSError("no folder for compiled code")
 
-    monkeypatch.setattr(neighbors_numba, "compile_all", broken)
-    streaming._numba.cache_clear()
+    monkeypatch.setattr(cpu_backend, "compile_all", broken)
+    search.load_cpu_backend.cache_clear()
     try:
         bank = MemoryBank(5000, 8, seed=0)
-        note = engine_note(bank.rows)
+        note = missing_backend_note(bank.rows)
         assert note is not None
         assert "numba does not run here (no folder for compiled code)" in note
-        assert engine_note(bank.rows[:100]) is None  # there nobody would notice
-        found = find_neighbors(
-            bank.rows[:3], bank.prepared, torch.arange(5000)[None], torch.arange(3), neighbors=4
-        )
-        assert found.close.sum().item() == 3
+        assert missing_backend_note(bank.rows[:100]) is None  # there nobody would notice
+        rows = background_neighbors(bank.rows[:3], bank.searchable, 4).rows
+        assert (rows == torch.arange(3)[:, None]).any(dim=1).all()
     finally:
-        streaming._numba.cache_clear()
+        search.load_cpu_backend.cache_clear()
     monkeypatch.undo()
-    assert engine_note(bank.rows) is None
+    assert missing_backend_note(bank.rows) is None
 
 
 def test_the_forecast_of_memory_knows_of_the_copy():
     for dtype in (torch.float32, torch.bfloat16):
-        bank = MemoryBank(10, 8, dtype=dtype).prepared
-        copied = search_bytes(bank, 2000, 4, 10) - search_bytes(bank, 1000, 4, 10)
-        assert copied == 0 if bank.type == dtype else 1000 * 8 * bank.type.itemsize
+        bank = MemoryBank(10, 8, dtype=dtype).searchable
+        copied = estimate_search_bytes(bank, 2000, 4, 10) - estimate_search_bytes(bank, 1000, 4, 10)
+        assert (
+            copied == 0 if bank.product_dtype == dtype else 1000 * 8 * bank.product_dtype.itemsize
+        )
