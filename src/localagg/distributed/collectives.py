@@ -131,7 +131,7 @@ class World:
         return out[: len(self.part(len(rows)))]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the Python values of all ranks. They are pickled: use it rarely, for small ones."""
+        """Return the Python values of all ranks. They are pickled: use for few, small values."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -143,7 +143,7 @@ class World:
         self.sum(torch.zeros(1))
 
     def rank_zero_first(self, call: Callable[[], T]) -> T:
-        """Run ``call`` on rank 0, then on the others, which find the files it wrote. One barrier."""
+        """Run ``call`` on rank 0 first; the others then find the files it wrote. One barrier."""
         if self.rank:
             self.barrier()
             return call()

@@ -1,7 +1,7 @@
 """Start the processes of ``localagg pretrain --processes N`` on one machine and wait for them.
 
-The environment of each process is torchrun's. torchrun itself does not serve: its store listens on
-all networks, it loses the exit statuses of its processes after a signal, and it always exits with 1.
+Each process gets torchrun's environment. torchrun's agent is not used: its store listens on all
+networks, and after a signal it discards the exit statuses of its processes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from types import FrameType
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore
 
 from ..errors import ReportedElsewhere, UserError
-from ..io.machine import available_cores
+from ..io.machine import cores
 from .process_group import JOB_PREFIX
 from .rank_failure import post_exit_status, posted_exit_status
 from .signals import EXIT_STATUS
@@ -45,7 +45,9 @@ def launch(words: list[str], processes: int, run: str) -> None:
     with _forward_signals(children) as forwarded:
         try:
             for rank in range(processes):
-                children.append(_start(words, rank, processes, server.port))
+                children += [
+                    _start(words, rank, processes, server.port)
+                ]  # killed below if one fails
             status, killed_rank = _wait(children, PrefixStore("0", server))
         finally:
             for child in children:
@@ -67,7 +69,7 @@ def launch(words: list[str], processes: int, run: str) -> None:
 
 
 def loopback_store() -> TCPStore:
-    """Serve a key-value store on the loopback interface; torch's default listens on all networks."""
+    """Serve a key-value store on loopback; torch's default listens on all networks."""
     listener = socket.create_server(("127.0.0.1", 0))
     return TCPStore(
         "127.0.0.1",
@@ -81,7 +83,7 @@ def loopback_store() -> TCPStore:
 def _start(words: list[str], rank: int, processes: int, port: int) -> subprocess.Popen:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     defaults = {
-        "OMP_NUM_THREADS": max(1, available_cores() // processes),
+        "OMP_NUM_THREADS": max(1, cores() // processes),
         "TORCH_CPP_LOG_LEVEL": "FATAL",  # lost connections are reported by localagg
         **({"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}),
     }
