@@ -63,9 +63,8 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     }
 
 
-def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
-    """Print a :func:`forecast` and return it."""
-    result = forecast(config, data)
+def print_forecast(result: dict[str, Any]) -> None:
+    """Print a :func:`forecast` as tables."""
     for note in result["notes"]:
         notify(note)
     resolved = from_dict(PretrainConfig, result["config"])
@@ -76,7 +75,6 @@ def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
     checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
     print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
-    return result
 
 
 def _words(value: Any) -> str:
