@@ -26,7 +26,7 @@ class ImportTf:
 
 def run(options: ImportTf) -> dict[str, Any]:
     """Import the weights and print the variables without a match."""
-    from ..interop.weights_file import import_weights
+    from ..interop.import_weights import import_weights
 
     result = import_weights(
         options.prefix,

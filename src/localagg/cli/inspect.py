@@ -43,7 +43,7 @@ def run(options: Inspect) -> dict[str, Any]:
 
     config = None if options.recipe == "none" else recipe(options.recipe).config
     notify(f"Inspecting {options.data}.")
-    with show_progress(_count_files(options.data)):  # importing torch takes seconds
+    with show_progress(count_files(options.data)):  # importing torch takes seconds
         from ..data.inspect.inspect_dataset import inspect, summary_rows
         from ..io.machine import cores
         from ..report.contact_sheet import check_sheet
@@ -63,7 +63,7 @@ def run(options: Inspect) -> dict[str, Any]:
     return result
 
 
-def _count_files(data: str) -> str:
+def count_files(data: str) -> str:
     """Count image files for at most a second; return the text to show while torch is imported."""
     from ..io.console import show_progress
 

@@ -122,7 +122,9 @@ def _parser(kind: type, prog: str, config: Any = None) -> _Parser:
     _add_options(parser, parser, kind, None, nested)
     if nested:
         nested = [(nested[0][0], config)]
-    shown = [f.metadata["positional"] for f in dataclasses.fields(kind) if "positional" in f.metadata]
+    shown = [
+        f.metadata["positional"] for f in dataclasses.fields(kind) if "positional" in f.metadata
+    ]
     parser.usage = " ".join([prog, "[OPTIONS]", *shown])
     while nested:
         inner, values = nested.pop(0)
