@@ -97,7 +97,7 @@ def test_held_out_images_alone_are_looked_at(splits_of, capsys):
     facts = inspect(uri)["splits"]
     assert (list(facts), facts["test"]["images"], facts["test"]["shared"]) == (["test"], 12, None)
     assert main(["inspect", uri]) == 0
-    assert "No epoch of folder is timed" in capsys.readouterr().err
+    assert "no split 'train'" in capsys.readouterr().err
     with pytest.raises(UserError, match="no split train, val or test; it has extra: rename one"):
         inspect(splits_of("extra"))
 
