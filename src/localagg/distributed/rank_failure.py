@@ -147,7 +147,7 @@ class RankMonitor:
                 if seen[0] != last_seen[0] and (seen[1] != last_seen[1] or seen[1] >= own_calls):
                     last_seen, silent = seen, 0
                     continue
-                silent += 1  # beats, not a clock, which goes on while a whole job is suspended
+                silent += 1  # counts beats, as a clock runs on while a job is suspended
                 if silent * _BEAT_SECONDS > self.timeout and post_exit_status(store, 2):
                     other_rank = self._describe(store, [other])
                     self._exit(2, f"{other_rank} has been silent for {self.timeout:g} s")

@@ -18,7 +18,7 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
-from ..recipes.schedule import Schedule, images_seen
+from ..recipes.schedule import Schedule
 from .learner import make_encoder
 from .neighbors import SearchableBank, estimate_search_bytes
 
@@ -55,7 +55,7 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
             "la": schedule.total_steps - schedule.la_start,
             "total": schedule.total_steps,
             "drops": schedule.boundaries,
-            "images_seen": images_seen(schedule),
+            "images_seen": schedule.images_seen,
         },
         "memory": memory,
         "checkpoint_bytes": sum(memory[part] for part in kept)
