@@ -1,10 +1,10 @@
 import pytest
+from expect import user_error
 
 from localagg.config import PretrainConfig, override
 from localagg.data.inspect.inspect_dataset import inspect
-from localagg.errors import UserError
 from localagg.training import epoch_time as module
-from localagg.training.epoch_time import epoch_time_rows, epoch_time
+from localagg.training.epoch_time import epoch_time, epoch_time_rows
 
 CONFIG = override(
     PretrainConfig(),
@@ -64,5 +64,5 @@ def test_an_epoch_is_as_long_as_its_images_are_many(monkeypatch):
 
 def test_what_cannot_be_run_cannot_be_timed():
     facts = inspect("digits")["splits"]["train"]
-    with pytest.raises(UserError, match="--batch-size 2,000 is more than the 1,400 images"):
+    with user_error("option-invalid", "--batch-size 2,000", "1,400 images"):
         epoch_time(override(CONFIG, batch_size=2000), "digits", facts)
