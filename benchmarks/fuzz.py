@@ -55,7 +55,7 @@ def fuzz(target: Target, cases: range, seed: int = 0) -> Tally:
                 outcome = "right" if found == expected else "other values"
             except UserError:
                 outcome = "refused"
-            except (Exception, _Hang) as error:
+            except (Exception, Hang) as error:
                 outcome = "finding"
                 findings.append(f"case {case} ({kind}): {type(error).__name__}: {error}")
             unnoticed = target.checked and not kind.startswith("sealed")
@@ -160,7 +160,7 @@ _OTHER: dict[str, Callable[[Files, str, random.Random], bytes | None]] = {
 }
 
 
-class _Hang(BaseException):
+class Hang(BaseException):
     """A case took too long; no reader may swallow it."""
 
 
@@ -178,7 +178,7 @@ def limits(seconds: float = SECONDS, size: int = BYTES) -> Iterator[None]:
     """Inside, the process may take so many seconds, and so many bytes more than it has."""
 
     def late(*_: object) -> None:
-        raise _Hang(f"took more than {seconds} seconds")
+        raise Hang(f"took more than {seconds} seconds")
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localagg import config, objectives
-from localagg.cli.actions import COMMANDS
+from localagg.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

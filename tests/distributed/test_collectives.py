@@ -1,4 +1,4 @@
-"""Shares, and the collectives with threads for ranks; over gloo see test_sharded.py."""
+"""Shares, and the collectives with threads for ranks; tests/training covers gloo."""
 
 import ctypes
 import os
@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import in_threads
 
-from localagg.distributed.collectives import World, _calm_gloo, share
+from localagg.distributed.collectives import World, lower_gloo_priority, share
 
 sizes = st.integers(0, 23), st.integers(1, 5)
 
 
 @given(*sizes)
-def test_shares_are_ranges_in_order_that_differ_by_one_at_most(size, ranks):
+def test_shares_are_consecutive_ranges_whose_sizes_differ_by_one_at_most(size, ranks):
     parts = [share(size, rank, ranks) for rank in range(ranks)]
     assert [i for part in parts for i in part] == list(range(size))
     lengths = [len(part) for part in parts]
@@ -26,7 +26,7 @@ def test_shares_are_ranges_in_order_that_differ_by_one_at_most(size, ranks):
 
 
 @given(*sizes)
-def test_gather_joins_what_shares_have_split(size, ranks):
+def test_gather_concatenates_the_shares(size, ranks):
     whole = torch.arange(size * 3).view(size, 3)
 
     def call(world):
@@ -38,7 +38,7 @@ def test_gather_joins_what_shares_have_split(size, ranks):
 
 
 @given(*sizes)
-def test_scatter_sum_gives_each_its_share_of_the_sum(size, ranks):
+def test_scatter_sum_gives_each_rank_its_share_of_the_sum(size, ranks):
     terms = torch.randint(-9, 9, (ranks, size, 2))
     found = in_threads(ranks, lambda world: world.scatter_sum(terms[world.rank].clone()))
     assert torch.equal(torch.cat(found), terms.sum(dim=0))
@@ -51,34 +51,31 @@ def test_sum_maximum_and_stack():
             assert found.tolist() == expected
 
 
-def test_a_world_of_one_calls_nothing(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a collective was called")
-
-    for name in ("_all_reduce", "_all_gather", "_reduce_scatter"):
-        monkeypatch.setattr(World, name, refuse)
+def test_one_rank_calls_no_collective():
     world, rows = World.current(), torch.eye(3)
     assert (world.rank, world.size) == (0, 1)
     for found in (world.sum(rows), world.maximum(rows), world.stack(rows)[0]):
         assert torch.equal(found, torch.eye(3))
     assert torch.equal(world.gather(rows, 3), rows)
     assert torch.equal(world.scatter_sum(rows), rows)
+    assert world.gather_objects("a") == ["a"]
+    assert world.calls == 0
 
 
-def test_rows_that_are_not_the_share_are_refused():
-    with pytest.raises(ValueError, match="rank 0 of 1 has 2 of 3 rows, not its share of 3"):
+def test_rows_that_are_not_the_share_raise():
+    with pytest.raises(ValueError, match=r"rank 0 of 1 .* 2 of 3"):
         World().gather(torch.eye(2), 3)
 
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [(b"gloo_tcp_loop", os.SCHED_BATCH), (b"\xd0\xb9\xd0", os.SCHED_OTHER)],  # a name cut short
+    [(b"gloo_tcp_loop", os.SCHED_BATCH), (b"\xd0\xb9\xd0", os.SCHED_OTHER)],  # a cut letter
 )
-def test_gloos_waiting_thread_is_calmed_whatever_others_are_called(name, policy):
+def test_only_the_polling_thread_of_gloo_becomes_a_batch_task(name, policy):
     def named():
         set_name = 15
         ctypes.CDLL(None).prctl(set_name, name)
-        _calm_gloo()
+        lower_gloo_priority()
         return os.sched_getscheduler(threading.get_native_id())
 
     with ThreadPoolExecutor(1) as pool:

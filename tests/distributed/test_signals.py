@@ -11,38 +11,37 @@ from localagg.errors import Interrupted
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
-def test_a_signal_asks_once_and_the_second_does_what_it_did_before(number, status):
+def test_the_first_signal_requests_a_stop_and_the_second_acts_as_before(number, status):
     before = signal.getsignal(number)
-    with handle_stop_signals() as interrupt:
-        assert not interrupt.requested
+    with handle_stop_signals() as stop:
+        assert not stop.requested
         os.kill(os.getpid(), number)
-        assert interrupt.requested
+        assert stop.requested
         assert signal.getsignal(number) is before
-        stopped = interrupt.error("so far")
-        assert isinstance(stopped, Interrupted)
-        assert stopped.status == status
-        assert str(stopped) == "so far"
+        error = stop.error("so far")
+        assert isinstance(error, Interrupted)
+        assert (error.status, str(error)) == (status, "so far")
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_somebody_else_handles_stays_theirs():
-    heard = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+def test_a_signal_with_a_handler_keeps_it():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
     try:
-        with handle_stop_signals() as interrupt:
+        with handle_stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert heard == [1]
-            assert not interrupt.requested
+            assert received == [1]
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_outside_of_the_main_thread_nothing_is_asked():
+def test_outside_of_the_main_thread_no_signal_is_handled():
     found = []
 
     def run():
-        with handle_stop_signals() as interrupt:
-            found.append(interrupt.requested)
+        with handle_stop_signals() as stop:
+            found.append(stop.requested)
 
     thread = threading.Thread(target=run)
     thread.start()

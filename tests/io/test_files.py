@@ -1,29 +1,46 @@
+import os
+
 import pytest
 
-from localagg.io.files import atomic_write, sync_to_disk
+from localagg.io.files import atomic_write, write_synced
 
 
-def test_a_file_takes_its_place_when_the_block_has_ended(tmp_path):
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with atomic_write(path) as beside:
-        beside.write_text("new")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_failed_write_leaves_what_was_there_and_nothing_beside(tmp_path):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_keeps_the_old_file_and_removes_the_temporary_one(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
-    def fill():
-        with atomic_write(path) as beside:
-            beside.write_text("half")
-            raise OSError(28, "No space left on device")
+    def fail():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
 
-    with pytest.raises(OSError, match="No space"):
-        fill()
+    with pytest.raises(type(error)):
+        fail()
+    assert getattr(error, "filename", str(path)) == str(path)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    sync_to_disk(tmp_path)
+
+
+@pytest.mark.parametrize("window", [1, 7, 10, 1000])
+def test_bytes_are_synced_one_window_at_a_time(tmp_path, monkeypatch, window):
+    synced, fsync = [], os.fsync
+
+    def record(handle):
+        synced.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_synced(tmp_path / "x", [b"0123456", b"", memoryview(b"789")], window=window)
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+    assert synced == [*range(window, 11, window), 10]

@@ -3,11 +3,12 @@ import os
 import signal
 import time
 
+import filelock
 import pytest
+from expect import user_error
 
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
-from localagg.errors import UserError
 from localagg.io.run_lock import lock_run
 from localagg.recipes.builtin import recipe
 from localagg.training.loop import pretrain, resume
@@ -36,16 +37,16 @@ def kill(process):
     os.waitpid(process, 0)
 
 
-def test_a_run_that_is_being_written_is_refused_by_name(tmp_path):
+def test_the_error_names_the_process_that_holds_the_lock(tmp_path):
     config = override(recipe("digits").config, epochs=1, ir_epochs=1, device="cpu")
     checkpoint.begin_run(tmp_path / "run", config, {"data": "digits", **facts()})
     process, _ = holder(tmp_path / "run")
     try:
-        with pytest.raises(UserError, match=rf"Another process \({process} on .*run'; wait"):
+        with user_error("busy", f"{process} on", tmp_path / "run"):
             resume(tmp_path / "run")
         (tmp_path / "new").mkdir()
         other, _ = holder(tmp_path / "new")
-        with pytest.raises(UserError, match=rf"Another process \({other} on .*new'; wait"):
+        with user_error("busy", f"{other} on", tmp_path / "new"):
             pretrain(config, "digits", tmp_path / "new")
         kill(other)
     finally:
@@ -59,7 +60,7 @@ def facts():
     return {"fingerprint": source.fingerprint(), "size": len(source)}
 
 
-def test_the_lock_of_a_killed_process_holds_nothing_though_its_worker_lives(tmp_path):
+def test_a_killed_process_frees_its_lock_while_its_worker_lives(tmp_path):
     process, worker = holder(tmp_path, worker=True)
     kill(process)
     os.kill(worker, 0)  # it lives
@@ -70,7 +71,7 @@ def test_the_lock_of_a_killed_process_holds_nothing_though_its_worker_lives(tmp_
         os.kill(worker, signal.SIGKILL)
 
 
-def test_the_lock_ends_with_its_block_and_leaves_a_folder_that_is_new(tmp_path):
+def test_the_lock_ends_with_its_block_and_its_file_is_no_run(tmp_path):
     for _ in range(2):
         with lock_run(tmp_path / "run"):
             pass
@@ -78,5 +79,15 @@ def test_the_lock_ends_with_its_block_and_leaves_a_folder_that_is_new(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     checkpoint.check_new(tmp_path / "run")
     checkpoint.begin_run(tmp_path / "run", PretrainConfig(), {})
-    with pytest.raises(UserError, match="another run"):
+    with user_error("exists", tmp_path / "run"):
         checkpoint.check_new(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(95, "Not supported")])
+def test_a_file_system_without_locks_is_an_environment_error(tmp_path, monkeypatch, error):
+    def fail(lock):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with user_error("environment", tmp_path / "run"), lock_run(tmp_path / "run"):
+        pass

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from expect import user_error
 
 from localagg.config import override
-from localagg.recipes.builtin import RECIPES, recipe
+from localagg.recipes.builtin import RECIPES, readout_recipe, recipe
 from localagg.recipes.defaults import resolve_defaults
 from localagg.recipes.schedule import Schedule
 from localagg.training.learner import make_encoder
@@ -23,7 +24,7 @@ def test_a_recipe_fits_the_images_it_was_made_for(name):
     assert recipe(name).cost
 
 
-def test_la_modern_is_the_run_of_the_tables():
+def test_la_modern_has_the_options_of_the_published_tables():
     options = {"width": 16, "epochs": 38, "ir_epochs": 8, "drops": (35.0, 37.0)}
     options |= {"warm_clusters": True, "neighbors": 128, "instance_share": 0.5}
     assert recipe("la_modern").config == override(recipe("cifar10").config, **options)
@@ -35,3 +36,14 @@ def test_the_gpu_recipe_trains_the_network_of_the_published_figures():
     weights = sum(p.numel() for p in encoder.parameters())
     assert weights == pytest.approx(11.17e6 + 512 * 128 + 128, rel=1e-3)
     assert encoder.features(torch.zeros(1, 3, 32, 32), [4])["4"].shape == (1, 512 * 4 * 4)
+
+
+def test_an_unknown_name_raises_with_the_closest_one():
+    for find, name, closest in (
+        (recipe, "cifar01", "'cifar10'"),
+        (readout_recipe, "trans_res81_LA", "'trans_res18_LA'"),
+    ):
+        with user_error("option-unknown", name, closest):
+            find(name)
+    with user_error("option-invalid", "localagg transfer RUN"):
+        recipe("trans_res18_LA")

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
-from localagg.recipes.schedule import Schedule, images_seen
+from localagg.recipes.schedule import Schedule
 
 
 def schedule(images=1000, **options):
@@ -37,7 +37,7 @@ def test_one_batch_size_is_plain_epochs():
     ir_epochs=st.integers(0, 4),
     more=st.integers(0, 4),
 )
-def test_every_step_has_one_place(images, batch, ir_batch, ir_epochs, more):
+def test_every_step_has_one_position(images, batch, ir_batch, ir_epochs, more):
     s = schedule(
         images, batch_size=batch, ir_batch_size=ir_batch, ir_epochs=ir_epochs,
         epochs=max(1, ir_epochs + more),
@@ -47,7 +47,7 @@ def test_every_step_has_one_place(images, batch, ir_batch, ir_epochs, more):
     assert sum(not aggregating for _, _, aggregating in seen) == s.la_start
     for _, batch_number, aggregating in seen:
         assert 0 <= batch_number < (s.la_steps if aggregating else s.ir_steps)
-    assert images_seen(s) == s.la_start * ir_batch + (s.total_steps - s.la_start) * batch
+    assert s.images_seen == s.la_start * ir_batch + (s.total_steps - s.la_start) * batch
 
 
 def test_the_rate_drops_on_the_step_after_the_boundary():
@@ -58,14 +58,14 @@ def test_the_rate_drops_on_the_step_after_the_boundary():
     assert [s.learning_rate(step) for step in (7, 8, 59)] == pytest.approx([1, 0.1, 0.1])
 
 
-def test_a_cosine_takes_the_place_of_drops():
+def test_a_cosine_replaces_the_drops():
     s = schedule(learning_rate=2.0, rate_schedule="cosine")
     assert s.boundaries == []
     rates = [s.learning_rate(step) for step in (0, 15, 30, 45, 59)]
     assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0.00137], abs=1e-5)
 
 
-def test_clusters_are_made_when_la_starts_and_at_each_epoch():
+def test_the_bank_is_clustered_when_la_starts_and_at_each_epoch():
     s = schedule()
     asked = [step for step in range(s.total_steps) if s.should_cluster(step, has_labels=step > 20)]
     assert asked == [20, 30, 40, 50]

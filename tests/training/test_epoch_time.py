@@ -4,7 +4,7 @@ from expect import user_error
 from localagg.config import PretrainConfig, override
 from localagg.data.inspect.inspect_dataset import inspect
 from localagg.training import epoch_time as module
-from localagg.training.epoch_time import epoch_rows, epoch_time
+from localagg.training.epoch_time import epoch_time, epoch_time_rows
 
 CONFIG = override(
     PretrainConfig(),
@@ -35,7 +35,7 @@ def test_reading_counts_only_where_images_are_read(pictures):
     assert found["ir_epoch"] == found["read"] + found["ir"]
     assert found["la_epoch"] == found["read"] + found["la"]
     assert (found["images"], found["batch"], found["network"]) == (48, 8, "resnet18_small")
-    told = dict(epoch_rows(found))
+    told = dict(epoch_time_rows(found))
     assert told["learning"] == "resnet18_small, batch 8, views of 16 pixels, on cpu"
     assert "workers" in told["reading"]
 
@@ -44,7 +44,7 @@ def test_images_held_in_memory_are_not_read():
     facts = inspect("digits")["splits"]["train"]
     found = epoch_time(CONFIG, "digits", facts)
     assert (found["held"], found["read"]) == (True, 0)
-    assert dict(epoch_rows(found))["reading"] == "held in memory"
+    assert dict(epoch_time_rows(found))["reading"] == "held in memory"
     never = epoch_time(override(CONFIG, memory="never"), "digits", facts)
     assert never["read"] > 0
     tight = epoch_time(override(CONFIG, memory_gb=1e-6), "digits", facts)
@@ -64,5 +64,5 @@ def test_an_epoch_is_as_long_as_its_images_are_many(monkeypatch):
 
 def test_what_cannot_be_run_cannot_be_timed():
     facts = inspect("digits")["splits"]["train"]
-    with user_error("option-conflict", "2,000", "1,400"):
+    with user_error("option-invalid", "--batch-size 2,000", "1,400 images"):
         epoch_time(override(CONFIG, batch_size=2000), "digits", facts)

@@ -1,75 +1,214 @@
-"""Command-line words to options, by tyro, with each mistake told in one sentence."""
+"""Parse the words of a command into its options dataclass, by argparse.
 
-import contextlib
+A field is an option, ``dry_run`` for ``--dry-run``; :func:`positional` makes it an argument without
+a name. The fields of a nested configuration are options too, shown in groups of their own; those
+that are typed override the ``base`` configuration of the command. A text below a field is its help.
+"""
+
+import argparse
+import ast
 import dataclasses
-import io
+import inspect
 import itertools
-import re
-from typing import TypeVar
+import textwrap
+import types
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-import tyro
-
-from ..config import flag, option_names
+from ..config import (
+    EncoderConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    TransferConfig,
+    ViewConfig,
+    flag,
+    override,
+)
 from ..errors import UserError, suggest
 
 T = TypeVar("T")
+_GROUPS = {
+    PretrainConfig: "training",
+    TransferConfig: "read-outs",
+    EncoderConfig: "network",
+    ViewConfig: "views",
+    ObjectiveConfig: "neighbors and clusters",
+}
 
 
-def parse(
-    kind: type[T], command: str, words: list[str], default: T | None = None
-) -> tuple[T, set[str]]:
-    """The options of a command, and the names of those that stood on the command line.
+def positional(name: str, **options: Any) -> Any:
+    """Return a dataclass field that is given by its position; help shows it as ``name``."""
+    return dataclasses.field(metadata={"positional": name}, **options)
+
+
+def internal(default: Any) -> Any:
+    """Return a dataclass field that is no option: ``words`` or ``typed``, set by :func:`parse`."""
+    return dataclasses.field(default=default, metadata={"internal": True})
+
+
+def parse(kind: type[T], command: str, words: list[str]) -> T:
+    """Return the options of a command.
+
+    Args:
+        kind: options dataclass of the command. If it has a field ``options``, it has a static
+            method ``base``, which returns that configuration for the typed values.
+        command: its name, for messages.
+        words: words after the command. Options may be spelled with underscores.
+
+    Returns:
+        An instance of ``kind``. Its field ``typed``, if any, holds the names of the configuration
+        options among the words; its field ``words`` holds the words.
 
     Raises:
-        UserError: an unknown option (the nearest is suggested), or a value that does not fit.
+        UserError: an unknown option, an invalid value, or a missing argument.
         SystemExit: after ``--help``, with status 0.
     """
-    names = option_names(default) if default is not None else _fields(kind)
-    known = {flag(name): name for name in names}
-    typed = set()
-    for word in words:
-        spelled = word.split("=")[0].replace("_", "-")
-        if not spelled.startswith("--") or spelled == "--help":
-            continue
-        name = known.get(spelled) or known.get(spelled.replace("--no-", "--", 1))
-        if name is None:
-            raise UserError(
-                "TODO", f"localagg {command} has no option '{spelled}'.{suggest(spelled, known)}"
-            )
-        typed.add(name)
-    asked_help = "-h" in words or "--help" in words
-    said = io.StringIO()
-    try:
-        with contextlib.nullcontext() if asked_help else contextlib.redirect_stderr(said):
-            options = tyro.cli(
-                kind,
-                prog=f"localagg {command}",
-                args=words,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit:
-        if asked_help:
-            raise
+    prog = f"localagg {command}"
+    parser = _parser(kind, prog)
+    spelled = [_with_hyphens(word) for word in words]
+    found, rest = parser.parse_known_intermixed_args(spelled)
+    values = vars(found)
+    if rest:
+        unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+        hint = suggest(unknown, parser.flags)
+        raise UserError("option-unknown", f"{prog} has no option or argument '{unknown}'.{hint}")
+    wants_help = values.pop("help", False)
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = None if value == [None] else tuple(value)
+    own = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    typed = {name: value for name, value in values.items() if name not in own}
+    options = {name: value for name, value in values.items() if name in own}
+    if hasattr(kind, "base"):
+        options["options"] = kind.base(options)  # type: ignore[attr-defined]
+        if not wants_help:
+            options["options"] = override(options["options"], **typed)
+        options |= {"typed": frozenset(typed), "words": tuple(words)}
+    if wants_help:
+        print(_parser(kind, prog, options.get("options")).format_help(), end="")
+        raise SystemExit(0)
+    missing = [shown for name, shown in parser.required.items() if name not in options]
+    if missing:
         raise UserError(
-            "TODO", f"{_sentence(said.getvalue())} See localagg {command} --help."
-        ) from None
-    return options, typed
+            "option-missing", f"{prog} needs {' and '.join(missing)}; see {prog} --help."
+        )
+    return kind(**{name: value for name, value in options.items() if name in own})
 
 
-def _fields(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, about: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=about,
+            epilog="Values in brackets hold if the option is not given. None: the default.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self.flags: list[str] = ["--help"]
+        self.required: dict[str, str] = {}  # name of the field: text for the message
+        self.add_argument("-h", "--help", action="store_true", help="show this help")
+
+    def error(self, message: str) -> NoReturn:
+        text = message.removeprefix("argument ")
+        raise UserError("option-invalid", f"{text.rstrip('.')}; see {self.prog} --help.")
 
 
-_FRAME = re.compile("[│╭╮╰╯─]|-{3,}")  # what tyro draws around and between
+def _parser(kind: type, prog: str, config: Any = None) -> _Parser:
+    """The parser of a command; its help shows the values of ``config``."""
+    parser = _Parser(prog, inspect.cleandoc(kind.__doc__ or ""))
+    nested: list[tuple[type, Any]] = []
+    _add_options(parser, parser, kind, None, nested)
+    if nested:
+        nested = [(nested[0][0], config)]
+    shown = [
+        f.metadata["positional"] for f in dataclasses.fields(kind) if "positional" in f.metadata
+    ]
+    parser.usage = " ".join([prog, "[OPTIONS]", *shown])
+    while nested:
+        inner, values = nested.pop(0)
+        group = parser.add_argument_group(_GROUPS[inner], inner.__doc__)
+        _add_options(parser, group, inner, values, nested)
+    return parser
 
 
-def _sentence(box: str) -> str:
-    """The first paragraph under the title of tyro's error box."""
-    _, *lines = box.strip().splitlines()
-    plain = [_FRAME.sub(" ", line).strip() for line in lines]
-    while plain and not plain[0]:
-        plain.pop(0)
-    paragraph = itertools.takewhile(bool, plain)
-    sentence = " ".join(" ".join(paragraph).split())
-    return sentence if sentence.endswith(".") else sentence + "."
+def _add_options(
+    parser: _Parser, group: Any, kind: type, values: Any, nested: list[tuple[type, Any]]
+) -> None:
+    """Add the fields of a dataclass to a group, and collect its nested dataclasses."""
+    helps = _field_helps(kind)
+    for f in dataclasses.fields(kind):
+        if f.metadata.get("internal"):
+            continue
+        if dataclasses.is_dataclass(f.type):
+            nested.append((f.type, getattr(values, f.name, None)))  # type: ignore[arg-type]
+            continue
+        value = f.default if values is None else getattr(values, f.name)
+        text = helps[f.name] + _shown(value)
+        arguments = {**_argument_type(f.type), "help": text.replace("%", "%%")}
+        name = f.metadata.get("positional")
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required:
+            parser.required[f.name] = name or flag(f.name)
+        if name:
+            arguments |= {"metavar": name, "nargs": arguments.get("nargs", "?")}
+            group.add_argument(f.name, **arguments)
+        else:
+            parser.flags.append(flag(f.name))
+            group.add_argument(flag(f.name), dest=f.name, **arguments)
+
+
+def _argument_type(kind: Any) -> dict[str, Any]:
+    """Keywords of ``add_argument`` for a type such as ``int | None`` or ``tuple[float, ...]``."""
+    optional = get_origin(kind) is types.UnionType
+    if optional:
+        kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    arms = get_args(kind)
+    if get_origin(kind) is Literal:
+        names = [str(arm) for arm in arms]
+        convert = dict(zip(names, arms, strict=True)).get
+        return {"type": lambda word: convert(word, word), "choices": arms}
+    if get_origin(kind) is tuple:
+        nargs = "*" if arms[-1] is ... else len(arms)
+        return {**_argument_type(arms[0] | None if optional else arms[0]), "nargs": nargs}
+    convert = _or_none(kind) if optional else kind
+    return {"type": convert, "metavar": kind.__name__.upper()}
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(word: str) -> Any:
+        return None if word == "None" else kind(word)
+
+    convert.__name__ = getattr(kind, "__name__", "")  # argparse names it in messages
+    return convert
+
+
+def _with_hyphens(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+def _shown(value: Any) -> str:
+    """The value of an option behind its help."""
+    if value is None or value is False or value is dataclasses.MISSING or value == ():
+        return ""
+    parts = value if isinstance(value, tuple) else (value,)
+    return f" [{' '.join(f'{p:.4g}' if isinstance(p, float) else str(p) for p in parts)}]"
+
+
+def _field_helps(kind: type) -> dict[str, str]:
+    """{field: the text below it in the source}."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    helps: dict[str, str] = {}
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(words))),
+            ):
+                helps[name] = " ".join(words.split())
+    return helps

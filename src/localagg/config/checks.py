@@ -1,32 +1,56 @@
-"""Range checks that the option dataclasses share."""
+"""Range checks that the option dataclasses share. None passes: the option is derived later."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Literal, get_args, get_origin
 
 from ..errors import UserError
 from .fields import flag
 
 
 def join_words(values: Iterable[object]) -> str:
+    """Return the values as on a command line."""
     return " ".join(str(value) for value in values)
 
 
+def check_choices(config: object) -> None:
+    """Raise a UserError if a field of a Literal type has another value."""
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        choices, value = get_args(f.type), getattr(config, f.name)
+        if get_origin(f.type) is Literal and value not in choices:
+            raise _invalid(f.name, value, f"choose from {', '.join(map(str, choices))}")
+
+
 def check_at_least(config: object, low: int, *names: str) -> None:
+    """Raise a UserError if one of these fields, or one of its numbers, is below ``low``."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise UserError("TODO", f"{flag(name)} is {value}; it must be at least {low}.")
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(number >= low for number in numbers):
+            raise _invalid(name, value, f"it must be at least {low}")
 
 
 def check_positive(config: object, *names: str) -> None:
+    """Raise a UserError if one of these fields is not finite and above 0."""
     for name in names:
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise UserError("TODO", f"{flag(name)} is {value}; it must be above 0.")
+        if not 0 < (value := getattr(config, name)) < math.inf:
+            raise _invalid(name, value, "it must be above 0")
 
 
-def check_probability(config: object, *names: str) -> None:
+def check_share(config: object, *names: str) -> None:
+    """Raise a UserError if one of these fields is outside of [0, 1]."""
     for name in names:
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            raise UserError("TODO", f"{flag(name)} is {value}; it must be in 0-1.")
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise _invalid(name, value, "it must be from 0 to 1")
+
+
+def check(valid: bool, config: object, name: str, rule: str) -> None:
+    """Raise a UserError that states the rule, unless ``valid``."""
+    if not valid:
+        raise _invalid(name, getattr(config, name), rule)
+
+
+def _invalid(name: str, value: object, rule: str) -> UserError:
+    shown = join_words(value) if isinstance(value, tuple) else value
+    return UserError("option-invalid", f"{flag(name)} is {shown}; {rule}.")

@@ -13,12 +13,12 @@ REMOVED = {"nvjpeg": False, "recluster_delay": 0}
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
+    """Return the command-line spelling of a field: ``batch_size`` -> ``--batch-size``."""
     return "--" + name.replace("_", "-")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values, nested as its dataclasses are."""
+    """Return a configuration as plain JSON values, nested as its dataclasses are."""
     return dataclasses.asdict(config)
 
 
@@ -34,9 +34,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
         if name in REMOVED and name not in fields and value == REMOVED[name]:
             continue
         if name not in fields:
-            raise UserError(
-                "TODO", f"'{name}' is not an option of this version.{suggest(name, fields)}"
-            )
+            hint = suggest(name, fields)
+            raise UserError("option-unknown", f"'{name}' is no option of this version.{hint}")
         nested = fields[name].type
         if dataclasses.is_dataclass(nested) and isinstance(value, dict):
             value = from_dict(nested, value)  # type: ignore[arg-type]
@@ -45,9 +44,9 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def override(config: T, **options: Any) -> T:
-    """A copy with options replaced by name, wherever in the nesting they are.
+    """Return a copy with options replaced by name at any level of the nesting.
 
-    ``override(config, epochs=3, flip=0.0)``.
+    Example: ``override(config, epochs=3, flip=0.0)``.
 
     Raises:
         UserError: an unknown name (the nearest is suggested), or a value out of range.
@@ -56,7 +55,7 @@ def override(config: T, **options: Any) -> T:
     tree = to_dict(config)
     for name, value in options.items():
         if name not in flat:
-            raise UserError("TODO", f"There is no option '{name}'.{suggest(name, flat)}")
+            raise UserError("option-unknown", f"There is no option '{name}'.{suggest(name, flat)}")
         *outer, last = flat[name]
         branch = tree
         for step in outer:
@@ -66,19 +65,19 @@ def override(config: T, **options: Any) -> T:
 
 
 def require_resolved(value: T | None) -> T:
-    """An option that ``sizing.resolve`` has derived where it was None."""
+    """Return an option that ``resolve_defaults`` has derived, with the type that it then has."""
     if value is None:
-        raise ValueError("this configuration was not resolved")
+        raise ValueError("not resolved: pass the configuration to resolve_defaults first")
     return value
 
 
 def option_names(config: Any) -> list[str]:
-    """The names of all options of a configuration, of the nested ones too."""
+    """Return the names of all options of a configuration, nested ones included."""
     return [name for _, name in _paths(config)]
 
 
 def option_value(config: Any, name: str) -> Any:
-    """The value of an option, wherever in the nesting it is."""
+    """Return the value of an option at any level of the nesting."""
     path = next(path for path, leaf in _paths(config) if leaf == name)
     for step in path:
         config = getattr(config, step)

@@ -1,8 +1,8 @@
-"""The few collectives in use, over ``torch.distributed``. On one rank none is called.
+"""The collectives of a job over ``torch.distributed``. One rank alone calls none.
 
-A job has R ranks. Whatever is split over them (rows of the bank, samples of a batch) is split by
-:func:`share`: contiguous ranges in the order of the ranks, whose sizes differ by one at most. So
-every rank knows every other's part, and nothing about sizes goes over the wire.
+A job has R ranks. Rows of the bank and samples of a batch are split by :func:`share`: contiguous
+ranges in the order of the ranks, whose sizes differ by at most one. So every rank can compute the
+range of every other, and no sizes are exchanged.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renames the two that take one tensor for all ranks, and warns of their old names.
+# torch 2.14 renames the two and warns about their old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -24,49 +24,42 @@ T = TypeVar("T")
 
 
 class CollectiveError(RuntimeError):
-    """A collective has failed: another rank has ended, hangs, or cannot be reached."""
+    """A collective failed: another rank has ended, hangs, or cannot be reached."""
 
 
 def share(size: int, rank: int, ranks: int) -> range:
-    """The part of 0..size-1 that a rank has: the first ``size % ranks`` ranks have one more.
-
-    Args:
-        size: what is split; fewer than ranks leaves the last ranks with nothing.
-        rank: 0..ranks-1.
-        ranks: R.
-    """
+    """Return the part of 0..size-1 that a rank has; the first ``size % ranks`` have one more."""
     each, more = divmod(size, ranks)
     start = rank * each + min(rank, more)
     return range(start, start + each + (rank < more))
 
 
-def _calm_gloo() -> None:
-    """Let gloo's thread that waits for messages take no core from another one that runs.
+def lower_gloo_priority() -> None:
+    """Schedule gloo's polling thread as a batch task, so that it preempts no other thread.
 
-    While one of gloo's threads holds a connection's lock, that one asks for events again and again;
-    where it also has the other's core, both wait for the scheduler's next tick. Among busy cores a
-    collective of 32 KB took 3.3 ms in the mean, and takes 0.26 so (two processes, Linux 6.18).
+    While another gloo thread holds a connection's lock, the polling thread retries without pause.
+    If it also preempts that thread, both wait for the scheduler's next tick. A collective of 32 KB
+    among busy cores took 3.3 ms on average before and 0.26 ms after (two processes, Linux 6.18).
     """
-    for name in Path("/proc/self/task").glob("*/comm"):  # Linux; elsewhere there is none
+    for name in Path("/proc/self/task").glob("*/comm"):  # only on Linux
         with contextlib.suppress(OSError):  # the thread has just ended
-            if name.read_bytes() == b"gloo_tcp_loop\n":  # a name need not be text
+            if name.read_bytes() == b"gloo_tcp_loop\n":  # other names need not be text
                 os.sched_setscheduler(int(name.parent.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 class World:
-    """The ranks of a job, and what they tell one another. Each method is one collective that all
-    ranks call in the same order with tensors of the same shape and dtype; all get the same bits.
+    """The ranks of a job and their collectives.
+
+    All ranks call each method in the same order, with tensors of equal shape and dtype, and get
+    identical bits. Each method raises :class:`CollectiveError` if the collective fails.
 
     Args:
-        rank: of this process.
-        size: R. With 1 every method returns its argument.
-        local: of this process among those of its machine, by which it has its GPU.
+        rank: this process, 0..R-1.
+        size: R. With 1, every method returns its argument.
+        local_rank: this process among those of its machine; selects the GPU.
 
     Attributes:
-        calls: collectives that were begun, by which a rank that lags behind the others is found.
-
-    Raises:
-        CollectiveError: of each method, where a collective fails.
+        calls: number of collectives begun; shows which rank lags behind.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -74,30 +67,30 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """The default process group of ``torch.distributed``; one rank where there is none."""
+        """Return the default process group of ``torch.distributed``, or one rank without it."""
         if not dist.is_initialized():
             return cls()
-        local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
-        return cls(dist.get_rank(), dist.get_world_size(), local)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank)
 
     def part(self, size: int) -> range:
-        """This rank's :func:`share` of 0..size-1."""
+        """Return this rank's :func:`share` of 0..size-1."""
         return share(size, self.rank, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place. One all-reduce of the tensor."""
+        """Sum over ranks, in place. One all-reduce of the tensor."""
         if self.size > 1:
             self._all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The maximum over ranks, in place. One all-reduce of the tensor."""
+        """Take the maximum over ranks, in place. One all-reduce of the tensor."""
         if self.size > 1:
             self._all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def stack(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks, [R, ...]. One all-gather of the tensor."""
+        """Stack the tensors of all ranks to [R, ...]. One all-gather of the tensor."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         out = tensor.new_empty(self.size * tensor.numel())
@@ -105,16 +98,12 @@ class World:
         return out.view(self.size, *tensor.shape)
 
     def gather(self, rows: Tensor, total: int) -> Tensor:
-        """The shares of all ranks as one, [total, ...].
+        """Concatenate the shares of all ranks to [total, ...].
 
         One all-gather of ceil(total / R) rows a rank.
 
-        Args:
-            rows: this rank's :func:`share` of them.
-            total: rows of all ranks together.
-
         Raises:
-            ValueError: another number of rows than the share.
+            ValueError: ``rows`` is not this rank's :func:`share` of ``total`` rows.
         """
         if len(rows) != len(self.part(total)):
             raise ValueError(
@@ -123,44 +112,38 @@ class World:
             )
         if self.size == 1:
             return rows
-        longest = len(share(total, 0, self.size))
-        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded = rows.new_zeros(len(share(total, 0, self.size)), *rows.shape[1:])
         padded[: len(rows)] = rows
-        return self.stack(padded).flatten(0, 1)[self._places(total, rows.device)]
+        return self.stack(padded).flatten(0, 1)[self._padded_positions(total, rows.device)]
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
-        """This rank's :func:`share` of the rows of the sum over ranks.
+        """Return this rank's :func:`share` of the sum over ranks of ``rows`` [total, ...].
 
         One reduce-scatter of ceil(total / R) rows a rank.
-
-        Args:
-            rows: [total, ...].
         """
         if self.size == 1:
             return rows
-        part = self.part(len(rows))
         longest = len(share(len(rows), 0, self.size))
         padded = rows.new_zeros(self.size * longest, *rows.shape[1:])
-        padded[self._places(len(rows), rows.device)] = rows
+        padded[self._padded_positions(len(rows), rows.device)] = rows
         out = rows.new_empty(longest, *rows.shape[1:])
         self._reduce_scatter(out, padded)
-        return out[: len(part)]
+        return out[: len(self.part(len(rows)))]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The Python values of all ranks: a few small ones, now and then. They are pickled."""
+        """Return the Python values of all ranks. They are pickled: use for few, small values."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        self._call(dist.all_gather_object, found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, values, value)
+        return values
 
     def barrier(self) -> None:
-        """Wait until all ranks are here. One all-reduce of a number."""
+        """Wait for all ranks. One all-reduce of a number."""
         self.sum(torch.zeros(1))
 
     def rank_zero_first(self, call: Callable[[], T]) -> T:
-        """What a call returns, which rank 0 makes before the others: it may leave a file that they
-        find then. One barrier."""
+        """Run ``call`` on rank 0 first; the others then find the files it wrote. One barrier."""
         if self.rank:
             self.barrier()
             return call()
@@ -169,16 +152,16 @@ class World:
         finally:
             self.barrier()
 
-    def _places(self, total: int, device: torch.device) -> Tensor | slice:
-        """Where the rows stand when each rank's share is padded to the longest: [total]."""
+    def _padded_positions(self, total: int, device: torch.device) -> Tensor | slice:
+        """Return the positions [total] of the rows when each share is padded to the longest."""
         each, more = divmod(total, self.size)
         if not more:
             return slice(None)
         row = torch.arange(total, device=device)
-        beyond = (row - more * (each + 1)).clamp(min=0)  # how far into the shorter shares
+        beyond = (row - more * (each + 1)).clamp(min=0)  # row number within the shorter shares
         return row + (beyond.div(each, rounding_mode="floor") if each else 0)
 
-    # --- What torch.distributed does; a test puts threads in its place ---
+    # The three calls of torch.distributed on tensors; tests replace them by threads.
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         self._call(dist.all_reduce, tensor, operation)
@@ -189,11 +172,11 @@ class World:
     def _reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
         self._call(_reduce_scatter, out, tensor)
 
-    def _call(self, collective: Callable[..., Any], *tensors: Any) -> None:
+    def _call(self, collective: Callable[..., Any], *arguments: Any) -> None:
         self.calls += 1
         try:
-            collective(*tensors)
+            collective(*arguments)
         except RuntimeError as error:
             raise CollectiveError(str(error)) from error
-        if self.calls == 1:  # now its threads have their names
-            _calm_gloo()
+        if self.calls == 1:  # gloo's threads exist and are named from now on
+            lower_gloo_priority()

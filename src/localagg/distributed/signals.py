@@ -1,9 +1,8 @@
-"""Ctrl-C and preemption: a loop stops after its step, saves, and its process says so when it ends.
+"""Stop a training loop on Ctrl-C or preemption: it ends its step, saves, and exits with a status.
 
 Exit status: 130 after Ctrl-C; 75 (``EX_TEMPFAIL`` of sysexits.h: try again later) after SIGTERM or
-SIGUSR1, with which schedulers announce that they will take the machine away. A process that such a
-signal ends before its first step, or a second one at once, has the shell's 143 or 138. Runs go on
-after each of them.
+SIGUSR1, by which schedulers announce preemption. Before the first step, or on a second signal, the
+process ends at once with the shell's 143 or 138. Runs can be resumed after each of them.
 """
 
 import signal
@@ -14,48 +13,45 @@ from types import FrameType
 from ..errors import Interrupted
 from ..io.console import notify
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
-_OWN = (signal.SIG_DFL, signal.default_int_handler)
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
 class StopRequest:
-    """Whether the loop has been asked to stop."""
+    """Whether a signal has requested the loop to stop, and the exit status that follows."""
 
     requested = False
     status = 0
-    """The exit status, once asked."""
 
     def error(self, message: str) -> Interrupted:
-        """The exception that ends the loop once it has saved."""
+        """Return the exception that ends the loop after it has saved."""
         return Interrupted(message, status=self.status)
 
 
 @contextmanager
 def handle_stop_signals() -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the loop to stop after its step; a second one of the same
-    kind does what it did before.
+    """Turn the first SIGINT, SIGTERM and SIGUSR1 into a stop request; a second one acts as before.
 
-    A signal that somebody else handles already (submitit takes SIGTERM and SIGUSR2, for example) is
-    left to them. Outside of the main thread no signal can be handled, so nothing is ever asked.
+    A signal that already has a handler keeps it (submitit handles SIGTERM and SIGUSR2, for
+    example). Outside of the main thread no signal is handled.
     """
-    interrupt = StopRequest()
-    before = {number: signal.getsignal(number) for number in STATUS}
+    stop = StopRequest()
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    previous = {n: signal.getsignal(n) for n in EXIT_STATUS if signal.getsignal(n) in defaults}
 
-    def ask(number: int, _: FrameType | None) -> None:
-        interrupt.requested = True
-        interrupt.status = interrupt.status or STATUS[signal.Signals(number)]
-        signal.signal(number, before[signal.Signals(number)])
-        notify("Stopping after this step (once more: at once, losing what is not saved).")
+    def request(number: int, _: FrameType | None) -> None:
+        stop.requested = True
+        stop.status = stop.status or EXIT_STATUS[signal.Signals(number)]
+        signal.signal(number, previous[signal.Signals(number)])
+        notify("Stopping after this step. A second signal stops at once and loses unsaved steps.")
 
-    taken = [number for number in STATUS if before[number] in _OWN]
     try:
-        for number in taken:
-            signal.signal(number, ask)
-    except ValueError:  # not the main thread
-        yield interrupt
+        for number in previous:
+            signal.signal(number, request)
+    except ValueError:  # not in the main thread
+        yield stop
         return
     try:
-        yield interrupt
+        yield stop
     finally:
-        for number in taken:
-            signal.signal(number, before[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)

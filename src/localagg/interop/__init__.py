@@ -1,4 +1,4 @@
-"""Weights in from the reference program and from its PyTorch port."""
+"""Import weights of the reference program and of its PyTorch port."""
 
 from .tf_checkpoint import open_tf_checkpoint
 from .tf_variables import LoadReport, load_tf_checkpoint

@@ -1,4 +1,4 @@
-"""A checkpoint of the reference, or of its PyTorch port, as one of our weights files."""
+"""Convert a checkpoint of the reference program, or of its PyTorch port, to a weights file."""
 
 import warnings
 from pathlib import Path
@@ -11,12 +11,13 @@ from ..checkpoint import save_weights
 from ..config import ViewConfig
 from ..errors import UserError, suggest
 from ..io.files import atomic_write
-from ..models import Encoder, create_encoder
+from ..models import create_encoder
+from . import tf_variables, torch_port
 from .tf_checkpoint import open_tf_checkpoint
-from .tf_variables import NETWORKS, LoadReport, load_variables
-from .torch_port import load_torch_port, read_torch_port
+from .tf_variables import load_tf_checkpoint
+from .torch_port import load_torch_port
 
-# How the reference shows an image that it measures (resnet_validate).
+# The reference's view of an image for validation (resnet_validate).
 REFERENCE_VIEWS = ViewConfig(image_size=224, eval_crop=0.875, augmentation="reference")
 
 
@@ -26,78 +27,67 @@ def import_weights(
     """Write the weights of a checkpoint as a safetensors file that every command takes.
 
     Args:
-        prefix: what ``open_tf_checkpoint`` takes, or the PyTorch port's ``checkpoint.pth.tar``.
+        prefix: see ``open_tf_checkpoint``, or a ``.pth.tar``, ``.pth`` or ``.pt`` file of the port.
         model: the network of the checkpoint.
-        out: the file to write; it appears when it is whole.
-        bank: also write the memory bank here: ``rows`` [N, D], and what there is of ``labels``
-            [N] and ``clusters`` [H, N].
+        out: the file to write; it appears when complete.
+        bank: also write the memory bank to this file: ``rows`` [N, D], and if the checkpoint has
+            them ``labels`` [N] and ``clusters`` [H, N].
 
     Returns:
         {"matched", "left", "missing": names, "global_step", "rows" of the bank or None, "model",
         "out", "from"}.
 
     Raises:
-        UserError: not such a checkpoint, another network, or a file that cannot be written.
+        UserError: not a complete checkpoint of this network, or a file that cannot be written.
     """
     for option, file in (("--out", out), ("--bank", bank)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise UserError("TODO", f"{option} {file} is not a file in an existing folder.")
-    port = prefix.endswith((".pth.tar", ".pth", ".pt"))
-    known = _PORT if port else NETWORKS
-    if model not in known:
+            raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
+    is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
+    networks = (torch_port if is_port else tf_variables).NETWORKS
+    if model not in networks:
         raise UserError(
-            "TODO",
-            f"{'The PyTorch port' if port else 'The reference'} has no network '{model}'; --model"
-            f" is one of {', '.join(known)}.{suggest(model, known)}",
+            "option-unknown",
+            f"{'The PyTorch port' if is_port else 'The reference'} has no network '{model}';"
+            f" --model is one of {', '.join(networks)}.{suggest(model, networks)}",
         )
     encoder = create_encoder(model, seed=0)
+    memory = None if bank is None else MemoryBank(*_bank_shape(prefix, is_port))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing variables are refused below
-        report, rows = (_from_port if port else _from_tf)(prefix, encoder, bank is not None)
+        warnings.simplefilter("ignore")  # missing variables raise below
+        report = (load_torch_port if is_port else load_tf_checkpoint)(prefix, encoder, memory)
     if report.missing:
         raise UserError(
-            "TODO",
-            f"'{prefix}' lacks {len(report.missing)} variables of {model},"
-            f" {report.missing[0]} the first; it is not a whole checkpoint of it.",
+            "mismatch",
+            f"'{prefix}' lacks {len(report.missing)} variables of {model}, {report.missing[0]} the"
+            " first; name a complete checkpoint.",
         )
-    with atomic_write(out) as beside:
-        save_weights(beside, encoder, REFERENCE_VIEWS)
-    if bank is not None and rows is not None:
-        parts = {"rows": rows.rows, "labels": report.labels, "clusters": report.cluster_labels}
-        tensors = {name: t.contiguous() for name, t in parts.items() if t is not None}
-        with atomic_write(bank) as beside:
-            save_file(tensors, beside)
+    with atomic_write(out) as temporary:
+        save_weights(temporary, encoder, REFERENCE_VIEWS)
+    if bank is not None and memory is not None:
+        parts = {"rows": memory.rows, "labels": report.labels, "clusters": report.cluster_labels}
+        with atomic_write(bank) as temporary:
+            save_file({k: v.contiguous() for k, v in parts.items() if v is not None}, temporary)
     return {
         "matched": list(report.matched),
         "left": list(report.left),
         "missing": list(report.missing),
         "global_step": report.global_step,
-        "rows": None if rows is None else len(rows),
+        "rows": None if memory is None else len(memory),
         "model": model,
         "out": str(out),
         "from": prefix,
     }
 
 
-_PORT = ("preact_resnet18", "resnet18", "resnet50")
-
-
-def _from_tf(prefix: str, encoder: Encoder, bank: bool) -> tuple[LoadReport, MemoryBank | None]:
-    with open_tf_checkpoint(prefix) as checkpoint:
-        stored = next((n for n in checkpoint.names if n.endswith("instance/memory_bank")), None)
-        rows: MemoryBank | None = None
-        if bank:
-            if stored is None:
-                raise UserError("TODO", f"'{prefix}' holds no memory bank; leave out --bank.")
-            rows = MemoryBank(*checkpoint.shape(stored))
-        return load_variables(checkpoint, encoder, rows, where=f"'{prefix}'"), rows
-
-
-def _from_port(prefix: str, encoder: Encoder, bank: bool) -> tuple[LoadReport, MemoryBank | None]:
-    rows: MemoryBank | None = None
-    if bank:
-        stored = read_torch_port(prefix).get("memory_bank")
-        if stored is None:
-            raise UserError("TODO", f"'{prefix}' holds no memory bank; leave out --bank.")
-        rows = MemoryBank(*stored.shape)
-    return load_torch_port(prefix, encoder, rows), rows
+def _bank_shape(prefix: str, is_port: bool) -> tuple[int, ...]:
+    if is_port:
+        rows = torch_port.read_torch_port(prefix).get("memory_bank")
+        shape = None if rows is None else tuple(rows.shape)
+    else:
+        with open_tf_checkpoint(prefix) as checkpoint:
+            names = [name for name in checkpoint.names if name.endswith("instance/memory_bank")]
+            shape = checkpoint.shape(names[0]) if names else None
+    if shape is None or len(shape) != 2:
+        raise UserError("not-found", f"'{prefix}' holds no memory bank; omit --bank.")
+    return shape

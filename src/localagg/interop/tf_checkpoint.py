@@ -1,32 +1,38 @@
-"""Reads TensorFlow's V2 checkpoints without TensorFlow.
+"""Read TensorFlow's V2 checkpoints without TensorFlow.
 
 A checkpoint ``PREFIX`` is ``PREFIX.index`` and ``PREFIX.data-I-of-N``. The index is a LevelDB table
 (sorted, prefix-compressed keys in checksummed blocks). Its first key, the empty one, holds a
-BundleHeaderProto, every other key is the name of a variable and holds a BundleEntryProto: data
-type, shape, and where in which data file its bytes lie, little-endian, with their checksum.
-(TensorFlow's tensor_bundle.proto and table format; LevelDB's doc/table_format.md.)
+BundleHeaderProto. Every other key is a variable's name and holds a BundleEntryProto: data type,
+shape, data file, and the offset, size and checksum of its little-endian bytes. (TensorFlow's
+tensor_bundle.proto and table format; LevelDB's doc/table_format.md.)
 
-Nothing that a file claims is trusted: every length is held against what is there before anything
-is allocated, and a false one is a :class:`UserError`.
+No claim of a file is trusted: each length is checked against the available bytes before anything
+is allocated, and a wrong one raises :class:`UserError`.
 """
 
+import contextlib
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
+from google.protobuf import message_factory, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import DecodeError, Message
 
 from ..errors import UserError, suggest
 from ..io.crc32c import masked_crc32c
-from .leveldb_table import DamagedIndex, fields, read_table
+from .leveldb_table import DamagedIndex, read_table
 from .tf_checkpoint_files import MOST_INDEX_BYTES, find_prefix, index_file, is_archive, unpack
 
 _MOST_VARIABLES = 100_000
 _MOST_SHARDS = 99_999  # five digits in a file name
-_MOST_AXES = 32  # what every numpy takes
-_FULL, _STRING, _BFLOAT16, _BOOL = 1 << 62, 7, 14, 10
+_MOST_AXES = 32  # supported by every numpy
+_MOST_ENTRY_BYTES = 1 << 20  # far above any real one; bounds what a parsed message takes
+_MOST_BYTES, _STRING, _BFLOAT16, _BOOL = 1 << 62, 7, 14, 10
 
 # TensorFlow's DataType numbers. numpy has no bfloat16: its values are exact in float32.
 _DTYPES = {
@@ -35,8 +41,35 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class _Entry(NamedTuple):
-    """A BundleEntryProto."""
+# The fields used of tensor_bundle.proto, tensor_shape.proto and versions.proto.
+_SCHEMA = """
+name: "localagg/tensor_bundle.proto" package: "localagg" syntax: "proto3"
+message_type { name: "Version"
+  field { name: "min_consumer" number: 2 type: TYPE_INT32 } }
+message_type { name: "Header"
+  field { name: "num_shards" number: 1 type: TYPE_INT32 }
+  field { name: "endianness" number: 2 type: TYPE_INT32 }
+  field { name: "version" number: 3 type: TYPE_MESSAGE type_name: "Version" } }
+message_type { name: "Axis"
+  field { name: "size" number: 1 type: TYPE_INT64 } }
+message_type { name: "Shape"
+  field { name: "dim" number: 2 type: TYPE_MESSAGE type_name: "Axis" label: LABEL_REPEATED }
+  field { name: "unknown_rank" number: 3 type: TYPE_BOOL } }
+message_type { name: "Entry"
+  field { name: "dtype" number: 1 type: TYPE_INT32 }
+  field { name: "shape" number: 2 type: TYPE_MESSAGE type_name: "Shape" }
+  field { name: "shard_id" number: 3 type: TYPE_INT32 }
+  field { name: "offset" number: 4 type: TYPE_INT64 }
+  field { name: "size" number: 5 type: TYPE_INT64 }
+  field { name: "crc32c" number: 6 type: TYPE_FIXED32 }
+  field { name: "slices" number: 7 type: TYPE_BYTES label: LABEL_REPEATED } }
+"""
+_MESSAGES = message_factory.GetMessages([text_format.Parse(_SCHEMA, FileDescriptorProto())])
+_Header, _Entry = _MESSAGES["localagg.Header"], _MESSAGES["localagg.Entry"]
+
+
+class _IndexEntry(NamedTuple):
+    """The checked fields of a variable's entry in the index."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -47,50 +80,44 @@ class _Entry(NamedTuple):
     sliced: bool
 
 
-def open_tf_checkpoint(prefix: str | os.PathLike[str]) -> "TFCheckpoint":
-    """Open a TensorFlow V2 checkpoint; to be used in a ``with``.
+@contextlib.contextmanager
+def open_tf_checkpoint(prefix: str | os.PathLike[str]) -> Iterator["TFCheckpoint"]:
+    """Open a TensorFlow V2 checkpoint as a context.
 
     Args:
         prefix: ``model.ckpt-10`` or ``checkpoint-10``, one of the files that begin with it, a
             folder that holds one checkpoint or whose state file ``checkpoint`` names one, or a
-            ``.tar`` or ``.tar.gz`` of such files (unpacked into a temporary folder until closed).
+            ``.tar`` or ``.tar.gz`` of these files (unpacked into a temporary folder until closed).
 
     Raises:
-        UserError: there is no such checkpoint, it is V1, its index is damaged, a data file is
-            missing or too short, or an archive has a member that is a link or leaves its folder.
+        UserError: no V2 checkpoint, a damaged index, or an archive member that is a link or leaves
+            its folder.
     """
     path = Path(prefix)
-    try:
-        if not is_archive(path):
-            return TFCheckpoint(find_prefix(path))
-        unpacked = tempfile.TemporaryDirectory(prefix="localagg-")
+    with contextlib.ExitStack() as stack:
         try:
-            inside = unpack(path, Path(unpacked.name))
-            return TFCheckpoint(inside, archive=path, unpacked=unpacked)
-        except BaseException:
-            unpacked.cleanup()
-            raise
-    except OSError as error:
-        raise UserError("TODO", f"'{path}' cannot be read: {error.strerror or error}.") from None
+            if is_archive(path):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="localagg-"))
+                checkpoint = TFCheckpoint(unpack(path, Path(folder)), archive=path)
+            else:
+                checkpoint = TFCheckpoint(find_prefix(path))
+        except OSError as error:
+            raise UserError(
+                "environment", f"'{path}' cannot be read: {error.strerror or error}."
+            ) from None
+        yield checkpoint
 
 
 class TFCheckpoint:
-    """The variables of an open checkpoint; made by :func:`open_tf_checkpoint`.
+    """The variables of a checkpoint that :func:`open_tf_checkpoint` opened.
 
-    ``names`` are those of all variables in the order of the index (sorted by bytes), as TensorFlow
-    spells them, without ``:0``.
+    ``names`` lists all variables in index order (sorted by bytes), without ``:0``.
     """
 
     names: list[str]
 
-    def __init__(
-        self,
-        prefix: Path,
-        *,
-        archive: Path | None = None,
-        unpacked: tempfile.TemporaryDirectory[str] | None = None,
-    ) -> None:
-        self._prefix, self._archive, self._unpacked = prefix, archive, unpacked
+    def __init__(self, prefix: Path, *, archive: Path | None = None) -> None:
+        self._prefix, self._archive = prefix, archive
         file = index_file(prefix)
         try:
             if file.stat().st_size > MOST_INDEX_BYTES:
@@ -98,127 +125,85 @@ class TFCheckpoint:
             self._shards, self._entries = _read_index(file.read_bytes())
         except DamagedIndex as error:
             raise UserError(
-                "TODO",
+                "damaged",
                 f"'{self._shown(file)}' is not a whole index of a TensorFlow V2 checkpoint"
                 f" ({error}); copy it again.",
             ) from None
         self.names = list(self._entries)
-        self._check_shards()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a variable.
+        """Return a variable's shape.
 
         Raises:
-            UserError: there is no such variable.
+            UserError: unknown variable.
         """
         return self._entry(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Type of the array that :meth:`read` returns: float32 for bfloat16, object for text.
+        """Return the dtype of :meth:`read`'s array: float32 for bfloat16, object for text.
 
         Raises:
-            UserError: there is no such variable, or its type is not one of numbers.
+            UserError: unknown variable, or a type without numbers.
         """
         code = self._entry(name).dtype
         if code not in _DTYPES:
-            raise UserError(
-                "TODO",
-                f"'{name}' in '{self._shown(self._prefix)}' has TensorFlow's data type {code},"
-                " which is not read: leave this variable out.",
-            )
+            raise self._unsupported(name, f"has TensorFlow's data type {code}")
         return np.dtype(_DTYPES[code]).newbyteorder("=")
 
     def read(self, name: str) -> np.ndarray:
-        """The values of a variable, once their checksum was found right.
-
-        Returns:
-            A new array of :meth:`shape` and :meth:`dtype`.
+        """Return a variable's values as a new array, after checking their checksum.
 
         Raises:
-            UserError: there is no such variable, it is damaged, text, of another type than numbers,
-                or saved in slices (a partitioned variable).
+            UserError: unknown variable, missing or damaged data, text, a type without numbers, or a
+                partitioned variable, which is saved in slices.
         """
         entry, dtype = self._entry(name), self.dtype(name)
-        where = f"'{name}' in '{self._shown(self._prefix)}'"
-        if entry.dtype == _STRING or entry.sliced:
-            what = "holds text" if entry.dtype == _STRING else "was saved in slices"
-            raise UserError("TODO", f"{where} {what}, which is not read: leave this variable out.")
-        data = np.empty(entry.size, np.uint8)
-        file = self._shard_file(entry.shard)
+        if entry.dtype == _STRING:
+            raise self._unsupported(name, "holds text")
+        if entry.sliced:
+            raise self._unsupported(name, "was saved in slices")
+        file = self._data_file(entry.shard)
         try:
-            with open(file, "rb", buffering=0) as source:
-                source.seek(entry.offset)
-                count = 0
-                while count < len(data):
-                    got = source.readinto(data[count:])  # type: ignore[arg-type]
-                    if not got:
-                        break
-                    count += got
+            size = file.stat().st_size
+            start, count = min(entry.offset, size), min(entry.size, size)
+            data = np.fromfile(file, np.uint8, count, offset=start)
         except OSError as error:
-            raise UserError("TODO", f"{where} cannot be read: {error.strerror or error}.") from None
-        if count < len(data) or masked_crc32c(data) != entry.crc:
             raise UserError(
-                "TODO",
-                f"'{self._shown(file)}' is damaged: '{name}' does not have its checksum; copy the"
-                " file again.",
+                "not-found" if isinstance(error, FileNotFoundError) else "environment",
+                f"'{self._shown(file)}' cannot be read: {error.strerror or error}; a checkpoint is"
+                " its .index and its .data files together.",
+            ) from None
+        if len(data) < entry.size or masked_crc32c(data) != entry.crc:
+            raise UserError(
+                "damaged",
+                f"'{self._shown(file)}' is damaged: '{name}' is cut or does not match its checksum;"
+                " copy the file again.",
             )
         return _values(data, entry).reshape(entry.shape).astype(dtype, copy=False)
 
-    def close(self) -> None:
-        """Remove what was unpacked from an archive."""
-        if self._unpacked is not None:
-            self._unpacked.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> _IndexEntry:
         if name not in self._entries:
-            like = suggest(name, self.names)
             raise UserError(
-                "TODO", f"'{self._shown(self._prefix)}' has no variable '{name}'.{like}"
+                "not-found",
+                f"'{self._shown(self._prefix)}' has no variable '{name}'."
+                f"{suggest(name, self.names)}",
             )
         return self._entries[name]
 
-    def _shard_file(self, shard: int) -> Path:
+    def _unsupported(self, name: str, reason: str) -> UserError:
+        where = f"'{name}' in '{self._shown(self._prefix)}'"
+        return UserError("unsupported", f"{where} {reason}, which is unsupported; skip it.")
+
+    def _data_file(self, shard: int) -> Path:
         return self._prefix.with_name(f"{self._prefix.name}.data-{shard:05d}-of-{self._shards:05d}")
 
     def _shown(self, file: Path) -> str:
-        """A file as the user knows it."""
+        """Return a file's name for messages: a member of the archive, or its path."""
         return f"{self._archive}:{file.name}" if self._archive else str(file)
 
-    def _check_shards(self) -> None:
-        """Make sure that the bytes of all variables are there."""
-        ends: dict[int, int] = {}
-        bytes_of: dict[int, int] = {}
-        for entry in self._entries.values():
-            if not entry.sliced:
-                end = entry.offset + entry.size
-                ends[entry.shard] = max(ends.get(entry.shard, 0), end)
-                bytes_of[entry.shard] = bytes_of.get(entry.shard, 0) + entry.size
-        for shard, end in sorted(ends.items()):
-            file = self._shard_file(shard)
-            if not file.is_file():
-                raise UserError(
-                    "TODO",
-                    f"'{self._shown(file)}' is missing; a checkpoint is its .index and its .data"
-                    " files together, so copy it beside the index.",
-                )
-            size = file.stat().st_size
-            # TensorFlow writes one variable after the other: they do not share bytes.
-            if size < max(end, bytes_of[shard]):
-                raise UserError(
-                    "TODO",
-                    f"'{self._shown(file)}' is truncated: it has {size:,} bytes of at least"
-                    f" {max(end, bytes_of[shard]):,}; copy it again.",
-                )
 
-
-def _values(data: np.ndarray, entry: _Entry) -> np.ndarray:
-    """Bytes as values [n] of the entry's type."""
+def _values(data: np.ndarray, entry: _IndexEntry) -> np.ndarray:
+    """Convert bytes to values [n] of the entry's type."""
     if entry.dtype == _BOOL:
         return data != 0
     if entry.dtype == _BFLOAT16:
@@ -226,10 +211,10 @@ def _values(data: np.ndarray, entry: _Entry) -> np.ndarray:
     return data.view(_DTYPES[entry.dtype])
 
 
-def _read_index(data: bytes) -> tuple[int, dict[str, _Entry]]:
-    """Number of data files, and the entries by name."""
+def _read_index(data: bytes) -> tuple[int, dict[str, _IndexEntry]]:
+    """Return the number of data files, and the entries by name."""
     shards, last = 0, None
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _IndexEntry] = {}
     for count, (key, value) in enumerate(read_table(data)):
         if (key != b"") if last is None else (key <= last):
             raise DamagedIndex("its names are not in order")
@@ -249,60 +234,43 @@ def _read_index(data: bytes) -> tuple[int, dict[str, _Entry]]:
     return shards, entries
 
 
-def _read_header(message: bytes) -> int:
-    """Number of data files out of a BundleHeaderProto."""
-    shards = 0
-    for number, value, inner in fields(message, {1: 0, 2: 0, 3: 2}):
-        if number == 1:
-            shards = value
-        elif number == 2 and value:
-            raise DamagedIndex(
-                "its numbers are big-endian; save it again on a little-endian machine"
-            )
-        elif number == 3:
-            for part, version, _ in fields(inner, {1: 0, 2: 0}):
-                if part == 2 and version > 1:
-                    raise DamagedIndex("it asks for a newer reader than this one")
-    if not 0 < shards <= _MOST_SHARDS:
-        raise DamagedIndex(f"it claims {shards} data files")
-    return shards
+def _parse(message: type[Message], data: bytes) -> Any:
+    if len(data) > _MOST_ENTRY_BYTES:
+        raise DamagedIndex("an entry is too large")
+    try:
+        return message.FromString(data)
+    except DecodeError:
+        raise DamagedIndex("an entry is not a protocol buffer") from None
 
 
-def _read_entry(message: bytes, shards: int) -> _Entry:
-    """A BundleEntryProto, its numbers within reason."""
-    numbers = dict.fromkeys((1, 3, 4, 5, 6), 0)  # what is 0 is left out
-    shape: tuple[int, ...] = ()
-    sliced = False
-    for number, value, inner in fields(message, {1: 0, 2: 2, 3: 0, 4: 0, 5: 0, 6: 5, 7: 2}):
-        if number == 2:
-            shape += _read_shape(inner)
-        elif number == 7:
-            sliced = True
-        elif number in numbers:
-            numbers[number] = value
-    dtype, shard, offset, size, crc = numbers.values()
-    if shard >= shards or offset + size >= _FULL:  # negative ones too: varints above 2 ** 63
+def _read_header(data: bytes) -> int:
+    """Return the number of data files."""
+    header = _parse(_Header, data)
+    if header.endianness:
+        raise DamagedIndex("its numbers are big-endian; save it again on a little-endian host")
+    if header.version.min_consumer > 1:
+        raise DamagedIndex("it needs a newer reader")
+    if not 0 < header.num_shards <= _MOST_SHARDS:
+        raise DamagedIndex(f"it claims {header.num_shards} data files")
+    return header.num_shards
+
+
+def _read_entry(data: bytes, shards: int) -> _IndexEntry:
+    """Return the checked fields of an entry."""
+    entry = _parse(_Entry, data)
+    dtype, offset, size = entry.dtype, entry.offset, entry.size
+    shape = tuple(axis.size for axis in entry.shape.dim)
+    if not (0 <= entry.shard_id < shards and 0 <= offset <= offset + size < _MOST_BYTES):
         raise DamagedIndex("a variable lies outside of all data files")
-    if len(shape) > _MOST_AXES or max(shape, default=0) >= _FULL:
+    if entry.shape.unknown_rank:
+        raise DamagedIndex("a variable has no known shape")
+    if len(shape) > _MOST_AXES or not all(0 <= axis < _MOST_BYTES for axis in shape):
         raise DamagedIndex("a variable has an impossible shape")
+    sliced = len(entry.slices) > 0
     if dtype in _DTYPES and not sliced and dtype != _STRING:
         width = 2 if dtype == _BFLOAT16 else np.dtype(_DTYPES[dtype]).itemsize
-        if math.prod(axis or 1 for axis in shape) * width >= _FULL:
+        if math.prod(axis or 1 for axis in shape) * width >= _MOST_BYTES:
             raise DamagedIndex("a variable has an impossible shape")
         if math.prod(shape) * width != size:
-            raise DamagedIndex("a variable's size is not that of its shape")
-    return _Entry(dtype, shape, shard, offset, size, crc, sliced)
-
-
-def _read_shape(message: bytes) -> tuple[int, ...]:
-    """A TensorShapeProto."""
-    shape = []
-    for number, value, inner in fields(message, {2: 2, 3: 0}):
-        if number == 3 and value:
-            raise DamagedIndex("a variable has no known shape")
-        if number == 2:
-            axis = 0
-            for part, length, _ in fields(inner, {1: 0}):
-                axis = length if part == 1 else axis
-            shape.append(axis)
-    return tuple(shape)
+            raise DamagedIndex("a variable's size does not match its shape")
+    return _IndexEntry(dtype, shape, entry.shard_id, offset, size, entry.crc32c, sliced)

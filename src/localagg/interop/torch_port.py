@@ -1,15 +1,13 @@
-"""Weights of the later PyTorch port (github.com/neuroailab/LocalAggregation-Pytorch).
+"""Load weights of the later PyTorch port (github.com/neuroailab/LocalAggregation-Pytorch).
 
-Its ``checkpoint.pth.tar`` is no tar but what ``torch.save`` made of a dict: ``model_state_dict``
-(keys begin with ``module.``), ``memory_bank``, ``cluster_labels``, ``iteration``, and things that
-are not weights. The bank is an object of a class of the port's, so ``weights_only=True`` alone
-refuses every such file; the few foreign names in it are replaced by a class that does nothing.
+Its ``checkpoint.pth.tar`` is not a tar but a dict written by ``torch.save``: ``model_state_dict``
+(keys begin with ``module.``), ``memory_bank``, ``cluster_labels``, ``iteration`` and settings. The
+bank and the settings are objects of the port's classes, which are never unpickled: such a file
+must be saved again as tensors.
 """
 
 import os
 import re
-import warnings
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +19,39 @@ from ..errors import UserError
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
 from ..models.torchvision_resnet import TorchvisionResNet
-from .tf_variables import LoadReport
+from .tf_variables import LoadReport, check_bank, warn_missing
 
+NETWORKS = ("preact_resnet18", "resnet18", "resnet50")
 _BANK, _CLUSTERS, _STEP = "memory_bank", "cluster_labels", "iteration"
-_COUNTER = "num_batches_tracked"  # of batch-norm; old files lack it, and nothing here reads it
-
-
-class _Inert:
-    """Stands in for an object of a foreign class: keeps its fields, runs none of its code."""
-
-    def __init__(self, *_: object) -> None:
-        self.fields: dict[str, Any] = {}
-
-    def __setstate__(self, state: object) -> None:
-        self.fields = state if isinstance(state, dict) else {}
-
-
-# What the port's files name beside weights: its bank, its settings, numpy's arrays of its losses.
-_STAND_INS: list[Any] = [
-    (_Inert, "src.objectives.localagg.MemoryBank"),
-    (OrderedDict, "dotmap.DotMap"),
-    (_Inert, "numpy.core.multiarray._reconstruct"),
-    (_Inert, "numpy._core.multiarray._reconstruct"),
-    (_Inert, "numpy.core.multiarray.scalar"),
-    (_Inert, "numpy._core.multiarray.scalar"),
-    (_Inert, "numpy.ndarray"),
-    (_Inert, "numpy.dtype"),
-    (_Inert, "builtins.bytes"),
-]
+_COUNTER = "num_batches_tracked"  # batch-norm's; unused, and absent from old files
+_FIX = "save its model_state_dict (and memory_bank as a tensor) alone with torch.save"
 
 
 def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a ``checkpoint.pth.tar`` of the port, or of a plain state dict.
+    """Read the tensors of a checkpoint of the port, or of a plain state dict.
 
-    Nothing is unpickled beyond tensors and plain containers (``weights_only=True``).
+    Only tensors and plain containers are unpickled (``weights_only=True``). A checkpoint is a dict
+    with ``model_state_dict`` or ``state_dict``, and optionally ``memory_bank``, a tensor [N, D],
+    ``cluster_labels`` [H, N] and ``iteration``.
 
     Returns:
-        The network's by name, without ``module.``; and where the file has them ``memory_bank``
-        [N, D], ``cluster_labels`` [H, N] and ``iteration`` (steps trained, int64 of no axes).
+        The network's tensors by name, without ``module.``, and if the file has them
+        ``memory_bank``, ``cluster_labels`` and ``iteration`` (int64 scalar).
 
     Raises:
-        UserError: no such file, damaged, without weights, or with objects of other types.
+        UserError: no such file, a damaged one, no weights, or objects of other types.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            "TODO", f"There is no file '{path}'; name a checkpoint.pth.tar of the PyTorch port."
-        )
-    saved = _load(path)
-    if not isinstance(saved, dict):
-        raise UserError(
-            "TODO", f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port."
-        )
+        raise UserError("not-found", f"There is no file '{path}'; name a file of the PyTorch port.")
+    loaded = _load(path)
+    saved: dict[Any, Any] = loaded if isinstance(loaded, dict) else {}
     weights = saved.get("model_state_dict", saved.get("state_dict", saved))
-    if not isinstance(weights, dict):
-        raise UserError(
-            "TODO", f"'{path}' holds no state dict; name a checkpoint.pth.tar of the port."
-        )
+    if not isinstance(weights, dict) or not weights:
+        raise UserError("unsupported", f"'{path}' holds no state dict; {_FIX}.")
     found = {str(name).removeprefix("module."): _tensor(v, path) for name, v in weights.items()}
-    if not found:
-        raise UserError(
-            "TODO", f"'{path}' holds no weights; name a checkpoint.pth.tar of the port."
-        )
-    bank = saved.get(_BANK)
-    if isinstance(bank, _Inert):
-        bank = bank.fields.get("bank_broadcast")
-    for name, value in ((_BANK, bank), (_CLUSTERS, saved.get(_CLUSTERS))):
+    for name in (_BANK, _CLUSTERS):
+        value = saved.get(name)
         if isinstance(value, (tuple, list)) and value:
             value = value[0]  # the others are copies on other GPUs
         if value is not None:
@@ -98,28 +63,21 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _load(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises what comes (RuntimeError, KeyError, struct.error, ...) on files that are not its.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
     except Exception as error:
-        text = str(error)
-        foreign = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", text, re.IGNORECASE)
-        if foreign:
-            raise UserError(
-                "TODO",
-                f"'{path}' holds an object of the type {foreign[1]}, which is refused because"
-                " making it could run foreign code; save the state dict alone.",
-            ) from None
-        lines = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
+        text = str(error) or type(error).__name__
+        foreign = re.search(r"GLOBAL ([\w.]+)", text)
+        reason = f"it holds a {foreign[1]}" if foreign else text.splitlines()[0][:200]
         raise UserError(
-            "TODO",
-            f"'{path}' is damaged or was not written by torch.save ({lines[0][:200]}); copy it"
-            " again.",
+            "unsupported",
+            f"'{path}' cannot be loaded as tensors alone ({reason}); if it is not damaged, load it"
+            f" with the port's code and {_FIX}.",
         ) from None
 
 
 def _tensor(value: object, path: Path) -> Tensor:
-    """A tensor of the file, refused where it is more than its bytes in the file."""
+    """Return a plain tensor that is no larger than its bytes in the file."""
     if (
         not isinstance(value, Tensor)
         or value.layout is not torch.strided
@@ -127,9 +85,7 @@ def _tensor(value: object, path: Path) -> Tensor:
         or value.is_quantized
         or value.numel() * value.element_size() > value.untyped_storage().nbytes()
     ):
-        raise UserError(
-            "TODO", f"'{path}' holds something else than plain tensors; save a state dict."
-        )
+        raise UserError("unsupported", f"'{path}' holds more than plain tensors; {_FIX}.")
     return value.detach()
 
 
@@ -138,52 +94,39 @@ def load_torch_port(
 ) -> LoadReport:
     """Fill an encoder, and a memory bank, from a checkpoint of the PyTorch port.
 
-    Nothing is changed if anything is wrong. The port's optimizer state is not read.
+    An error changes nothing. The port's optimizer state is not read. A warning names missing
+    weights.
 
-    Deviation for ``preact_resnet18``: the port pads its first max-pool with zeros, this encoder as
-    TensorFlow does with nothing, so windows at the bottom and right edge whose values are all below
-    zero come out lower here.
+    Deviation for ``preact_resnet18``: the port pads its first max-pool with zeros, this encoder
+    ignores the padding as TensorFlow does. Windows at the bottom and right edges whose values are
+    all negative differ.
 
     Args:
-        path: as :func:`read_torch_port` takes it.
+        path: see :func:`read_torch_port`.
         encoder: ``preact_resnet18`` (the port's default), or torchvision's ``resnet18``,
-            ``resnet50``, ..., with the embedding size of the file (128 in the port).
-        bank: of as many rows as the file's.
+            ``resnet50``, ..., with the file's embedding size (128 in the port).
+        bank: with the number of rows of the file's bank.
 
     Returns:
-        What was matched, what was left and what is missing by the port's names; its
-        ``global_step`` is the port's ``iteration``, labels and momentum are not in its files. A
-        warning names missing weights.
+        Names as in the port; ``global_step`` is its ``iteration``.
 
     Raises:
-        UserError: an unreadable file, one of another network, or a bank of another size.
+        UserError: unreadable file, another network, or a bank of another size.
     """
-    found = read_torch_port(path)
+    found, where = read_torch_port(path), f"'{path}'"
     targets = encoder.state_dict()
-    wanted = _names(encoder, targets)
+    wanted = _map_names(encoder, targets)
     matched = [name for name in wanted if name in found]
     missing = tuple(name for name in wanted if name not in found and not name.endswith(_COUNTER))
-    _refuse_other_network(str(path), encoder, found, wanted)
+    _check_network(where, encoder, found, wanted)
+    used = {*matched, _STEP, _CLUSTERS}
     if bank is not None:
-        rows = found.get(_BANK)
-        if rows is None:
-            raise UserError("TODO", f"'{path}' holds no memory bank; leave out bank.")
-        if rows.shape != bank.rows.shape:
-            raise UserError(
-                "TODO",
-                f"'{path}' holds a memory bank of shape {list(rows.shape)}, where one of"
-                f" {list(bank.rows.shape)} is to be filled; make it with the file's.",
-            )
-        bank.rows.copy_(rows)
+        check_bank(bank, found[_BANK].shape if _BANK in found else None, where)
+        bank.rows.copy_(found[_BANK])
+        used.add(_BANK)
     for name in matched:
         targets[wanted[name]].copy_(found[name])
-    if missing:
-        warnings.warn(
-            f"'{path}' lacks {len(missing)} of the weights of {encoder.spec['model']},"
-            f" {missing[0]} the first; these keep their values.",
-            stacklevel=2,
-        )
-    used = {*matched, _STEP, _CLUSTERS, *([_BANK] if bank is not None else [])}
+    warn_missing(missing, encoder, where)
     clusters = found.get(_CLUSTERS)
     return LoadReport(
         matched=tuple(name for name in found if name in used),
@@ -196,17 +139,17 @@ def load_torch_port(
     )
 
 
-def _names(encoder: Encoder, targets: dict[str, Tensor]) -> dict[str, str]:
-    """{name in the port: key in the encoder's state dict}."""
+def _map_names(encoder: Encoder, targets: dict[str, Tensor]) -> dict[str, str]:
+    """Return {name in the port: key in the encoder's state dict}."""
     if isinstance(encoder.backbone, TorchvisionResNet):
         rename = _torchvision_name
     elif isinstance(encoder.backbone, PreActResNet) and len(encoder.backbone.blocks) == 8:
         rename = _preact_name
     else:
         raise UserError(
-            "TODO",
+            "unsupported",
             f"The PyTorch port has no network {encoder.spec['model']}; its weights fit"
-            " preact_resnet18 and torchvision's resnet18, resnet50 and so on.",
+            f" {', '.join(NETWORKS)} and other ResNets of torchvision.",
         )
     return {rename(key): key for key in targets if key not in ("mean", "std")}
 
@@ -218,7 +161,7 @@ def _torchvision_name(key: str) -> str:
 
 
 def _preact_name(key: str) -> str:
-    """Of a block the port counts batch-norms and convolutions from 1, and two blocks a stage."""
+    """Rename a key; the port has two blocks a stage and counts a block's layers from 1."""
     key = re.sub(
         r"^backbone\.blocks\.(\d)\.",
         lambda block: f"layer{int(block[1]) // 2 + 1}.{int(block[1]) % 2}.",
@@ -230,33 +173,27 @@ def _preact_name(key: str) -> str:
     return key.replace("backbone.norm.", "bn.").replace("head.", "linear.")
 
 
-def _refuse_other_network(
-    path: str, encoder: Encoder, found: dict[str, Tensor], wanted: dict[str, str]
+def _check_network(
+    where: str, encoder: Encoder, found: dict[str, Tensor], wanted: dict[str, str]
 ) -> None:
+    """Raise UserError if the file holds another network, or shapes that do not fit."""
     model, targets = encoder.spec["model"], encoder.state_dict()
-    preact = "linear.weight" in found and "bn.weight" in found
-    if preact != isinstance(encoder.backbone, PreActResNet):
-        there = "preact_resnet18" if preact else "a torchvision network"
-        raise UserError(
-            "TODO", f"'{path}' holds the weights of {there}, not of {model}: make that one."
-        )
-    wrong = [n for n in wanted if n in found and found[n].shape != targets[wanted[n]].shape]
-    if wrong:
-        name, there, here = wrong[0], found[wrong[0]].shape, targets[wanted[wrong[0]]].shape
-        is_head = wanted[name].startswith("head.")
-        way_out = f"make it with dim={there[0]}" if is_head else "take the network of the file"
-        raise UserError(
-            "TODO",
-            f"'{path}' does not fit this {model}: {name} has shape {list(there)},"
-            f" {list(here)} is wanted; {way_out}.",
-        )
+    for name, key in wanted.items():
+        if name in found and found[name].shape != targets[key].shape:
+            shape, target = list(found[name].shape), list(targets[key].shape)
+            fix = f"make it with dim={shape[0]}" if key.startswith("head.") else "use its network"
+            raise UserError(
+                "mismatch",
+                f"{where} does not fit this {model}: {name} has shape {shape}, {key} {target};"
+                f" {fix}.",
+            )
     # A deeper network of the same widths has all names of a shallower one, in the right shapes.
-    head = ("fc.", "linear.")
-    gone = [name for name in wanted if name not in found and not name.startswith(head)]
-    gone = [name for name in gone if not name.endswith(_COUNTER)]
-    more = [name for name in found if name.startswith("layer") and name not in wanted]
-    if gone or more:
-        what = f"{gone[0]} is missing" if gone else f"{more[0]} is too much"
+    optional = ("fc.", "linear.")
+    lacking = [name for name in wanted if name not in found and not name.startswith(optional)]
+    lacking = [name for name in lacking if not name.endswith(_COUNTER)]
+    surplus = [name for name in found if name.startswith("layer") and name not in wanted]
+    if lacking or surplus:
+        problem = f"it lacks {lacking[0]}" if lacking else f"{surplus[0]} is unknown"
         raise UserError(
-            "TODO", f"'{path}' does not fit this {model}: {what}; take the network of the file."
+            "mismatch", f"{where} does not fit this {model}: {problem}; use its network."
         )

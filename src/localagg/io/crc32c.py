@@ -1,4 +1,4 @@
-"""The checksum in TensorFlow's files: CRC-32C (Castagnoli, RFC 3720), by google-crc32c."""
+"""CRC-32C (Castagnoli, RFC 3720), the checksum in TensorFlow's files, by google-crc32c."""
 
 import google_crc32c
 import numpy as np
@@ -7,21 +7,16 @@ _MASK_DELTA = 0xA282EAD8
 
 
 def crc32c(data: bytes | bytearray | memoryview | np.ndarray) -> int:
-    """CRC-32C of the bytes of a contiguous buffer; 0 of none.
-
-    Some 10 GB/s on one core, by the processor's own instruction where the wheel has it.
-    """
+    """Return the CRC-32C of a contiguous buffer; 0 if it is empty."""
     if isinstance(data, np.ndarray):
         data = data.tobytes()
     return google_crc32c.value(data if isinstance(data, bytes) else bytes(data))
 
 
-def masked(crc: int) -> int:
-    """A CRC-32C as TensorFlow stores it: rotated and shifted, since a checksum of data that holds
-    its own checksum would say nothing of the data."""
-    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
-
-
 def masked_crc32c(data: bytes | bytearray | memoryview | np.ndarray) -> int:
-    """What stands beside data in TensorFlow's files: ``masked(crc32c(data))``."""
-    return masked(crc32c(data))
+    """Return the checksum as TensorFlow stores it after the data: rotated and shifted.
+
+    The mask keeps checksums meaningful for data that contain their own checksum.
+    """
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF

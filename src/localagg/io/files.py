@@ -1,37 +1,35 @@
-"""Files that are whole or not there: written beside, flushed to disk, renamed."""
+"""Write files atomically: to a temporary name, synced to disk, then renamed."""
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_WINDOW = 1 << 25  # bytes
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to. It takes the place of ``path`` when the block has ended;
-    where the block fails it is removed, and ``path`` stays as it was.
+    """Yield a temporary name in the same folder; rename it to ``path`` when the block ends.
 
-    After a loss of power ``path`` is the old file or the new one: the bytes reach the disk before
-    the name does, and the name before the block's successor runs.
+    If the block fails, the temporary file is removed and ``path`` stays unchanged. After a loss of
+    power ``path`` is the old file or the new one: the contents are synced before the rename, and
+    the rename before this returns.
 
     Raises:
-        OSError: the disk is full or not to be written; its ``filename`` is set.
+        OSError: disk full or no permission; its ``filename`` is set.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield beside
-        sync_to_disk(beside)
-        os.replace(beside, path)
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
         sync_to_disk(path.parent)
     except OSError as error:
-        if error.filename is None:  # of a write, which knows a handle alone
+        if error.filename is None:  # raised by a write to an open file
             error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -43,27 +41,30 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write bytes and force them to disk, 32 MB at a time.
+def write_synced(
+    path: Path, parts: Iterable[bytes | memoryview], *, window: int = 32 * 2**20
+) -> None:
+    """Write bytes and force them to disk, ``window`` bytes at a time.
 
-    What has reached the disk leaves the page cache, so a large checkpoint does not push the images
-    out of it that a run learns from; and where memory is scarce (or lent out lazily, as to virtual
-    machines) it is several times as fast as one write of everything, which waits for new pages.
+    Synced bytes are dropped from the page cache, so a large checkpoint does not evict the training
+    images. Where memory is scarce or given to a virtual machine on demand, this is several times as
+    fast as one large write, which waits for new pages.
     """
-    done = 0  # bytes on disk
+    synced = 0
     with open(path, "wb", buffering=0) as file:
 
-        def flush_window() -> None:
-            nonlocal done
+        def sync() -> None:
+            nonlocal synced
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), done, file.tell() - done, os.POSIX_FADV_DONTNEED)
-            done = file.tell()
+                size = file.tell() - synced
+                os.posix_fadvise(file.fileno(), synced, size, os.POSIX_FADV_DONTNEED)
+            synced = file.tell()
 
         for part in parts:
             left = memoryview(part)
             while left:
-                left = left[file.write(left[: done + _WINDOW - file.tell()]) :]
-                if file.tell() == done + _WINDOW:
-                    flush_window()
-        flush_window()
+                left = left[file.write(left[: synced + window - file.tell()]) :]
+                if file.tell() == synced + window:
+                    sync()
+        sync()

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint that are split over the ranks: one file a rank, read by any number.
+"""Tensors of a checkpoint that are split over ranks, one file a rank.
 
-``bank-1-of-4.safetensors`` is what the second of four ranks has written. Which rows it holds
-follows from the rows of the files before it.
+Rank 1 of 4 writes ``bank-1-of-4.safetensors``. The rows of a file follow those of the files before
+it, so any number of ranks can read them.
 """
 
 from pathlib import Path
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 def shard_path(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> Path:
-    """The file of a rank."""
+    """Return the file of a rank."""
     return folder / f"{name}-{rank}-of-{ranks}.safetensors"
 
 
 def find_shards(folder: Path, name: str) -> list[Path]:
-    """All files of a name, in the order of the ranks that have written them; none where there are
-    none.
+    """Return the files of all ranks in order; an empty list if there are none.
 
     Raises:
-        FileNotFoundError: some are missing.
+        FileNotFoundError: some files are missing.
     """
-    found = [path.stem.split("-of-")[1] for path in folder.glob(f"{name}-*-of-*.safetensors")]
-    if not found:
+    found = next(folder.glob(f"{name}-*-of-*.safetensors"), None)
+    if found is None:
         return []
-    files = [shard_path(folder, name, rank, int(found[0])) for rank in range(int(found[0]))]
+    ranks = int(found.stem.split("-of-")[1])
+    files = [shard_path(folder, name, rank, ranks) for rank in range(ranks)]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"'{file.name}' is missing")
@@ -36,18 +36,16 @@ def find_shards(folder: Path, name: str) -> list[Path]:
 def read_shards(
     files: list[Path], tensor: str, *, dim: int = 0, part: range | None = None
 ) -> Tensor:
-    """A tensor that is split along ``dim`` over files, or a part of it.
-
-    No more is read than is asked for.
+    """Read a tensor that is split along ``dim``, or only a part of it.
 
     Args:
-        files: of :func:`find_shards`.
-        tensor: its name in them.
+        files: from :func:`find_shards`.
+        tensor: name in the files.
         dim: 0 or 1.
-        part: which rows (or columns); None: all.
+        part: indices along ``dim``. Default: all.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: ``part`` ends after the last index.
     """
     found, start = [], 0
     for file in files:
@@ -60,7 +58,7 @@ def read_shards(
                 found.append(stored[low:high] if dim == 0 else stored[:, low:high])
             start = stop
     if part is not None and part.stop > start:
-        raise ValueError(f"'{tensor}' has {start:,} rows, not the {part.stop:,} that are asked for")
+        raise ValueError(f"'{tensor}' has {start:,} rows, but {part.stop:,} are needed")
     if not found:  # a rank without rows
         with safe_open(files[0], framework="pt") as opened:
             stored = opened.get_slice(tensor)

@@ -1,7 +1,7 @@
-"""Tensors as a safetensors file, written by :func:`localagg.io.files.write_synced`.
+"""Write tensors as a safetensors file by :func:`localagg.io.files.write_synced`.
 
-The library's own writer hands the file to the system in one piece. The format is eight bytes with
-the header's length, the header (JSON: dtype, shape and place of each tensor), and the tensors.
+The library's own writer passes the whole file to the system at once. The format: eight bytes with
+the length of the header; the header as JSON (dtype, shape and place of each tensor); the tensors.
 """
 
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .files import write_synced
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -30,12 +30,12 @@ _NAMES = {
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, of any device, that ``safetensors`` reads back.
+    """Write tensors of any device; ``safetensors`` reads them back.
 
     Raises:
-        OSError: the disk is full, or otherwise refuses.
+        OSError: disk full or no permission.
     """
-    # Wide numbers first, so that each tensor lies at a multiple of its number's size.
+    # Wide numbers first: then each tensor begins at a multiple of the size of its numbers.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -43,21 +43,17 @@ def save_tensors(
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    words = json.dumps(header).encode()
-    words += b" " * (-len(words) % 8)
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
 
     def parts() -> Iterator[bytes | memoryview]:
-        yield len(words).to_bytes(8, "little") + words
+        yield len(encoded).to_bytes(8, "little") + encoded
         for name in names:
-            yield _bytes(tensors[name])
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            yield flat.view(torch.uint8).numpy().data
 
     write_synced(path, parts())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

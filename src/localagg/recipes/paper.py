@@ -1,9 +1,8 @@
-"""The reference's sixteen configurations, by their own names, with its own numbers.
+"""The reference's sixteen configurations, with its names and numbers.
 
 Its boundaries count steps of ImageNet's 1,281,167 images (10,009 steps of 128 images an epoch,
-5,004 of 256); divided by these they are epochs, which the same recipe keeps on any other data. Its
-LA runs load an IR run of step 100,090, the end of epoch 10; ours run IR first unless ``--start``
-names one.
+5,004 of 256). Here they are divided into epochs, which a recipe keeps on other data. Its LA runs
+load an IR run of step 100,090, the end of epoch 10; ours run IR first unless ``--start`` is given.
 """
 
 from dataclasses import replace
@@ -23,7 +22,7 @@ NETWORKS = {
     "vggnet_fx": "vgg16_bn_last",
 }
 
-# All that its command line leaves at the default (param_setter.py), and IR as its only loss.
+# The defaults of its command line (param_setter.py), with IR as the only loss.
 DEFAULTS = PretrainConfig(
     encoder=EncoderConfig(model="preact_resnet18"),
     views=ViewConfig(image_size=224, augmentation="reference"),
@@ -53,7 +52,7 @@ def _ir(model: str) -> PretrainConfig:
 def _la(
     model: str, clusters: tuple[int, ...], drops: tuple[int, int], end: int, steps: int = STEPS
 ) -> PretrainConfig:
-    """IR for ten epochs, then LA until step ``end``, in steps of ImageNet."""
+    """Return IR for ten epochs, then LA until step ``end``, in steps of ImageNet."""
     return replace(
         _ir(model),
         objective=replace(DEFAULTS.objective, clusters=clusters),
@@ -96,7 +95,7 @@ CROP_AND_FLIP = replace(FULL, crop="fixed", gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0
 
 
 def _readout(network: str, images: int) -> TransferConfig:
-    """The read-outs of a network, in epochs of ``images``; the end is rounded to whole ones."""
+    """Return the read-outs of a network in epochs of ``images``, the last one rounded."""
     steps = images // 128
     *drops, end = _READOUT_STEPS[network]
     plain = images == PLACES or network == "alexnet"

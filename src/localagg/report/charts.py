@@ -9,130 +9,120 @@ import torch
 from torch import Tensor
 
 from ..data.sources.open import Source
-from ..training import diagnostics as health
+from ..training import diagnostics
 
-_COLORS = (  # Okabe & Ito's, which color-blind readers can tell apart, and three of Tol's
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
-    "#B8A900",
-    "#882255",
-    "#44AA99",
-    "#6B6B6B",
+# Okabe & Ito's colors, which color-blind readers can tell apart, and three of Tol's.
+_COLORS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A900"),
+    *("#882255", "#44AA99", "#6B6B6B"),
 )
-_MAPPED = 5000  # points on the map, at most: t-SNE takes seconds for these
-# name: (title, bound)
-_SHOWN = {
-    "spread": ("spread", health.LEAST_SPREAD),
+_MAP_POINTS = 5000  # at most: t-SNE takes seconds for these
+_HEALTH_CURVES = {  # name: (title, bound)
+    "spread": ("spread", diagnostics.LEAST_SPREAD),
     "effective_rank": ("effective rank", None),
-    "staleness": ("staleness of the bank", health.MOST_STALE),
-    "without_close": ("without a close neighbor", health.MOST_WITHOUT),
-    "largest_cluster": ("largest cluster / mean", health.LARGEST_CLUSTER),
-    "churn": ("churn of clusters", health.MOST_CHURN),
+    "staleness": ("staleness of the bank", diagnostics.MOST_STALE),
+    "without_close": ("without a close neighbor", diagnostics.MOST_WITHOUT),
+    "largest_cluster": ("largest cluster / mean", diagnostics.LARGEST_CLUSTER),
+    "churn": ("churn of clusters", diagnostics.MOST_CHURN),
 }
 
+MetricLines = list[dict[str, Any]]
 
-def curves(metrics: Mapping[str, list[dict[str, Any]]], *, switch: int | None = None) -> str:
-    """Loss and accuracies by epoch, one color a run.
+
+def curves(metrics: Mapping[str, MetricLines], *, switch: int | None = None) -> str:
+    """Draw loss and accuracies by epoch, one color a run.
 
     Args:
         metrics: lines of metrics.jsonl by the name of the run.
-        switch: the epoch where LA takes over, marked.
+        switch: the epoch in which LA begins; a dotted line marks it.
     """
     from plotly.subplots import make_subplots
 
-    lines = [line for run in metrics.values() for line in run]
-    measured = sorted({key for line in lines for key in line if "knn" in key})
-    names = ["loss", *measured]
+    measured = sorted({key for run in metrics.values() for line in run for key in line})
+    names = ["loss", *(key for key in measured if "knn" in key)]
     figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
-    for number, (run, found) in enumerate(metrics.items()):
-        last = max(line["step"] for line in found)
-        epochs = max(line["epoch"] for line in found)
+    for color, (run, lines) in enumerate(metrics.items()):
+        last, epochs = (max(line[key] for line in lines) for key in ("step", "epoch"))
         for column, name in enumerate(names, start=1):
-            points = [line for line in found if name in line]
-            figure.add_scatter(
-                x=[line["step"] * epochs / last for line in points],
-                y=[line[name] for line in points],
-                name=html.escape(run),
-                mode="lines",
-                line_color=_COLORS[number],
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
+            points = {line["step"] * epochs / last: line[name] for line in lines if name in line}
+            _add_curve(figure, run, points, color, 1, column)
     if switch:
         figure.add_vline(switch, line_dash="dot", line_color="#888")
     figure.update_xaxes(title="epoch")
-    figure.update_layout(height=340)
-    return _figure(figure)
+    return _to_html(figure, height=340)
 
 
-def health_curves(metrics: Mapping[str, list[dict[str, Any]]]) -> str:
-    """One small curve a sign, bounds dotted where they are in sight, and what was warned of.
+def health_curves(metrics: Mapping[str, MetricLines]) -> str:
+    """Draw one small curve for each measure of health, and list the warnings.
+
+    A bound is dotted where it lies within a factor of 2 of the values.
 
     Args:
         metrics: lines of metrics.jsonl by the name of the run.
     """
     from plotly.subplots import make_subplots
 
-    epochs = {run: [line for line in found if "spread" in line] for run, found in metrics.items()}
-    titles = [title for title, _ in _SHOWN.values()]
+    epochs = {run: [line for line in lines if "spread" in line] for run, lines in metrics.items()}
+    titles = [title for title, _ in _HEALTH_CURVES.values()]
     figure = make_subplots(rows=2, cols=3, subplot_titles=titles)
-    for number, (name, (_, bound)) in enumerate(_SHOWN.items()):
+    for number, (name, (_, bound)) in enumerate(_HEALTH_CURVES.items()):
         row, column = number // 3 + 1, number % 3 + 1
-        values = []
+        values: list[float] = []
         for color, (run, lines) in enumerate(epochs.items()):
-            points = [line for line in lines if name in line]
-            values += [line[name] for line in points]
-            figure.add_scatter(
-                x=[line["epoch"] for line in points],
-                y=[line[name] for line in points],
-                name=html.escape(run),
-                mode="lines",
-                line_color=_COLORS[color % len(_COLORS)],
-                showlegend=number == 0,
-                row=row,
-                col=column,
-            )
+            points = {line["epoch"]: line[name] for line in lines if name in line}
+            values += points.values()
+            _add_curve(figure, run, points, color, row, column)
         if bound is not None and values and min(values) / 2 <= bound <= max(values) * 2:
             figure.add_hline(bound, line_dash="dot", line_color="#888", row=row, col=column)  # type: ignore[arg-type]
-    figure.update_layout(height=480)
-    warned = "".join(
+    warnings = "".join(
         f"<li>{html.escape(run)}, epoch {line['epoch']}: {html.escape(', '.join(line['warnings']))}"
         for run, lines in epochs.items()
         for line in lines
         if "warnings" in line
     )
-    told = f"<ul>{warned}</ul>" if warned else "<p>Nothing was warned of.</p>"
-    return _figure(figure) + told
+    listed = f"<ul>{warnings}</ul>" if warnings else "<p>No warnings.</p>"
+    return _to_html(figure, height=480) + listed
 
 
-def space_map(rows: Tensor, source: Source) -> str:
-    """The embedding on a plane by t-SNE (cosine distance), colored by class where there is one.
+def _add_curve(
+    figure: Any, run: str, points: dict[float, float], color: int, row: int, column: int
+) -> None:
+    """Add a run's curve {x: y}; the legend names each run once, at the first chart."""
+    figure.add_scatter(
+        x=list(points),
+        y=list(points.values()),
+        name=html.escape(run),
+        mode="lines",
+        line_color=_COLORS[color % len(_COLORS)],
+        showlegend=(row, column) == (1, 1),
+        row=row,
+        col=column,
+    )
+
+
+def embedding_map(rows: Tensor, source: Source) -> str:
+    """Draw the embedding on a plane by t-SNE (cosine distance), colored by class if any.
 
     Args:
-        rows: unit rows [N, D], of all images of ``source``.
+        rows: unit rows [N, D] of all images of ``source``.
         source: gives classes and names.
     """
     import plotly.graph_objects as go
     from sklearn.manifold import TSNE
 
-    shown = torch.arange(0, len(rows), -(-len(rows) // _MAPPED))
-    flow = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(shown) / 4))
-    x, y = flow.fit_transform(rows[shown].cpu().numpy()).T
+    index = torch.arange(0, len(rows), -(-len(rows) // _MAP_POINTS))
+    tsne = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(index) / 4))
+    x, y = tsne.fit_transform(rows[index].cpu().numpy()).T
     figure = go.Figure()
     classes = source.classes or ["images"]
-    labels = source.labels[shown].numpy() if source.labels is not None else np.zeros(len(shown))
-    names = np.array([html.escape(source.name(i)) for i in shown.tolist()])
+    labels = source.labels[index].numpy() if source.labels is not None else np.zeros(len(index))
+    names = np.array([html.escape(source.name(i)) for i in index.tolist()])
     for number, name in enumerate(classes):
-        chosen = labels == number
+        members = labels == number
         figure.add_scattergl(
-            x=x[chosen],
-            y=y[chosen],
-            text=names[chosen],
+            x=x[members],
+            y=y[members],
+            text=names[members],
             name=html.escape(name),
             mode="markers",
             marker={"size": 5, "color": _COLORS[number % len(_COLORS)]},
@@ -140,10 +130,10 @@ def space_map(rows: Tensor, source: Source) -> str:
         )
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
-    figure.update_layout(height=620, legend={"itemsizing": "constant"})
-    return _figure(figure)
+    return _to_html(figure, height=620, legend={"itemsizing": "constant"})
 
 
-def _figure(figure: Any) -> str:
-    figure.update_layout(template="plotly_white", margin={"l": 50, "r": 10, "t": 40, "b": 40})
+def _to_html(figure: Any, **layout: Any) -> str:
+    margin = {"l": 50, "r": 10, "t": 40, "b": 40}
+    figure.update_layout(template="plotly_white", margin=margin, **layout)
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})

@@ -23,7 +23,7 @@ from ..recipes.builtin import recipe
 from ..recipes.defaults import resolve_defaults
 from ..training.learner import Learner
 from ..training.loop import pretrain
-from .charts import curves, health_curves, space_map
+from .charts import curves, embedding_map, health_curves
 from .page import Page, neighbor_grid, table, write_page
 
 _CLUSTERINGS = 3
@@ -131,7 +131,7 @@ def _write_report(
         ),
     )
     page.add("What it reached", table(rows))
-    page.add("The space, on a plane (t-SNE of the learned digits)", space_map(known, learned))
+    page.add("The space, on a plane (t-SNE of the learned digits)", embedding_map(known, learned))
     page.add(
         "Held-out digits and their nearest neighbors",
         neighbor_grid(asked, held_out, known, learned),

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: a table, curves, neighbors, and a map of the space."""
+"""A self-contained HTML page: sections of text, tables, charts and images."""
 
 import base64
 import html
@@ -47,7 +47,7 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page as one file that needs nothing else, beside ``path`` and then renamed."""
+    """Write the page atomically as one file that needs nothing else."""
     from plotly.offline import get_plotlyjs
 
     body = "".join(f"<h2>{html.escape(h)}</h2>{content}" for h, content in page.sections)
@@ -65,7 +65,7 @@ _HEADINGS = {"name": "", "knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "clus
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as an HTML table; the last row, ours, stands out."""
+    """Return rows of equal keys as an HTML table; the last row is bold."""
     rows = list(rows)
     head = "".join(f"<th>{html.escape(_HEADINGS.get(key, key))}</th>" for key in rows[0])
     lines = ""
@@ -76,30 +76,36 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def neighbor_grid(
-    asked: Tensor, queries: Source, known: Tensor, source: Source, *, rows: int = 20, k: int = 8
+    query_rows: Tensor,
+    queries: Source,
+    reference_rows: Tensor,
+    references: Source,
+    *,
+    count: int = 20,
+    k: int = 8,
 ) -> str:
-    """Queries with their nearest neighbors; a line under each tells right class from wrong.
+    """Return queries with their nearest neighbors as HTML; lines mark right and wrong classes.
 
     Args:
-        asked: unit rows [Q, D] of ``queries``.
-        queries: images that ask, spread evenly over the classes where there are any.
-        known: unit rows [N, D] of ``source``.
-        source: images that are found.
-        rows: how many queries are shown.
-        k: neighbors of each.
+        query_rows: unit rows [Q, D] of ``queries``.
+        queries: images, of which some are chosen evenly over the classes where there are any.
+        reference_rows: unit rows [N, D] of ``references``.
+        references: images among which neighbors are searched.
+        count: number of queries shown.
+        k: number of neighbors of each.
     """
-    chosen = _spread_over_classes(queries, rows)
-    found, _ = nearest_rows(asked[chosen], known, min(k, len(known)))
+    chosen = _spread_over_classes(queries, count)
+    found, _ = nearest_rows(query_rows[chosen], reference_rows, min(k, len(reference_rows)))
     lines = ""
     for query, neighbors in zip(chosen.tolist(), found.tolist(), strict=True):
-        label = _class(queries, query)
-        images = "".join(_image(source, i, _class(source, i), label) for i in neighbors)
-        lines += f"<div class=row>{_image(queries, query, label, None)}<b>&rarr;</b>{images}</div>"
+        wanted = _class_name(queries, query)
+        images = "".join(_image_tag(references, i, wanted) for i in neighbors)
+        lines += f"<div class=row>{_image_tag(queries, query)}<b>&rarr;</b>{images}</div>"
     return f"<div class=grid>{lines}</div>"
 
 
 def _spread_over_classes(source: Source, count: int) -> Tensor:
-    if source.labels is None or source.classes is None:
+    if source.labels is None or source.classes is None or (source.labels < 0).any():
         return torch.linspace(0, len(source) - 1, min(count, len(source))).long()
     order = source.labels.argsort(stable=True)
     counts = source.labels.bincount(minlength=len(source.classes))
@@ -109,13 +115,13 @@ def _spread_over_classes(source: Source, count: int) -> Tensor:
     return by_turn[source.labels[by_turn].argsort(stable=True)]
 
 
-def _class(source: Source, index: int) -> str | None:
-    if source.labels is None or source.classes is None:
+def _class_name(source: Source, index: int) -> str | None:
+    if source.labels is None or source.classes is None or source.labels[index] < 0:
         return None
     return source.classes[int(source.labels[index])]
 
 
-def _image(source: Source, index: int, label: str | None, wanted: str | None) -> str:
+def _image_tag(source: Source, index: int, wanted: str | None = None) -> str:
     from PIL import Image
 
     try:
@@ -128,6 +134,7 @@ def _image(source: Source, index: int, label: str | None, wanted: str | None) ->
     file = io.BytesIO()
     image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
+    label = _class_name(source, index)
     verdict = "" if wanted is None else " class=right" if label == wanted else " class=wrong"
     title = html.escape(source.name(index) + (f": {label}" if label else ""), quote=True)
     return f"<img{verdict} title=\"{title}\" src='data:image/png;base64,{data}'>"

@@ -14,8 +14,6 @@ from ..data.loading.scan import typical_side
 from ..data.loading.workers import iterate_in_workers
 from ..data.sources.open import Source, open_images
 from ..engine.counter_rng import ORDER, permutation
-from ..errors import UserError
-from ..io.console import notify, print_table, show_progress
 from ..recipes.defaults import resolve_defaults
 from .learner import Learner
 from .step import take_step
@@ -148,21 +146,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def tell_epoch_time(
-    name: str, config: PretrainConfig, data: str, facts: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Print :func:`epoch_time` of a recipe as a table, or say why there is none."""
-    try:
-        with show_progress(f"timing {name}"):
-            found = epoch_time(config, data, facts)
-    except UserError as error:
-        notify(f"No epoch of {name} is timed: {error}")
-        return None
-    print_table([f"an epoch of {name}", ""], epoch_rows(found))
-    return found
-
-
-def epoch_rows(found: dict[str, Any]) -> list[list[str]]:
+def epoch_time_rows(found: dict[str, Any]) -> list[list[str]]:
     """The estimate as rows of a printed table."""
     learned = f"{found['network']}, batch {found['batch']:,}, views of {found['image_size']} pixels"
     read = f"{_duration(found['read'])} by {found['workers']} workers"

@@ -20,7 +20,7 @@ from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
 from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
-from ..recipes.schedule import Schedule, images_seen
+from ..recipes.schedule import Schedule
 from .learner import make_encoder
 
 
@@ -56,7 +56,7 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
             "la": schedule.total_steps - schedule.la_start,
             "total": schedule.total_steps,
             "drops": schedule.boundaries,
-            "images_seen": images_seen(schedule),
+            "images_seen": schedule.images_seen,
         },
         "memory": memory,
         "checkpoint_bytes": sum(memory[part] for part in kept)
@@ -64,9 +64,8 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     }
 
 
-def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
-    """Print a :func:`forecast` and return it."""
-    result = forecast(config, data)
+def print_forecast(result: dict[str, Any]) -> None:
+    """Print a :func:`forecast` as tables."""
     for note in result["notes"]:
         notify(note)
     resolved = from_dict(PretrainConfig, result["config"])
@@ -77,7 +76,6 @@ def show_forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
     checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
     print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
-    return result
 
 
 def _words(value: Any) -> str:

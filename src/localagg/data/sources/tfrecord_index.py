@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...io.console import show_progress
-from ...io.crc32c import crc32c, masked
+from ...io.crc32c import masked_crc32c
 from .index_cache import Columns, cached_columns
 from .source import MOST_CLASSES
 from .tf_example import BadExample, ImageExample, parse_example
@@ -56,12 +56,12 @@ class TFRecordIndex(NamedTuple):
 
 def frame(data: bytes) -> bytes:
     """A record around ``data``: length, checksum, data, checksum."""
-    return _header(len(data)) + data + struct.pack("<I", masked(crc32c(data)))
+    return _header(len(data)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def _header(length: int) -> bytes:
     packed = struct.pack("<Q", length)
-    return packed + struct.pack("<I", masked(crc32c(packed)))
+    return packed + struct.pack("<I", masked_crc32c(packed))
 
 
 def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, int]:
@@ -77,7 +77,7 @@ def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, in
     if len(header) < 12:
         raise _damaged(path, offset, "the file ends inside the record's header")
     length, check = struct.unpack("<QI", header)
-    if masked(crc32c(header[:8])) != check:
+    if masked_crc32c(header[:8]) != check:
         what = "the checksum of the record's length is wrong"
         raise _damaged(path, offset, what if offset else f"{what}, or it is no plain TFRecord file")
     if length > RECORD_LIMIT:
@@ -89,7 +89,7 @@ def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, in
         raise _damaged(path, offset, "the file ends inside the record")
     content = memoryview(data)[:length]
     stored = int.from_bytes(data[length:], "little")
-    if masked(crc32c(content)) != stored:
+    if masked_crc32c(content) != stored:
         raise _damaged(path, offset, "the checksum of the record's data is wrong")
     return content, stored
 
@@ -108,7 +108,7 @@ def read_image(path: Path, index: TFRecordIndex, row: int) -> bytes | None:
         os.close(file)
     data = record[12:-4]
     whole = len(data) == length and record[:12] == _header(length)
-    whole = whole and masked(crc32c(data)) == crc == int.from_bytes(record[-4:], "little")
+    whole = whole and masked_crc32c(data) == crc == int.from_bytes(record[-4:], "little")
     return data[start : start + size] if whole and start >= 0 else None
 
 

@@ -1,0 +1,42 @@
+"""``localagg import-tf``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import printable
+from .parse import positional
+
+
+@dataclass(frozen=True)
+class ImportTf:
+    """Import weights from a checkpoint of the reference program, or of its PyTorch port."""
+
+    prefix: str = positional("PREFIX")
+    """model.ckpt-N, its .index, a folder or .tar with one; or the port's checkpoint.pth.tar."""
+    model: str
+    """Network: preact_resnet18, preact_resnet50, alexnet_bn or vgg16_bn_last."""
+    out: str
+    """Weights file (.safetensors) to write."""
+    bank: str | None = None
+    """Also write the memory bank, its labels and its cluster labels to this .safetensors file."""
+    json: str | None = None
+    """Also write the report to this file."""
+
+
+def run(options: ImportTf) -> dict[str, Any]:
+    """Import the weights and print the variables without a match."""
+    from ..interop.import_weights import import_weights
+
+    result = import_weights(
+        options.prefix,
+        options.model,
+        Path(options.out),
+        bank=None if options.bank is None else Path(options.bank),
+    )
+    print(f"{len(result['matched'])} variables written to {options.out} ({options.model}).")
+    for kind in ("left", "missing"):
+        if result[kind]:
+            names = ", ".join(result[kind][:5]) + (" ..." if len(result[kind]) > 5 else "")
+            print(f"{kind}: {len(result[kind])} ({printable(names)})")
+    return result

@@ -1,0 +1,57 @@
+"""``localagg pack``."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UserError
+from .parse import positional
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pack any images into a folder that reads fast; a stopped pack continues.
+
+    All bytes are kept unless --size makes the images smaller. pack-report.json in the folder lists
+    duplicates and unreadable images.
+    """
+
+    source: str = positional("SRC")
+    """Data URI."""
+    destination: str = positional("DST")
+    """Folder to create."""
+    format: Literal["arrow", "tfrecord", "webdataset"] = "arrow"
+    """File format: Arrow of the datasets library, TFRecords of the reference program, or tars."""
+    size: int | None = None
+    """Shrink larger images to this shorter side in pixels, as JPEG. Default: keep all bytes."""
+    quality: int | None = None
+    """JPEG quality of shrunk images, 1 to 100. Default: 95."""
+    keep: bool = False
+    """Keep all bytes, the default without --size."""
+    workers: int = 2
+    """Number of processes that read, check and shrink."""
+    verify: bool = False
+    """Read the folder back and compare hashes."""
+    json: str | None = None
+    """Also write the report to this file."""
+
+
+def run(options: Pack) -> dict[str, Any]:
+    """Pack the images and print a summary."""
+    from ..data.pack.pack_dataset import pack, pack_rows
+    from ..io.console import print_table
+
+    if options.keep and options.size is not None:
+        raise UserError(
+            "option-conflict", f"--keep and --size {options.size} exclude each other; omit one."
+        )
+    result = pack(
+        options.source,
+        options.destination,
+        format=options.format,
+        size=options.size,
+        quality=options.quality,
+        workers=options.workers,
+        verify=options.verify,
+    )
+    print_table(["", ""], pack_rows(result))
+    return result

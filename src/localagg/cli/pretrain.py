@@ -1,0 +1,147 @@
+"""``localagg pretrain``."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import PretrainConfig, override
+from ..errors import UserError, printable
+from ..recipes.builtin import RECIPES, recipe
+from ..recipes.from_reference_json import ConvertedConfig, convert_pretrain_json
+from .parse import internal, positional
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Learn an embedding of images without labels: IR first, then LA."""
+
+    recipe: str | None = positional("RECIPE", default=None)
+    """Named configuration, such as folder or res18_LA; localagg recipes lists them."""
+    options: PretrainConfig = field(default_factory=PretrainConfig)
+    data: str | None = None
+    """Data URI: folder of images, Parquet, TFRecords, listing, saved dataset, or digits."""
+    out: str | None = None
+    """Run folder to create. Default: runs/RECIPE."""
+    start: str | None = None
+    """Finished IR run on the same images. LA begins from it; IR is not run again."""
+    resume: str | None = None
+    """Run folder to continue. It keeps its recipe and its options."""
+    config: str | None = None
+    """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
+    dry_run: bool = False
+    """Print the configuration, the steps and the expected memory, without training."""
+    processes: int = 1
+    """Number of processes on this machine, each on its own GPU, or all on the CPU. Leave it at 1
+    under torchrun or srun."""
+    rank_timeout: float = 600.0
+    """Seconds without a heartbeat of a process after which all processes end."""
+    json: str | None = None
+    """Also write the result to this file."""
+    typed: frozenset[str] = internal(frozenset())
+    words: tuple[str, ...] = internal(())
+
+    @staticmethod
+    def base(values: dict[str, Any]) -> PretrainConfig:
+        """Return the recipe's configuration, overridden by ``--config``."""
+        name, reference = values.get("recipe"), values.get("config")
+        config = recipe(name).config if name else None
+        if reference is None:
+            return config or PretrainConfig()
+        return convert_reference(convert_pretrain_json, reference, config)
+
+    @property
+    def name(self) -> str | None:
+        """The recipe, or NAME in ``--config FILE.json:NAME``."""
+        if self.recipe is not None or self.config is None:
+            return self.recipe
+        return self.config.partition(":")[2] or Path(self.config).stem
+
+
+def convert_reference(convert: Callable[..., ConvertedConfig], file: str, config: Any) -> Any:
+    """Override a configuration by ``--config FILE.json:NAME``; report keys without effect."""
+    converted, notes = convert(file, config)
+    for note in notes:
+        print(printable(f"--config {file}: {note}"), file=sys.stderr)
+    return converted
+
+
+def run(options: Pretrain) -> dict[str, Any] | None:
+    """Start or resume a run, in this process or several, and print its result."""
+    if options.processes < 1:
+        raise UserError(
+            "option-invalid", f"--processes is {options.processes}; it must be at least 1."
+        )
+    if options.processes > 1 and not options.dry_run:
+        from ..distributed.launcher import launch
+
+        folder = options.resume or options.out or f"runs/{options.name}"
+        launch([*options.words, "--processes", "1"], options.processes, folder)
+        return None
+    result = _start(options) if options.resume is None else _resume(options)
+    from ..io.console import console
+
+    if not console.quiet and not options.dry_run:  # only the first rank prints
+        _print(result)
+    return None if console.quiet else result
+
+
+def _resume(options: Pretrain) -> dict[str, Any]:
+    from ..training.loop import resume
+
+    folder = check_resume(options.resume, options.out)
+    return resume(
+        folder,
+        options.options,
+        data=options.data,
+        typed=options.typed,
+        rank_timeout=options.rank_timeout,
+    )
+
+
+def check_resume(folder: str | None, out: str | None) -> str:
+    """Return the folder to resume, unless ``--out`` names another."""
+    if folder is None or out not in (None, folder):
+        raise UserError("option-conflict", f"--resume {folder} writes to it; omit --out {out}.")
+    return folder
+
+
+def _start(options: Pretrain) -> dict[str, Any]:
+    if options.name is None:
+        raise UserError(
+            "option-missing",
+            f"Name a recipe: localagg pretrain {'|'.join(RECIPES)} --data IMAGES --out RUN.",
+        )
+    if options.data is None:
+        raise UserError("option-missing", "Name the images to learn from with --data.")
+    config = options.options
+    if options.typed & {"neighbors", "clusters"}:  # explicit values are not scaled
+        config = override(config, sized_for=None)
+    if options.dry_run:
+        from ..training.forecast import forecast, print_forecast
+
+        found = forecast(config, options.data)
+        print_forecast(found)
+        return found
+    from ..training.loop import pretrain
+
+    return pretrain(
+        config,
+        options.data,
+        options.out or f"runs/{options.name}",
+        start=options.start,
+        rank_timeout=options.rank_timeout,
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    from ..io.console import print_table
+
+    shares = result["shares"].items()
+    print_table(["part", "share of the time"], [[part, f"{share:.1%}"] for part, share in shares])
+    if hint := result.get("hint"):
+        print(hint)
+    measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
+    print(f"{result['seconds']:.0f} s. {measured or 'No accuracy was measured.'}")
+    print(f"The run is in {result['run']}")

@@ -1,0 +1,176 @@
+"""``localagg transfer``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import TransferConfig, flag
+from ..errors import UserError
+from ..recipes.builtin import readout_recipe
+from ..recipes.from_reference_json import convert_readout_json
+from .parse import internal, positional
+from .pretrain import check_resume, convert_reference
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Accuracy by linear read-outs: one head a layer, trained with labels on a frozen encoder."""
+
+    run: str | None = positional("RUN", default=None)
+    """Run folder or weights file (.safetensors)."""
+    options: TransferConfig = field(default_factory=TransferConfig)
+    data: str | None = None
+    """Data URI with labels and a held-out split. Default: the data of the run."""
+    out: str | None = None
+    """Folder to create. Default: transfer/ inside the run, or beside the weights file."""
+    resume: str | None = None
+    """Folder of linear read-outs to continue."""
+    quick: bool = False
+    """Fit logistic regressions on the center crop instead of training on random views."""
+    few: tuple[float, ...] = ()
+    """Learn from these shares of the labels, such as 0.01 0.1, over several seeds."""
+    per_class: tuple[int, ...] = ()
+    """Learn from this number of images of each class, over several seeds."""
+    seeds: int = 5
+    """Number of random subsets for --few and --per-class."""
+    recipe: str | None = None
+    """Read-out recipe of the reference program, such as trans_res18_LA or plc_trans_res18_LA."""
+    config: str | None = None
+    """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
+    json: str | None = None
+    """Also write the result to this file."""
+    typed: frozenset[str] = internal(frozenset())
+    words: tuple[str, ...] = internal(())
+
+    @staticmethod
+    def base(values: dict[str, Any]) -> TransferConfig:
+        """Return the recipe's configuration, overridden by ``--config``."""
+        name, reference = values.get("recipe"), values.get("config")
+        config = readout_recipe(name).config if name else None
+        if reference is None:
+            return config or TransferConfig()
+        return convert_reference(convert_readout_json, reference, config)
+
+
+def run(options: Transfer) -> dict[str, Any]:
+    """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
+    from ..evaluation.record_results import is_recorded, record_readouts
+    from ..io.console import print_table
+
+    if options.resume is not None:
+        result = _resume(options)
+    else:
+        folder, data = _weights_and_data(options)
+        if options.few or options.per_class:
+            return _few_labels(options, folder, data)
+        result = _read_out(options, folder, data)
+    columns = list(next(iter(result["layers"].values())))
+    rows = [
+        [name, *(f"{found[column]:.1%}" for column in columns)]
+        for name, found in result["layers"].items()
+    ]
+    print_table(["layer", *columns], rows)
+    print(f"{result['seconds']:.0f} s. {result['protocol']}")
+    folder = options.run or result["run"]  # None: the encoder came from Python
+    # A resumed read-out may have been killed before its results were added.
+    if folder is not None and not (options.resume and is_recorded(Path(folder), result)):
+        record_readouts(Path(folder), result)
+    return result
+
+
+def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
+    config = options.options
+    if options.quick:
+        from ..evaluation.quick_readout import OPTIONS, quick_readout
+
+        _check_used(options.typed - OPTIONS, "with --quick")
+        ten_crop = config.ten_crop and "ten_crop" in options.typed
+        return quick_readout(config, weights, data, options.out, ten_crop=ten_crop)
+    from ..evaluation.linear import transfer
+
+    parent = weights if weights.is_dir() else weights.with_suffix("")
+    name = f"transfer-{options.recipe}" if options.recipe else "transfer"
+    return transfer(config, weights, data, options.out or str(parent / name))
+
+
+def _resume(options: Transfer) -> dict[str, Any]:
+    from ..evaluation.linear import resume_transfer
+
+    folder, config = check_resume(options.resume, options.out), options.options
+    if fixed := sorted(options.typed - {"workers", "device"}):
+        raise UserError(
+            "option-conflict",
+            f"'{folder}' keeps its options; omit {flag(fixed[0])}, or start again with another"
+            " --out.",
+        )
+    return resume_transfer(
+        folder,
+        weights=options.run,
+        data=options.data,
+        workers=config.workers if "workers" in options.typed else None,
+        device=config.device if "device" in options.typed else None,
+    )
+
+
+def _weights_and_data(options: Transfer) -> tuple[Path, str]:
+    from ..checkpoint import read_run
+
+    if options.run is None:
+        raise UserError(
+            "option-missing", "Name a run folder or a weights file: localagg transfer RUN."
+        )
+    weights = Path(options.run)
+    if options.data is not None:
+        return weights, options.data
+    if weights.is_file():
+        raise UserError(
+            "option-missing", f"'{weights}' is a weights file; name the images with --data."
+        )
+    return weights, str(read_run(weights)[1]["data"])
+
+
+def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
+    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
+    from ..evaluation.record_results import record_low_shot, subset_name
+    from ..io.console import print_table
+
+    config, typed = options.options, options.typed
+    given = "--few" if options.few else "--per-class"
+    if options.quick:
+        raise UserError("option-conflict", f"{given} already fits quick heads; omit --quick.")
+    _check_used(typed & NOT_TUNING, f"with {given}")
+    if not config.finetune:
+        _check_used(typed - OPTIONS, f"with {given} without --finetune")
+    result = low_shot_accuracy(
+        config,
+        weights,
+        data,
+        options.out,
+        few=options.few,
+        per_class=options.per_class,
+        seeds=options.seeds,
+        finetune=config.finetune,
+        **({"finetune_epochs": config.epochs} if "epochs" in typed else {}),
+    )
+    rows = [
+        [subset_name(subset), f"{subset['images']:,}", way, layer]
+        + [_mean_and_interval(found[name]) for name in ("top1", "top5")]
+        for subset in result["subsets"]
+        for way in ("linear", "finetuned")
+        for layer, found in subset.get(way, {}).items()
+    ]
+    print_table(["labels", "images", "heads", "layer", "top1", "top5"], rows)
+    print(f"{result['seconds']:.0f} s. Mean of {len(result['seeds'])} draws and 95 % interval.")
+    record_low_shot(weights, result)
+    return result
+
+
+def _check_used(unused: frozenset[str], why: str) -> None:
+    if unused:
+        name = flag(min(unused))
+        raise UserError("option-conflict", f"{name} has no effect {why}; omit it.")
+
+
+def _mean_and_interval(found: dict[str, Any]) -> str:
+    half = found["interval"]
+    return f"{found['mean']:.1%}" + ("" if half is None else f" ± {100 * half:.1f}")

@@ -1,0 +1,17 @@
+"""A small run that commands work on."""
+
+from pathlib import Path
+
+from localagg import cli
+
+SMALL = [
+    *("--epochs", "2", "--ir-epochs", "1", "--width", "8", "--blocks", "1", "--neighbors", "64"),
+    *("--clusters", "10", "--batch-size", "100", "--device", "cpu"),
+]
+
+
+def run_small(folder: Path) -> Path:
+    """Learn the digits for two epochs; also writes weights.safetensors and pretrain.json."""
+    words = ["pretrain", "digits", "--data", "digits", "--out", str(folder), *SMALL]
+    assert cli.main([*words, "--json", str(folder.parent / "pretrain.json")]) == 0
+    return folder
