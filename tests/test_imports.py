@@ -2,10 +2,7 @@
 
 import ast
 import functools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -160,33 +157,3 @@ def test_objectives_import_torch_and_the_engine_alone():
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
     }
     assert external == {"torch"}
-
-
-@pytest.mark.parametrize(
-    "code", ["import localagg", "import localagg.cli", "from localagg import RECIPES"]
-)
-def test_torch_waits_until_it_is_needed(code):
-    heavy = "[m for m in ('torch', 'faiss', 'datasets') if m in sys.modules]"
-    check = f"import sys\n{code}\nprint({heavy})"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_every_public_name_exists():
-    assert {name for name in localagg.__all__ if getattr(localagg, name) is None} == set()
-    assert set(localagg.__all__) <= set(dir(localagg))
-    assert all(map(callable, (localagg.embed, localagg.pretrain, localagg.transfer)))
-    with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
-        localagg.pretrian  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
-)
-def test_threads_of_torch_spin_briefly_unless_set_otherwise(given, wanted):
-    code = "import localagg, os; print(os.environ.get('GOMP_SPINCOUNT'))"
-    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    printed = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
-    assert printed.strip() == wanted
