@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import report
-from localagg.engine import search
+from localagg.engine import SETTINGS
 from localagg.engine.thread_pool import in_threads
 from localagg.io.machine import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
@@ -83,11 +83,8 @@ def ours_once(p: Problem) -> torch.Tensor:
 
 
 def ours_portable(p: Problem) -> torch.Tensor:
-    compiled, search.load_cpu_backend = search.load_cpu_backend, lambda: (None, None)  # type: ignore[assignment]
-    try:
+    with SETTINGS.changed(min_compiled_rows=sys.maxsize):
         return local_aggregation(p.v, p.bank, p.labels, p.index, neighbors=K)
-    finally:
-        search.load_cpu_backend = compiled
 
 
 # --- IR's exact softmax ---

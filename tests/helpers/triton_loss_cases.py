@@ -1,4 +1,4 @@
-"""The Triton engine's losses against float64, and the whole of LA from end to end."""
+"""The Triton losses against float64, and LA from end to end."""
 
 import naive
 import pytest
@@ -17,8 +17,8 @@ from triton_harness import (
     unit,
 )
 
+from localagg.engine import SETTINGS
 from localagg.engine import cuda_backend as engine
-from localagg.engine import cuda_loss_kernels as triton_losses
 
 # --- The exact softmax ----------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def test_log_partition_of_contrived_banks(make):
 
 
 def test_many_small_weights_count():
-    """One row with nearly all the weight, and 600 that weigh 1e-8 each but point the same way."""
+    """One row has nearly all the weight; 600 rows of weight 1e-8 point the same way."""
     bank = torch.zeros(601, 4, device=DEVICE)
     bank[0, 0] = 1
     bank[1:, 1] = 1
@@ -99,7 +99,7 @@ def test_aggregation_is_equation_5(B, N, D, K, dtype):
 
 
 def test_aggregation_where_nearly_all_weight_is_close():
-    """Loss and gradient stay right to five and four digits where the share is one but 1e-6."""
+    """Loss and gradient are right to five and four digits if the share is 1 - 1e-6."""
     bank = normalize(torch.eye(4) + 0.1 * torch.randn(4, 4, generator=draws(0)), dim=1).to(DEVICE)
     embedding = bank[:1].clone()
     rows = torch.arange(4, device=DEVICE)[None]
@@ -120,8 +120,7 @@ def test_nan_shows_in_the_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_close_rows(dtype, monkeypatch):
-    monkeypatch.setattr(triton_losses, "_CLOSE_TILE", 32)
+def test_close_rows(dtype):
     N, H, B, K = 120, 3, 4, 50
     labels = torch.randint(0, 6, (H, N), generator=draws(0), dtype=dtype).to(DEVICE)
     index = torch.tensor([3, 119, 0, 3], device=DEVICE)
@@ -131,18 +130,17 @@ def test_close_rows(dtype, monkeypatch):
         [j >= 0 and naive.close(labels.tolist(), i, j) for j in mine]
         for i, mine in zip(index.tolist(), rows.tolist(), strict=True)
     ]
-    assert engine.close_rows(labels, labels[:, index], rows).tolist() == wanted
-    side_by_side = labels.T.contiguous().T
-    assert engine.close_rows(side_by_side, labels[:, index], rows).tolist() == wanted
+    with SETTINGS.changed(gpu_label_block=32):
+        for stored in (labels, labels.T.contiguous().T):
+            assert engine.close_rows(stored, labels[:, index], rows).tolist() == wanted
 
 
-@pytest.mark.parametrize("values", [True, False])
-def test_local_aggregation_from_end_to_end(values):
+def test_local_aggregation_from_end_to_end():
     B, N, D, K = 4, 130, 10, 15
     embedding, bank = unit(B, D, seed=1), unit(N, D, seed=2)
     labels = torch.randint(0, 12, (2, N), generator=draws(3)).to(DEVICE)
     index = torch.arange(B, device=DEVICE)
-    rows, _ = engine.top_rows(embedding, bank, K, values=values)
+    rows, _ = engine.top_rows(embedding, bank, K)
     close = engine.close_rows(labels, labels[:, index], rows)
     loss, grad = engine.aggregation_forward_backward(embedding, bank, rows, close)
     arguments = (embedding.tolist(), bank.tolist(), labels.tolist(), index.tolist())
@@ -152,5 +150,5 @@ def test_local_aggregation_from_end_to_end(values):
     assert gap.norm() <= 1e-4 * torch.from_numpy(wanted_grad).norm()
 
 
-def test_the_right_machine_was_asked():
+def test_the_cases_run_where_they_are_meant_to():
     assert triton.knobs.runtime.interpret == INTERPRETED
