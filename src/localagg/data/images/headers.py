@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from ..sources.source import Source, open_file
+from ..sources.image_files import open_file
+from ..sources.source import Source
 from .decode import UnreadableImage, decode, open_image
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a header that is longer is read whole
