@@ -102,8 +102,8 @@ def test_equal_similarities_are_sorted_by_row(table, tmp_path):
     path, rows = tmp_path / "t.parquet", stacked_rows(pq.read_table(table)).copy()
     rows[[3, 9, 20, 31, 45]] = rows[3]
     replace_embeddings(table, path, rows.tolist())
-    for own, others in ((3, [9, 20, 31]), (20, [3, 9, 31]), (45, [3, 9, 20])):
-        neighbors = search(path, [own], k=3)["queries"][0]["neighbors"]
+    for own, others in ((3, [9, 20, 31, 45]), (20, [3, 9, 31, 45]), (45, [3, 9, 20, 31])):
+        neighbors = search(path, [own], k=4)["queries"][0]["neighbors"]
         assert [neighbor["index"] for neighbor in neighbors] == others
 
 

@@ -15,7 +15,7 @@ from ..data.images.decode import READ_ERRORS, decode, read_error_reason
 from ..data.loading.cropping import evaluation_batches
 from ..data.sources.source import Sample
 from ..engine.device import make_fabric
-from ..engine.search import nearest, sort_by_similarity
+from ..engine.search import sort_by_similarity
 from ..errors import UserError, suggest
 from .embed import encode
 from .table import EmbeddingTable, path_text
@@ -61,11 +61,12 @@ def search(
     queries_QF = torch.stack(
         [F.normalize(next(embedded), dim=0) if row is None else bank_NF[row] for row in positions]
     )
-    found = sort_by_similarity(*nearest(queries_QF, bank_NF, k + 1))  # one more: the image itself
+    # One more, as an image finds itself.
+    found = _nearest(queries_QF, bank_NF, min(k + 1, len(bank_NF)))
     queries = []
     for image, own, rows, similarity in zip(images, positions, *found, strict=True):
         others = rows != (-1 if own is None else own)
-        cosines = similarity[others][:k].clamp(-1, 1).tolist()
+        cosines = similarity[others][:k].tolist()
         neighbors = opened.rows(rows[others][:k].tolist())
         queries.append(
             {
@@ -85,6 +86,16 @@ def search(
         "queries": queries,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _nearest(queries_QF: Tensor, bank_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (rows, cosines) [Q, k] of the nearest rows, sorted by cosine, then row."""
+    import faiss
+
+    similarity, rows = faiss.knn(
+        queries_QF.numpy(), bank_NF.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
+    )
+    return sort_by_similarity(torch.from_numpy(rows), torch.from_numpy(similarity).clamp(-1, 1))
 
 
 def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None:
