@@ -10,7 +10,12 @@ from localagg.data.sources.open import open_images
 from localagg.evaluation import published
 from localagg.evaluation.measure_run import measure_run
 from localagg.evaluation.protocols import LEAVE_ONE_OUT
-from localagg.evaluation.record_results import record_knn, record_low_shot, record_readouts
+from localagg.evaluation.record_results import (
+    is_recorded,
+    record_knn,
+    record_low_shot,
+    record_readouts,
+)
 from localagg.evaluation.results_file import append_result, read_results
 from localagg.evaluation.results_table import compare, tables
 from localagg.models import create_encoder
@@ -133,9 +138,11 @@ READ_OUT = {"data": "digits", "weights_digest": "aa", "measured": 396, "unreadab
 
 def test_readouts_record_the_images_learned_from_and_measured(weights):
     layers = {"1": {"top1": 0.5}}
-    record_readouts(
-        weights, {**READ_OUT, "layers": layers, "protocol": {"method": "p"}, "images": 1400}
-    )
+    protocol = {"method": "linear"}
+    result = {**READ_OUT, "layers": layers, "protocol": protocol, "images": 1400}
+    assert not is_recorded(weights, result)
+    record_readouts(weights, result)
+    assert is_recorded(weights, result)
     (entry,) = read_results(weights)
     assert entry["values"] == {"1 top1": 0.5}
     assert (entry["images"], entry["asked"], entry["known"]) == (397, 396, 1400)
