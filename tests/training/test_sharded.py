@@ -11,6 +11,7 @@ import pytest
 import sharded_cases as cases
 import torch
 import torch.nn.functional as F
+from expect import user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Pool, in_threads
@@ -22,7 +23,6 @@ from localagg import objectives
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World, share
 from localagg.engine import SETTINGS
-from localagg.errors import UserError
 from localagg.evaluation import knn, sharded_knn
 from localagg.training import sharded
 
@@ -139,7 +139,7 @@ def test_nearest_rows(p, leave_out):
 
 
 def test_more_neighbors_than_rows_of_all_ranks_are_refused():
-    with pytest.raises(UserError, match="6 neighbors of 5 images cannot be"):
+    with user_error("option-invalid", "k is 6", "1-5"):
         in_threads(
             2,
             lambda world: sharded_knn.nearest_rows(

@@ -62,7 +62,7 @@ def test_held_out_images_of_one_of_the_classes_are_labelled(copied):
     assert labelled.held_out_labels.tolist() == [1] * 6  # in training's numbers
     choice = select_queries(str(copied), open_images(copied), torch.arange(48))
     assert choice.held_out is not None
-    assert choice.asking_labels.tolist() == [1] * 6
+    assert choice.query_labels.tolist() == [1] * 6
 
 
 def test_a_stray_held_out_image_has_no_label_and_the_others_keep_theirs(copied):
@@ -72,7 +72,7 @@ def test_a_stray_held_out_image_has_no_label_and_the_others_keep_theirs(copied):
     assert held_out.labels.tolist() == [-1] + [0] * 6 + [1] * 6
     choice = select_queries(str(copied), open_images(copied), torch.arange(48))
     assert choice.held_out is not None
-    assert len(choice.asking) == 12
+    assert len(choice.query_index) == 12
     assert choice.left_out["asking"]["unlabelled"] == 1
     with pytest.raises(UserError, match="1 of the 13"):
         open_labeled(str(copied))
