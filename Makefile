@@ -1,4 +1,4 @@
-.PHONY: demo test check
+.PHONY: demo test test-all check
 
 PYTHON ?= python3
 
@@ -12,7 +12,10 @@ demo: .venv/installed
 	.venv/bin/localagg demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n auto --cov --cov-report=term
+	.venv/bin/python -m pytest -n auto --dist loadscope -m "not slow"
+
+test-all: .venv/installed
+	.venv/bin/python -m pytest -n auto --dist loadscope --cov --cov-report=term
 
 check: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'

@@ -94,7 +94,7 @@ def one_pass(bank: Tensor, clusters: list[int], runs: int) -> dict[str, float]:
     """Seconds to assign rows to the centroids of all clusterings, by H products and by one."""
     rows = Points(bank)
     centroids = [bank[torch.randperm(len(bank))[:k]] for k in clusters]
-    coarse = bank.bfloat16() if rows.multiplies_bfloat16 else bank
+    coarse = bank.bfloat16() if rows.bfloat16 else bank
     joined = torch.cat(centroids).to(coarse.dtype).T.contiguous()
     half = torch.cat(centroids).square().sum(dim=1) / 2
 
@@ -132,7 +132,7 @@ def main() -> None:
         rows.append([f"{number}", f"{drift:.3f}", *row])
     passes = one_pass(banks[-1], clusters, options.runs)
     size, dim = banks[0].shape
-    bf16 = "bf16" if Points(banks[0]).multiplies_bfloat16 else "float32"
+    bf16 = "bf16" if Points(banks[0]).bfloat16 else "float32"
     columns = ["bank", "cos to last", "cold s", "warm s", "x", "iterations", "inertia", "at worst"]
     report.write(
         "clustering",

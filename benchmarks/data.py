@@ -30,7 +30,7 @@ from localagg.data import open_images
 from localagg.data.images.augment import Augment, view_draws, view_uniforms
 from localagg.data.images.crops import crop_boxes
 from localagg.data.images.decode import decode, decode_crops, image_size
-from localagg.data.loading.cropping import TrainingCrops
+from localagg.data.loading.cropping import training_crops
 from localagg.data.pack.pack_dataset import pack
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -86,17 +86,16 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 def ours_stored(source, views: ViewConfig, batch: int) -> None:
     """Batches from encoded images: what the worker does, then what the device does."""
     chunks = list(torch.arange(len(source)).split(batch))
-    crops, augment = TrainingCrops(source, views, 0, 0, chunks), Augment(views, 0, cropped=True)
+    augment = Augment(views, 0, cropped=True)
     for step in range(len(source) // batch):
-        batch, _ = crops[step]
+        batch, _ = training_crops(source, views, 0, 0, chunks[step])
         normalized(augment(batch.images, 0, batch.index, batch.uniforms))
 
 
 def ours_in_worker(source, views: ViewConfig, batch: int) -> None:
     """The worker's part of it."""
-    crops = TrainingCrops(source, views, 0, 0, list(torch.arange(len(source)).split(batch)))
-    for step in range(len(source) // batch):
-        crops[step]
+    for index in torch.arange(len(source)).split(batch)[: len(source) // batch]:
+        training_crops(source, views, 0, 0, index)
 
 
 def ours_held(pixels: torch.Tensor, views: ViewConfig, batch: int) -> None:

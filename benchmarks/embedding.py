@@ -18,7 +18,8 @@ from localagg.embeddings.embed import embed
 from localagg.evaluation.cluster_metrics import cluster_scores
 from localagg.evaluation.knn import knn_accuracy
 from localagg.evaluation.linear import transfer
-from localagg.evaluation.logistic_regression import Rows, quick_head
+from localagg.evaluation.logistic_regression import fit_logistic_head
+from localagg.evaluation.protocols import describe_protocol
 from localagg.evaluation.quick_readout import quick_readout
 from localagg.training.learner import make_encoder
 
@@ -60,7 +61,8 @@ def main() -> None:
             only = override(readouts, layers=(asked.layer,))
             quick = quick_readout(only, encoders[name], asked.data)
             linear = transfer(readouts, encoders[name], asked.data)
-            protocols |= {quick["protocol"]: None, linear["protocol"]: None}
+            measured = (quick["protocol"], linear["protocol"])
+            protocols |= dict.fromkeys(map(describe_protocol, measured))
             top1 = [linear["layers"][layer]["top1"] for layer in layers]
             row += [f"{quick['layers'][asked.layer]['top1']:.1%}", *(f"{v:.1%}" for v in top1)]
         else:
@@ -84,10 +86,8 @@ def main() -> None:
 
 def _pixels_head(pixels, known, held_out) -> float:
     """Top-1 of the quick head on all pixels."""
-    device = torch.device("cpu")
     flat = [p.flatten(1) for p in pixels]
-    rows = Rows(lambda part: flat[0][part].float(), torch.arange(len(known)), known.labels, device)
-    head = quick_head(rows, 10)
+    head = fit_logistic_head(flat[0], known.labels, torch.arange(len(known)), 10)
     found = (flat[1].float() @ head.weight.T + head.bias).argmax(dim=1)
     return (found == held_out.labels).double().mean().item()
 

@@ -15,17 +15,17 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-import report
-from localagg.objectives import instance_softmax
 from localagg.training.neighbors import (
     SearchableBank,
     find_neighbors,
     neighborhood_loss,
     store_by_row,
 )
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import report
+from localagg.objectives import instance_softmax
 
 TEMPERATURE = 0.07
 Ways = dict[str, Callable[[], object]]
@@ -81,23 +81,12 @@ class Task:
         )
         return self.gradient(neighborhood_loss(self.v, self.searchable, found))
 
-    def la_rows_alone(self) -> tuple[Tensor, Tensor]:
-        """The least that the engine needs: float32 looks at doubtful rows, then one gather."""
-        from localagg.engine import cuda_backend as engine
-
-        v, bank = self.v.detach(), self.bank
-        low = self.searchable.rounded
-        rows, _ = engine.top_rows(v, bank, self.neighbors, bank_low=low, values=False)
-        close = engine.close_rows(self.side_by_side, self.side_by_side[:, self.index], rows)
-        return engine.aggregation_forward_backward(v, bank, rows, close)
-
     def ways(self) -> Ways:
         v, bank, index = self.v, self.bank, self.index
         v_half, coarse = v.detach().half(), self.searchable.rounded
         half = bank.half() if coarse is None else coarse.half()
         return {
             "LA, ours": self.la,
-            "LA, ours, similarities once": self.la_rows_alone,
             "LA, the port's way": lambda: self.gradient(
                 ports_way(v, bank, self.labels, index, self.neighbors)
             ),

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from localagg.training.neighbors import SearchableBank, store_by_row
 
 import report
-from localagg.engine import search
+from localagg.engine import SETTINGS
 from localagg.engine.thread_pool import in_threads
 from localagg.io.machine import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
-from localagg.training.neighbors import SearchableBank, store_by_row
 
 B, D, K, H, T, EPS = 128, 128, 4096, 10, 0.07, 1e-7
 SIZES = (50_000, 200_000, 1_280_000)
@@ -83,11 +83,8 @@ def ours_once(p: Problem) -> torch.Tensor:
 
 
 def ours_portable(p: Problem) -> torch.Tensor:
-    compiled, search.load_cpu_backend = search.load_cpu_backend, lambda: (None, None)  # type: ignore[assignment]
-    try:
+    with SETTINGS.changed(min_compiled_rows=sys.maxsize):
         return local_aggregation(p.v, p.bank, p.labels, p.index, neighbors=K)
-    finally:
-        search.load_cpu_backend = compiled
 
 
 # --- IR's exact softmax ---
@@ -122,7 +119,10 @@ def gradient(way, p: Problem) -> torch.Tensor:
 
 def product(p: Problem, dtype: torch.dtype) -> None:
     """The products alone, in tiles of a core's cache."""
-    queries, bank = p.v.detach().to(dtype), p.searchable.rounded if dtype != p.bank.dtype else p.bank
+    queries, bank = (
+        p.v.detach().to(dtype),
+        p.searchable.rounded if dtype != p.bank.dtype else p.bank,
+    )
 
     def tiles(part: range) -> None:
         out = torch.empty(B, 2048, dtype=dtype)

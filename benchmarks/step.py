@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from localagg.training.sharded import Batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -35,7 +36,6 @@ from localagg.data.sources.open import Source, open_images
 from localagg.data.sources.source import encoded_bytes
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
 from localagg.training.learner import Learner, make_encoder
-from localagg.training.sharded import Batch
 from localagg.training.step import score
 
 PNG = b"\x89PNG"

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from localagg.training.neighbors import store_by_row
 
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
 from localagg.io.machine import keep_freed_memory
 from localagg.training import sharded
-from localagg.training.neighbors import store_by_row
 
 B, D, H = 128, 128, 3
 

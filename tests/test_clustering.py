@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from expect import user_error
 
 from localagg.bank import MemoryBank
 from localagg.clustering import cluster, kmeans
-from localagg.errors import UserError
 
 
 def lloyd_inertia(x, labels):
@@ -34,7 +34,7 @@ def test_all_points_are_used():
         torch.testing.assert_close(centroid, mean, rtol=0, atol=1e-3)
 
 
-def test_labels_have_a_row_a_clustering_each_with_its_own_seed():
+def test_each_clustering_has_its_row_of_labels_and_its_seed():
     bank = MemoryBank(200, 8, seed=0)
     seen = []
     labels = cluster(bank, [10, 10, 25], on_progress=lambda h, found: seen.append(h))
@@ -47,7 +47,7 @@ def test_labels_have_a_row_a_clustering_each_with_its_own_seed():
     assert torch.equal(labels[1], kmeans(bank.rows, 10, seed=1235).labels)
 
 
-def test_a_warm_start_goes_on_where_the_last_stopped():
+def test_a_warm_start_continues_from_the_last_centroids():
     rows = MemoryBank(2000, 8, seed=0).rows
     centroids: list[torch.Tensor] = []
     cluster(rows, [40], iterations=30, centroids=centroids)
@@ -59,8 +59,10 @@ def test_a_warm_start_goes_on_where_the_last_stopped():
     assert torch.equal(again[0], warm.labels)
 
 
-def test_what_cannot_be_clustered_is_refused_with_the_numbers():
-    with pytest.raises(UserError, match=r"30 clusters of 20 images.*at most 20"):
-        kmeans(torch.randn(20, 4), 30)
-    with pytest.raises(UserError, match="not finite"):
-        kmeans(torch.full((20, 4), torch.nan), 3)
+@pytest.mark.parametrize("engine", ["faiss", "lloyd"])
+def test_too_many_clusters_and_values_that_are_not_finite_are_errors(engine):
+    with user_error("option-invalid", "30", "20"):
+        kmeans(torch.randn(20, 4), 30, engine=engine)
+    for value in (torch.nan, torch.inf):
+        with user_error("not-finite"):
+            kmeans(torch.full((20, 4), value), 3, engine=engine)

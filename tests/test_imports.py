@@ -1,9 +1,8 @@
-"""The house: imports point down, and names come without weight."""
+"""Rooms of the package: imports point down the drawing in CONTRIBUTING.md, without circles."""
 
 import ast
-import os
-import subprocess
-import sys
+import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -11,119 +10,150 @@ import pytest
 import localagg
 
 SRC = Path(localagg.__file__).parent
-# Ground first. A module imports from its own floor and below (data and models not each other).
-FLOORS = [
-    {"config", "objectives", "draws", "crc32c", "files", "runlock", "distributed", "ragged"}
-    | {"printable", "image_files", "allocation"}
-    | {"streaming", "prepared", "threads", "triton_search", "triton_losses"}
-    | {"neighbors_torch", "neighbors_numba", "neighbors_triton"}
-    | {"neighbors_kernels", "list_kernels", "kernel_parts"},
-    {
-        "neighbors",
-        "bank",
-        "lloyd",
-        "late",
-        "clustering",
-        "clusters",
-        "knn",
-        "models",
-        "data",
-        "logbook",
-        "shards",
-        "batch_norm",
-        "device",
-        "sizing",
-        "schedule",
-        "health",
-        "watch",
-        "signals",
-        "tensor_files",
-        "selection",
-        "sharded",
-    },
-    {"checkpoint", "reference_recipes", "results", "commands", "ranks"},
-    {"embed", "embedding_table", "interop", "recipes", "migrate", "first_rows", "launch"},
-    {"evaluate", "learner", "report", "search", "shared_neighbors"},
-    {"scoring", "record", "readout", "probe", "forecast", "features", "logistic", "ledger"},
-    {"pretrain", "transfer", "parse", "quick", "few_labels"},
-    {"demo", "epoch_time"},
-    {"actions"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
-FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+FILES = sorted(SRC.rglob("*.py"))
+# Rooms of one floor that import one another, in this direction only.
+SAME_FLOOR = {("bank", "objectives"), ("clustering", "bank"), ("checkpoint", "bank")}
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of localagg that a file imports, by their first name."""
-    inside = path.relative_to(SRC).parts[:-1]
+def drawn_floors() -> list[list[str]]:
+    """Rooms of CONTRIBUTING.md's drawing, top floor first; blank lines separate the floors."""
+    drawing = PAGE.read_text().split("src/localagg/\n")[1].split("```")[0]
+    floors = [re.findall(r"^  (\w+)(?:/|\.py) +\S", text, re.M) for text in drawing.split("\n\n")]
+    assert sum(map(len, floors)) == len(drawing.split("\n")) - drawing.count("\n\n") - 1, drawing
+    return floors
+
+
+FLOOR = {room: -number for number, rooms in enumerate(drawn_floors()) for room in rooms}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(path: Path, node: ast.AST, *, late: bool) -> set[str]:
+    """Return the modules of localagg that a file imports.
+
+    Args:
+        late: include imports within functions and under TYPE_CHECKING.
+    """
+    package = path.relative_to(SRC).parts[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = inside[: len(inside) - node.level + 1]
-            where = [*base, *(node.module or "").split(".")] if node.module else list(base)
-            found |= {where[0]} if where else {alias.name for alias in node.names}
+    for child in ast.iter_child_nodes(node):
+        module = getattr(child, "module", None) or ""
+        absolute = isinstance(child, ast.ImportFrom) and module.split(".")[0] == "localagg"
+        if isinstance(child, ast.ImportFrom) and (child.level or absolute):
+            base = [] if absolute else [*package[: len(package) - child.level + 1]]
+            home = ".".join(filter(None, [*base, *module.split(".")[absolute:]]))
+            for alias in child.names:
+                inner = f"{home}.{alias.name}" if home else alias.name
+                found.add(inner if inner in MODULES else home)
+        elif late or not (isinstance(child, ast.FunctionDef) or is_typing(child)):
+            found |= imports(path, child, late=late)
     return found
 
 
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
-def test_imports_point_down(path):
-    module = path.relative_to(SRC).parts[0].removesuffix(".py")
-    assert module in FLOOR, f"{module} has no floor yet"
-    if module == "__init__":
+@functools.cache
+def graph(*, late: bool) -> dict[str, set[str]]:
+    trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+    return {name: imports(MODULES[name], trees[name], late=late) - {name} for name in trees}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the nodes of a circle, or an empty list."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        found = next(filter(None, (visit(n, [*path, node]) for n in arrows.get(node, ()))), [])
+        done.add(node)
+        return found
+
+    return next(filter(None, (visit(node, []) for node in arrows)), [])
+
+
+def test_the_drawing_lists_each_room_once():
+    drawn = [room for rooms in drawn_floors() for room in rooms]
+    rooms = {name.split(".")[0] for name in MODULES} - {"", "__main__"}
+    assert sorted(drawn) == sorted(rooms)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES), ids=lambda name: name or "localagg")
+def test_imports_point_down(name):
+    room = name.split(".")[0]
+    if room in ("", "__main__"):
         return
-    for other in imported(path) - {module, "__version__"}:
-        assert FLOOR[other] <= FLOOR[module], f"{module} imports {other} from a higher floor"
-        assert {module, other} != {"models", "data"}
+    for other in graph(late=True)[name] - {""}:
+        other_room = other.split(".")[0]
+        down = FLOOR[other_room] < FLOOR[room] or (room, other_room) in SAME_FLOOR
+        assert room == other_room or down, f"{name} imports {other}"
 
 
-def test_objectives_know_torch_and_the_engine_alone():
+def test_no_modules_import_each_other_when_loaded():
+    assert circle(graph(late=False)) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_rooms_import_each_other(depth):
+    """Neither the rooms, nor the folders within a room."""
+    arrows: dict[str, set[str]] = {}
+    for name, others in graph(late=True).items():
+        for other in others - {""}:
+            one, two = (folder_of(module, depth) for module in (name, other))
+            if one and one != two:
+                arrows.setdefault(one, set()).add(two)
+    assert circle(arrows) == []
+
+
+def folder_of(name: str, depth: int) -> str:
+    folder = MODULES[name].relative_to(SRC).parts[:-1][:depth]
+    return "/".join(folder) or name
+
+
+def test_the_graph_sees_late_and_typing_imports():
+    code = (
+        "def f():\n    from ..errors import UserError\nif TYPE_CHECKING:\n    from . import files\n"
+    )
+    path = SRC / "io" / "example.py"
+    assert imports(path, ast.parse(code), late=True) == {"errors", "io.files"}
+    assert imports(path, ast.parse(code), late=False) == set()
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_files_and_folders_are_small():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    folders = {path.parent for path in FILES}
+    sizes = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: n for name, n in sizes.items() if n > 17} == {}  # 16 and __init__
+
+
+def test_no_two_modules_have_one_name():
+    """But a command's module is named like the command, which may be that of the code it runs."""
+    library = [path for path in FILES if path.parent.name != "cli"]
+    names = [path.stem for path in library if not path.stem.startswith("__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_objectives_import_torch_and_the_engine_alone():
     tree = ast.parse((SRC / "objectives.py").read_text())
-    roots = {
+    found = imports(SRC / "objectives.py", tree, late=True)
+    assert {name.split(".")[0] for name in found} == {"engine"}
+    external = {
         name.split(".")[0]
         for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in (
-            [node.module] if getattr(node, "module", None) else [a.name for a in node.names]
-        )
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
     }
-    assert roots == {"torch", "streaming", "prepared"}
-
-
-@pytest.mark.parametrize(
-    "code", ["import localagg", "import localagg.cli", "from localagg import RECIPES"]
-)
-def test_torch_waits_until_it_is_needed(code):
-    heavy = "[m for m in ('torch', 'faiss', 'datasets') if m in sys.modules]"
-    check = f"import sys\n{code}\nprint({heavy})"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    "first", ["import localagg.pretrain", "from localagg.embed import Embedded"]
-)
-def test_public_names_are_functions_whatever_was_imported_before(first):
-    names = "embed, knn_accuracy, pretrain, transfer"
-    check = f"{first}\nfrom localagg import {names}\nprint(all(map(callable, ({names}))))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
-
-
-def test_every_public_name_exists():
-    assert {name for name in localagg.__all__ if getattr(localagg, name) is None} == set()
-    assert set(localagg.__all__) <= set(dir(localagg))
-    with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
-        localagg.pretrian  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
-)
-def test_threads_of_torch_spin_shortly_unless_told_otherwise(given, wanted):
-    code = "import localagg, os; print(os.environ.get('GOMP_SPINCOUNT'))"
-    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    told = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
-    assert told.strip() == wanted
+    assert external == {"torch"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localagg.engine import search, torch_backend
+from localagg.engine import SETTINGS
 from localagg.objectives import (
     background_neighbors,
     close_neighbors,
@@ -66,8 +66,7 @@ def test_probability_is_the_softmax_over_the_bank(p):
 
 @given(problems())
 def test_instance_softmax(p):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "PRODUCT_TILE_BYTES", p["tile"])
+    with SETTINGS.changed(softmax_tile_bytes=p["tile"]):
         found = value_and_gradient(
             lambda v: instance_softmax(v, p["bank"], p["index"], temperature=p["t"]),
             p["embedding"],
@@ -93,8 +92,7 @@ def test_instance_nce(p):
 
 @given(problems())
 def test_local_aggregation(p):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "TILE_BYTES", p["tile"])
+    with SETTINGS.changed(torch_tile_bytes=p["tile"]):
         found = value_and_gradient(
             lambda v: local_aggregation(
                 v, p["bank"], p["labels"], p["index"], neighbors=p["K"], temperature=p["t"]
@@ -122,8 +120,7 @@ def test_ties_go_to_the_lowest_rows(seed, K, tile):
     rng = np.random.RandomState(seed)
     bank = torch.from_numpy(rng.randint(-1, 2, (30, 3))).double()  # products are exact integers
     embedding = torch.from_numpy(rng.randint(-1, 2, (4, 3))).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "TILE_BYTES", tile)
+    with SETTINGS.changed(torch_tile_bytes=tile):
         rows, similarity, _ = background_neighbors(embedding, bank, K)
     for i, sim in enumerate(naive.similarities(embedding, bank)):
         assert sorted(rows[i].tolist()) == sorted(naive.background(sim, K))

@@ -3,24 +3,26 @@
 Threads stand in for ranks where there are many cases; gloo processes run the same in earnest.
 """
 
+import sys
+
 import naive
 import numpy as np
 import pytest
 import sharded_cases as cases
 import torch
 import torch.nn.functional as F
+from expect import user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Pool, in_threads
-from search_cases import ENGINES, engine
+from search_cases import BACKENDS, use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localagg import objectives
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World, share
-from localagg.engine import search, torch_backend
-from localagg.errors import UserError
+from localagg.engine import SETTINGS
 from localagg.evaluation import knn, sharded_knn
 
 
@@ -131,7 +133,7 @@ def test_nearest_rows(p, leave_out):
 
 
 def test_more_neighbors_than_rows_of_all_ranks_are_refused():
-    with pytest.raises(UserError, match="6 neighbors of 5 images cannot be"):
+    with user_error("option-invalid", "k is 6", "1-5"):
         in_threads(
             2,
             lambda world: sharded_knn.nearest_rows(
@@ -202,14 +204,14 @@ def test_banks_that_are_sampled_and_searched_by_compiled_loops_agree_with_float6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=60)
 @given(p=problems(exact=True))
 def test_each_engine_agrees_with_float64_where_ranks_have_few_neighbors_or_none(name, dtype, p):
     """Small integers are numbers of each type, so that ties are ties."""
     whole = cases.score(World(), p, "local_aggregation")
     p |= {"bank": p["bank"].to(dtype), "embedding": p["embedding"].float()}
-    with engine(name):
+    with use_backend(name):
         found = over_ranks(p, "local_aggregation")
     assert found[0].item() == pytest.approx(whole.loss.item(), rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(found[1], whole.gradient, rtol=1e-4, atol=1e-5)
@@ -249,9 +251,9 @@ def test_memory_of_a_rank_falls_as_one_over_the_ranks(ranks):
         assert sum(held.values()) == N // ranks * (4 * D + copied * D + 4 * H)
         return seen.most
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "TILE_BYTES", B * 2048 * 4)  # tiles of 2048 rows
-        patch.setattr(search, "cpu_backend_for", lambda *_: None)  # its arrays are not torch's
+    tiles_of_2048_rows = B * 2048 * 4
+    # Without compiled loops, whose arrays are not torch's.
+    with SETTINGS.changed(torch_tile_bytes=tiles_of_2048_rows, min_compiled_rows=sys.maxsize):
         found = in_threads(ranks, call)
     tile = B * 2048 * 4  # of similarities; as many rows are sampled
     assert all(0 < most <= tile for most in found)

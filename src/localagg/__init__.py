@@ -1,20 +1,22 @@
-"""localagg: learn to see without labels, by Local Aggregation.
+"""localagg: learn image embeddings without labels, by Local Aggregation.
 
-Public names are imported when first used, so that ``import localagg`` and ``localagg --help``
-answer at once.
+Public names are imported on first use, so ``import localagg`` and ``localagg --help`` are fast.
 """
 
 import importlib
 import importlib.metadata
 import os
+import sys
+import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = importlib.metadata.version("localagg")
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # How long torch's threads (GNU OpenMP) spin while they wait: 7 ms as it comes, in which they
-    # take a core from our own loops. A tenth spans the gaps between a small network's layers. It
-    # counts where localagg is imported before torch.
+    # Threads of torch (GNU OpenMP) spin for 7 ms by default while they wait, and take a core from
+    # our own loops. A tenth spans the gaps between a small network's layers. It has an effect only
+    # if localagg is imported before torch.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if TYPE_CHECKING:
@@ -26,20 +28,21 @@ if TYPE_CHECKING:
     from .evaluation.linear import transfer
     from .models import create_encoder
     from .recipes.builtin import RECIPES, recipe
-    from .training.loop import pretrain
+    from .training.loop import pretrain, resume
 
-_HOME = {
+_MODULES = {
     "PretrainConfig": "config",
+    "RECIPES": "recipes",
     "TransferConfig": "config",
-    "open_images": "data.sources.open",
-    "embed": "embeddings.embed",
     "UserError": "errors",
-    "knn_accuracy": "evaluation.knn",
-    "transfer": "evaluation.linear",
     "create_encoder": "models",
-    "RECIPES": "recipes.builtin",
-    "recipe": "recipes.builtin",
+    "embed": "embeddings.embed",
+    "knn_accuracy": "evaluation.knn",
+    "open_images": "data",
     "pretrain": "training.loop",
+    "recipe": "recipes",
+    "resume": "training.loop",
+    "transfer": "evaluation.linear",
 }
 
 __all__ = [
@@ -53,17 +56,32 @@ __all__ = [
     "open_images",
     "pretrain",
     "recipe",
+    "resume",
     "transfer",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'localagg' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # next time without this function
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value  # the next access does not call this function
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_MODULES})
+
+
+class _DeprecatedModule(types.ModuleType):
+    """``localagg.pretrain``, a module until version 0.1, now the function of that name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("pretrain", "resume"):
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        message = f"localagg.pretrain.{name} is deprecated; use localagg.{name}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[__name__], name)
+
+
+sys.modules[f"{__name__}.pretrain"] = _DeprecatedModule(f"{__name__}.pretrain")

@@ -1,7 +1,7 @@
-"""``python -m localagg``: the same as the command ``localagg``."""
+"""Run the command line by ``python -m localagg``."""
 
 import sys
 
-from .cli.main import main
+from .cli import main
 
 sys.exit(main())

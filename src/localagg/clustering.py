@@ -10,6 +10,7 @@ from torch import Tensor
 from .bank import MemoryBank
 from .distributed.collectives import World
 from .engine.kmeans import KMeans, Points, initial_centroids, lloyd, mean_centroids
+from .engine.searchable_bank import not_finite_error
 from .errors import UserError
 
 SEED = 1234  # the reference's: clustering h is seeded SEED + h
@@ -29,51 +30,45 @@ def kmeans(
     engine: Engine = "auto",
     world: World | None = None,
 ) -> KMeans:
-    """Euclidean k-means with the reference's settings: 20 iterations, all points used.
+    """Cluster rows by Euclidean k-means as the reference does: 20 iterations, all points used.
 
-    Cold, it starts from the rows that faiss draws for the seed, and faiss computes it where the
-    rows are on a CPU and in one process. Elsewhere, and from a warm start,
-    :func:`~localagg.engine.kmeans.lloyd` does, which on a CPU without fast bf16 gives faiss' labels but for
-    rows between two equally near centroids.
+    A cold start begins at the rows that faiss draws for the seed. faiss computes cold starts of one
+    process on a CPU; :func:`~localagg.engine.kmeans.lloyd` computes all others. On a CPU without
+    fast bfloat16 both give the same labels, except for rows between two equally near centroids.
 
     Args:
-        rows: [N, D], any float dtype and device; or :class:`~localagg.engine.kmeans.Points` that several
-            clusterings share. Computed in float32.
+        rows: [N, D], any float dtype and device, or :class:`~localagg.engine.kmeans.Points` that
+            several clusterings share. Computed in float32.
         clusters: k, at most N.
-        seed: of the first centroids, which are rows drawn at random.
-        iterations: Lloyd iterations, at most.
-        start: a warm start: centroids [k, D], or the last labels [N] (int; of this rank's rows),
-            whose means in these rows are the first centroids.
-        tolerance: stop when an iteration lowers the inertia by no more than this share of it; faiss
+        seed: seed of the initial centroids.
+        iterations: most Lloyd iterations.
+        start: warm start: centroids [k, D], or the previous labels [N] (int; of this rank's rows),
+            whose means in these rows are the initial centroids.
+        tolerance: stop when an iteration lowers the inertia by at most this share of it; faiss
             always does all iterations.
-        engine: what computes a cold start; ``auto`` as said above.
-        world: whose share the rows are, if they are split over ranks. None: they are all.
+        engine: faiss or lloyd for cold starts; ``auto`` chooses as described above.
+        world: the ranks that the rows are split over. Default: not split.
 
     Returns:
-        A :class:`~localagg.engine.kmeans.KMeans`; of this rank's rows where they are split.
+        A :class:`~localagg.engine.kmeans.KMeans`; of this rank's rows if they are split.
 
     Raises:
-        UserError: more clusters than rows, rows that are not finite, or faiss asked for where it
-            cannot be.
+        UserError: more clusters than rows, rows that are not finite, or ``faiss`` for split rows.
     """
-    if isinstance(rows, Tensor) and not _by_faiss(rows, engine, start, world):
+    if isinstance(rows, Tensor) and not _uses_faiss(rows, engine, start, world):
         rows = Points(rows, world)
     size = len(rows) if isinstance(rows, Tensor) else rows.count
     if not 1 <= clusters <= size:
         raise UserError(
-            "TODO",
-            f"{clusters:,} clusters of {size:,} images cannot be;"
-            f" set --clusters to at most {size:,}.",
+            "option-invalid",
+            f"--clusters {clusters:,} is not between 1 and the number of images, {size:,};"
+            f" set it to at most {size:,}.",
         )
     if isinstance(rows, Tensor):
         return _faiss(rows, clusters, seed, iterations)
     if start is None:
-        return lloyd(
-            rows,
-            initial_centroids(rows, clusters, seed),
-            iterations=iterations,
-            tolerance=tolerance,
-        )
+        first = initial_centroids(rows, clusters, seed)
+        return lloyd(rows, first, iterations=iterations, tolerance=tolerance)
     if not start.is_floating_point():
         start = mean_centroids(rows.cluster_totals(start.to(rows.device, torch.int64), clusters))
     return lloyd(rows, start, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
@@ -92,43 +87,37 @@ def cluster(
     centroids: list[Tensor] | None = None,
     world: World | None = None,
 ) -> Tensor:
-    """H clusterings of the bank, one after the other: on CPUs one product with the centroids of all
-    takes as long as H products (benchmarks/results/clustering.md).
+    """Compute H clusterings of the bank, one after the other.
+
+    On CPUs one product with the centroids of all takes as long as H products
+    (benchmarks/results/clustering.md).
 
     Args:
         bank: rows [N, D], or a MemoryBank.
         clusters: (k_1, ..., k_H).
         seed: clustering h is seeded ``seed + h``.
-        iterations: Lloyd iterations of each, at most.
-        start: the last labels [H, N], or H centroid tensors [k_h, D], for a warm start.
+        iterations: most Lloyd iterations of each.
+        start: warm start: the previous labels [H, N], or H centroid tensors [k_h, D].
         tolerance: see :func:`kmeans`.
         engine: see :func:`kmeans`.
         on_progress: called as ``on_progress(h, result)`` after each clustering.
-        centroids: a list that is emptied and filled with those of the H results.
-        world: whose share the rows are, if the bank is split over ranks; see
-            :class:`~localagg.engine.kmeans.Points` for the collectives.
+        centroids: a list to fill with the centroids of the H results.
+        world: the ranks that the bank is split over. Default: not split.
 
     Returns:
-        Labels, int32 [H, N], on the bank's device; of this rank's rows where the bank is split.
+        Labels, int32 [H, N], on the bank's device; of this rank's rows if the bank is split.
 
     Raises:
-        UserError: as :func:`kmeans`.
+        UserError: see :func:`kmeans`.
     """
     rows = bank if isinstance(bank, Tensor) else bank.rows
-    by_faiss = _by_faiss(rows, engine, start, world)  # of all rows, on one rank
-    shared = rows if by_faiss else Points(rows, world)
+    shared = rows if _uses_faiss(rows, engine, start, world) else Points(rows, world)
+    options = {"iterations": iterations, "tolerance": tolerance, "engine": engine}
     labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32, device=rows.device)
     found = []
     for h, k in enumerate(clusters):
-        result = kmeans(
-            shared,
-            k,
-            seed=seed + h,
-            iterations=iterations,
-            start=start[h] if start is not None else None,
-            tolerance=tolerance,
-            engine=engine,
-        )
+        begin = start[h] if start is not None else None
+        result = kmeans(shared, k, seed=seed + h, start=begin, **options)
         labels_HN[h] = result.labels
         found.append(result.centroids)
         if on_progress:
@@ -138,17 +127,15 @@ def cluster(
     return labels_HN
 
 
-def _by_faiss(rows: Tensor, engine: Engine, start: object | None, world: World | None) -> bool:
-    """Whether faiss is to cluster.
-
-    Raises:
-        UserError: it is, of rows that are split.
-    """
+def _uses_faiss(rows: Tensor, engine: Engine, start: object | None, world: World | None) -> bool:
     if start is not None or engine == "lloyd":
         return False
     ranks = world.size if world else 1
     if engine == "faiss" and ranks > 1:
-        raise UserError("TODO", f"--kmeans faiss cannot cluster over {ranks} processes; use lloyd.")
+        raise UserError(
+            "option-conflict",
+            f"--kmeans faiss clusters in one process, not over {ranks}; use --kmeans lloyd.",
+        )
     return engine == "faiss" or (rows.device.type != "cuda" and ranks == 1)
 
 
@@ -158,10 +145,8 @@ def _faiss(rows: Tensor, clusters: int, seed: int, iterations: int) -> KMeans:
     x = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy())
     size, dim = x.shape
     if not np.isfinite(x).all():
-        raise UserError(
-            "TODO", "The bank holds values that are not finite and cannot be clustered."
-        )
-    engine = faiss.Kmeans(
+        raise not_finite_error()
+    found = faiss.Kmeans(
         dim,
         clusters,
         niter=iterations,
@@ -169,11 +154,11 @@ def _faiss(rows: Tensor, clusters: int, seed: int, iterations: int) -> KMeans:
         max_points_per_centroid=size,  # faiss would otherwise sample 256 points a centroid
         min_points_per_centroid=1,
     )
-    engine.train(x)
-    distances, labels = engine.index.search(x, 1)
+    found.train(x)
+    distances, labels = found.index.search(x, 1)
     return KMeans(
         torch.from_numpy(labels[:, 0].astype(np.int32)),
-        torch.from_numpy(np.asarray(engine.centroids, dtype=np.float32).copy()),
+        torch.from_numpy(np.asarray(found.centroids, dtype=np.float32).copy()),
         float(distances.sum(dtype=np.float64)),
         iterations,
     )

@@ -1,4 +1,4 @@
-"""Errors that a user sees: one sentence, a stable code, and the exit status of the command."""
+"""Errors for users: one sentence with a stable code."""
 
 import difflib
 import re
@@ -31,13 +31,15 @@ Code = Literal[
 ]
 CODES: tuple[str, ...] = get_args(Code)
 
-# Control characters, what turns the direction of writing, line ends of Unicode, and the surrogates
-# that stand for bytes which are no text: Python would refuse to print those.
-_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, marks that change the writing direction, line ends of Unicode, and surrogates
+# (Python's stand-ins for bytes that are no text), which cannot be printed.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(Exception):
-    """Invalid use or input: one sentence that names the file, option or value, and the way out.
+    """Invalid use or input, in one sentence: what failed, the file, option or value, and the fix.
 
     The command line prints the sentence without a traceback and exits with status 2.
 
@@ -55,7 +57,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a scheduler's signal; the work is saved. ``status``: see distributed.signals."""
+    """Ctrl-C or a scheduler's signal stopped the work, which is saved. Exit with ``status``."""
 
     def __init__(self, message: str, *, status: int = 130) -> None:
         super().__init__(printable(message))
@@ -76,16 +78,16 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return the text on one line, with everything that a terminal would obey escaped.
+    r"""Return the text on one line without terminal control.
 
-    Control characters become backslash escapes (``\n``, ``\x1b``), and so do bytes that are not
-    text (``\xff``). All other characters stay, backslashes among them.
+    Control characters and bytes that are no text become escapes such as ``\n``, ``\x1b`` or
+    ``\xff``. All other characters stay, including backslashes.
     """
-    return _UNFIT.sub(_escaped, text)
+    return _UNPRINTABLE.sub(_escaped, text)
 
 
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
-    if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python has it in names of files
+    if 0xDC80 <= code <= 0xDCFF:  # a byte in the name of a file
         return f"\\x{code - 0xDC00:02x}"
     return found[0].encode("unicode_escape").decode()

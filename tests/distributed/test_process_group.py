@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from compare_runs import assert_same_run
 
 from localagg import checkpoint
 from localagg.cli.main import main
-from localagg.io.metrics_log import read_metrics
 from localagg.io.sharded_tensors import find_shards
 
 # 168 steps, each saved.
@@ -91,18 +89,6 @@ def assert_only_gloo_is_batch(pid: int) -> None:
     assert policies == {True: {os.SCHED_BATCH}, False: {os.SCHED_OTHER}}
 
 
-def assert_same(one: Path, other: Path) -> None:
-    """Compare tensors and metrics bit-exactly."""
-    first, second = checkpoint.latest(one), checkpoint.latest(other)
-    files = sorted(file.name for file in first.glob("*.safetensors"))
-    assert files == sorted(file.name for file in second.glob("*.safetensors"))
-    for name in files:
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys()
-        assert [key for key in a if not torch.equal(a[key], b[key])] == []
-    assert read_metrics(one) == read_metrics(other)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An undisturbed run by torchrun on two nodes over loopback."""
@@ -146,7 +132,7 @@ def test_a_run_whose_rank_then_launcher_is_killed_then_preempted_ends_bit_exact(
     assert f"--resume {run}" in errors[0]
 
     assert end(pretrain(run)) == (0, [])
-    assert_same(whole, run)
+    assert_same_run(whole, run)
 
 
 @pytest.mark.slow

@@ -8,24 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from expect import user_error
 
-import localagg.embeddings.search as module
-from localagg.checkpoint import save_weights
-from localagg.config import ViewConfig
+from embeddings import save_small_encoder, stacked_rows
 from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
 from localagg.embeddings.table import EmbeddingTable
 from localagg.errors import UserError
-from localagg.models import create_encoder
-
-VIEWS = ViewConfig(image_size=16, eval_crop=0.8)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_weights(path, create_encoder("resnet18_small", dim=12, width=8, seed=0), VIEWS)
-    return path
+    return save_small_encoder(tmp_path_factory.mktemp("weights") / "small.safetensors")[0]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +31,7 @@ def table(weights, pictures, tmp_path_factory):
 
 def cosines(path) -> np.ndarray:
     """float64 [N, N], by numpy alone."""
-    rows = np.stack(pq.read_table(path)["embedding"].to_numpy()).astype(np.float64)
+    rows = stacked_rows(pq.read_table(path)).astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows @ rows.T
 
@@ -53,8 +47,8 @@ def assert_nearest(neighbors, similarity, own, k):
     np.testing.assert_allclose(similarity[found], best, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"layer": "2"}])
-def test_rows_find_what_a_float64_search_finds(weights, pictures, tmp_path, options):
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"layer": "1"}])
+def test_results_equal_those_of_a_float64_search(weights, pictures, tmp_path, options):
     path = tmp_path / "e.parquet"
     write_embeddings(weights, str(pictures), path, batch=10, **options)
     similarity, names = cosines(path), pq.read_table(path)["path"].to_pylist()
@@ -68,7 +62,7 @@ def test_rows_find_what_a_float64_search_finds(weights, pictures, tmp_path, opti
             assert neighbor["label"] == neighbor["path"].split("/")[0]
 
 
-def test_an_image_may_be_a_row_a_path_or_a_file(table, pictures):
+def test_an_image_is_named_by_row_path_or_file(table, pictures):
     name = "temple/05.jpg"
     own = pq.read_table(table)["path"].to_pylist().index(name)
     file = pictures / "train" / name
@@ -76,7 +70,7 @@ def test_an_image_may_be_a_row_a_path_or_a_file(table, pictures):
     for query in found[1:3]:
         assert query["neighbors"] == found[0]["neighbors"]
         assert query["index"] == own
-    for query in found[3:]:  # a file is looked for among all, and finds itself
+    for query in found[3:]:  # a file finds its own row
         assert query["index"] is None
         assert query["neighbors"][0]["path"] == name
         assert query["neighbors"][0]["similarity"] > 0.999
@@ -84,7 +78,7 @@ def test_an_image_may_be_a_row_a_path_or_a_file(table, pictures):
         assert others == [n["index"] for n in found[0]["neighbors"][:4]]
 
 
-def test_files_are_seen_as_the_table_was(weights, pictures, tmp_path):
+def test_files_are_embedded_like_the_table(weights, pictures, tmp_path):
     path = tmp_path / "e.parquet"
     write_embeddings(weights, str(pictures), path, layer="1")
     for name in ("flower/00.png", "temple/07.jpg"):
@@ -93,98 +87,87 @@ def test_files_are_seen_as_the_table_was(weights, pictures, tmp_path):
         assert best["similarity"] > 0.9999
 
 
-def test_k_is_at_most_what_there_is(table):
+def test_k_is_capped_at_the_other_rows(table):
     assert len(search(table, [0], k=500)["queries"][0]["neighbors"]) == 47
-    with pytest.raises(UserError, match="--k is 0"):
-        search(table, [0], k=0)
-    with pytest.raises(UserError, match="at least one image"):
-        search(table, [])
 
 
-def test_a_large_table_is_searched_approximately(weights, tmp_path, monkeypatch):
-    path = tmp_path / "e.parquet"
-    write_embeddings(weights, "digits", path)
-    asked = list(range(0, 1400, 14))
-    exact = search(path, asked, k=10)
-    monkeypatch.setattr(module, "EXACT_ROWS", 1400)
-    near = search(path, asked, k=10)
-    assert exact["engine"] == "every row compared (IndexFlatIP)"
-    assert near["engine"] == "approximate: 8 of 37 lists looked into (IndexIVFFlat)"
-    assert (exact["exact"], near["exact"]) == (True, False)
-    hits = 0
-    for one, other in zip(exact["queries"], near["queries"], strict=True):
-        known = {n["index"]: n["similarity"] for n in one["neighbors"]}
-        for neighbor in other["neighbors"]:
-            assert neighbor["index"] != one["index"]
-            if neighbor["index"] in known:
-                hits += 1
-                assert neighbor["similarity"] == pytest.approx(known[neighbor["index"]], abs=1e-5)
-    assert hits / 1000 > 0.9
+def replace_embeddings(table, path, rows):
+    """Write a table with other embeddings."""
+    whole = pq.read_table(table)
+    kind = whole.schema.field("embedding").type
+    pq.write_table(whole.set_column(3, whole.schema.field("embedding"), pa.array(rows, kind)), path)
+
+
+def test_equal_similarities_are_sorted_by_row(table, tmp_path):
+    path, rows = tmp_path / "t.parquet", stacked_rows(pq.read_table(table)).copy()
+    rows[[3, 9, 20, 31, 45]] = rows[3]
+    replace_embeddings(table, path, rows.tolist())
+    for own, others in ((3, [9, 20, 31, 45]), (20, [3, 9, 31, 45]), (45, [3, 9, 20, 31])):
+        neighbors = search(path, [own], k=4)["queries"][0]["neighbors"]
+        assert [neighbor["index"] for neighbor in neighbors] == others
 
 
 # --- Wrong use, and damage ------------------------------------------------------------------------
 
 
-def test_images_that_are_not_there_are_refused(table, pictures, tmp_path):
-    with pytest.raises(UserError, match=r"no image 'temple/5.jpg'.*Did you mean 'temple/"):
-        search(table, ["temple/5.jpg"])
-    with pytest.raises(UserError, match="no image 48: it holds 48 of the images 0 to 47"):
-        search(table, ["48"])
-    with pytest.raises(UserError, match="no image"):
-        search(table, [-1])
-    with pytest.raises(UserError, match="is a folder"):
-        search(table, [pictures])
+def test_missing_and_unreadable_images_raise(table, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes((pictures / "train" / "temple" / "05.jpg").read_bytes()[:-200])
-    with pytest.raises(UserError, match=r"broken.jpg' cannot be read: "):
-        search(table, [broken])
+    for image, code, *values in (
+        ("temple/5.jpg", "not-found", "'temple/5.jpg'", "'temple/15.jpg'"),
+        ("48", "not-found", "48", "47"),
+        (-1, "not-found", "-1"),
+        (pictures, "not-found", pictures),
+        (broken, "unreadable-images", broken),
+    ):
+        with user_error(code, *values):
+            search(table, [image])
+    with user_error("option-invalid", "--k", "0"):
+        search(table, [0], k=0)
+    with user_error("option-missing"):
+        search(table, [])
 
 
-def test_weights_must_be_those_that_made_the_table(pictures, tmp_path):
-    weights, path = tmp_path / "w.safetensors", tmp_path / "e.parquet"
-    save_weights(weights, create_encoder("resnet18_small", dim=12, width=8, seed=0), VIEWS)
+def test_weights_must_be_those_of_the_table(pictures, tmp_path):
+    path = tmp_path / "e.parquet"
+    weights, _ = save_small_encoder(tmp_path / "w.safetensors")
     write_embeddings(weights, str(pictures), path, split="val")
     file = pictures / "val" / "temple" / "05.jpg"
     moved = shutil.move(weights, tmp_path / "moved.safetensors")
-    with pytest.raises(UserError, match=r"are no longer at .*w.safetensors.*--run,"):
+    with user_error("not-found", weights, "--run"):
         search(path, [file])
     assert search(path, ["temple/05.jpg"])["queries"]  # needs no weights
     assert search(path, [file], moved)["queries"][0]["neighbors"][0]["path"] == "temple/05.jpg"
-    save_weights(weights, create_encoder("resnet18_small", dim=12, width=8, seed=1), VIEWS)
-    with pytest.raises(UserError, match=r"are not the weights that made .* with --run,"):
+    save_small_encoder(weights, seed=1)
+    with user_error("mismatch", weights, path, "--run"):
         search(path, [file])
-    with pytest.raises(UserError, match="There is no run folder or weights file"):
+    with user_error("not-found", tmp_path / "none"):
         search(path, [file], tmp_path / "none")
 
 
-def test_other_tables_are_refused(table, tmp_path):
-    path = tmp_path / "t.parquet"
-    with pytest.raises(UserError, match="There is no file"):
+def test_other_tables_raise(table, tmp_path):
+    path, whole = tmp_path / "t.parquet", pq.read_table(table)
+    with user_error("not-found", path):
         search(path, [0])
     path.write_bytes(b"PAR1 but no table PAR1")
-    with pytest.raises(UserError, match="cannot be read as a table"):
+    with user_error("damaged", path):
         search(path, [0])
-    pq.write_table(pa.table({"embedding": [[1.0, 2.0]]}), path)
-    with pytest.raises(UserError, match="was not written by localagg embed"):
+    for other in (pa.table({"embedding": [[1.0, 2.0]]}), whole.drop_columns(["index"])):
+        pq.write_table(other, path)
+        with user_error("unsupported", path):
+            search(path, [0])
+    rows = stacked_rows(whole).copy()
+    replace_embeddings(table, path, [None, *rows[1:].tolist()])
+    with user_error("damaged", path):
         search(path, [0])
-    whole = pq.read_table(table)
-    pq.write_table(whole.drop_columns(["index"]), path)
-    with pytest.raises(UserError, match="was not written by localagg embed"):
-        search(path, [0])
-    rows = np.stack(whole["embedding"].to_numpy()).copy()
     rows[40, 3] = np.inf
-    values = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 12)
-    pq.write_table(whole.set_column(3, whole.schema.field("embedding"), values), path)
-    with pytest.raises(UserError, match=r"Row 40 of .* is not finite"):
-        search(path, [0])
-    missing = pa.array([None, *rows[1:].tolist()], whole.schema.field("embedding").type)
-    pq.write_table(whole.set_column(3, whole.schema.field("embedding"), missing), path)
-    with pytest.raises(UserError, match="rows without an embedding"):
+    replace_embeddings(table, path, rows.tolist())
+    with user_error("not-finite", path, "Row 40"):
         search(path, [0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "pages", "footer"])
-def test_damaged_tables_are_right_or_refused(table, tmp_path, damage):
+def test_damaged_tables_are_read_correctly_or_raise(table, tmp_path, damage):
     data, path = table.read_bytes(), tmp_path / "t.parquet"
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     draws, expected, wrong, refused = random.Random(0), _all(table), 0, 0
@@ -209,4 +192,4 @@ def test_damaged_tables_are_right_or_refused(table, tmp_path, damage):
 
 def _all(path):
     opened = EmbeddingTable(path)
-    return torch.cat(list(opened.embeddings())), opened.facts_of(range(len(opened)))
+    return opened.unit_embeddings(), opened.rows(range(len(opened)))

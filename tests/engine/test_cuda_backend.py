@@ -1,7 +1,7 @@
-"""The Triton engine: its cases under the interpreter, and its kernels compiled for a Hopper GPU.
+"""The Triton kernels: cases under the interpreter, and compilation for a Hopper GPU.
 
-Both run in processes of their own: whether Triton interprets or compiles is settled when it is
-imported. Neither needs a GPU; with one, the cases run on it too.
+Both run in processes of their own, because Triton chooses between them when it is imported. Neither
+needs a GPU; with one, the cases run on it too.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).parents[1] / "helpers"
 SHARED_MEMORY = 227 << 10  # bytes that a program on a Hopper GPU can have
 
-# Launches become compilations by a driver that knows of a GPU and has none.
+# A driver that reports a GPU without having one turns launches into compilations.
 _COMPILE = """
 import json, re, subprocess, sys, tempfile
 from pathlib import Path
@@ -73,6 +73,7 @@ def run_cases(interpret: bool) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_cases_under_the_interpreter():
     run_cases(interpret=True)
 
@@ -82,6 +83,7 @@ def test_cases_on_the_gpu():
     run_cases(interpret=False)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper_and_stay_in_its_registers(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -20,11 +20,11 @@ def peak_kib():
     # Linux's own figure is this process's; getrusage inherits that of the process that forked it.
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
-from localagg.engine import search, torch_backend
+from localagg.engine import SETTINGS
 from localagg.objectives import local_aggregation
-size, torch_backend.TILE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+size, SETTINGS.torch_tile_bytes = int(sys.argv[1]), int(sys.argv[2])
 if sys.argv[3] == "torch":
-    search.load_cpu_backend = lambda: (None, None)
+    SETTINGS.min_compiled_rows = sys.maxsize
 generator = torch.Generator().manual_seed(0)
 def step(bank, labels):
     embedding = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)

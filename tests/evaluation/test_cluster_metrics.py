@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from expect import user_error
 
-from localagg.errors import UserError
-from localagg.evaluation import cluster_metrics as clusters
-from localagg.evaluation.cluster_metrics import cluster_accuracy, cluster_scores
+from localagg.evaluation.cluster_metrics import best_kmeans, cluster_accuracy, cluster_scores
 
 
 def blobs(spread: float):
@@ -68,19 +67,16 @@ def ari(labels, clusters):
     return (both - chance) / ((in_l + in_c) / 2 - chance)
 
 
-def test_of_many_rows_some_choose_the_start_and_all_go_on(monkeypatch):
+def test_a_sample_of_many_rows_chooses_the_start_for_all():
     rows, labels = blobs(0.4)
     x = rows.numpy()
-    monkeypatch.setattr(clusters, "_FEW_EACH", 1)
-    monkeypatch.setattr(clusters, "_FEW", 30)
-    found = clusters.best_of_ten(x, 4, seed=0)
+    found = best_kmeans(x, 4, seed=0, sample=30, sample_each=1)
     assert len(found) == 300
     # An end of Lloyd's iterations over all rows: each is nearest to the mean of its own cluster.
     means = np.stack([x[found == c].mean(axis=0) for c in range(4)])
     distance = ((x[:, None] - means) ** 2).sum(axis=2)
     assert (distance.argmin(axis=1) == found).mean() > 0.99
-    monkeypatch.undo()
-    whole = clusters.best_of_ten(x, 4, seed=0)
+    whole = best_kmeans(x, 4, seed=0)
     assert cluster_accuracy(whole, found) > 0.98
     assert cluster_accuracy(labels.numpy(), found) > 0.8
 
@@ -90,9 +86,9 @@ def test_two_images_are_two_clusters():
     assert found["accuracy"]["mean"] == 1
 
 
-def test_what_has_no_clusters_is_refused():
+def test_one_class_and_infinite_values_are_reported():
     rows, labels = blobs(0.1)
-    with pytest.raises(UserError, match="All 300 images have the same label"):
+    with user_error("no-labels", 300):
         cluster_scores(rows, torch.zeros_like(labels))
-    with pytest.raises(UserError, match="not finite"):
+    with user_error("not-finite"):
         cluster_scores(rows.clone().fill_(torch.nan), labels)

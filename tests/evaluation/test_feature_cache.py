@@ -1,4 +1,4 @@
-"""Features that are kept: the right values, never stale ones, within the budget, whole or not."""
+"""Cached features: the right values, never stale ones, within the budget, whole or absent."""
 
 import os
 import shutil
@@ -8,23 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expect import user_error
 from PIL import Image
+from readouts import count_extracted, network
 
 from localagg.config import ViewConfig
 from localagg.data.images.augment import evaluation_view
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import open_images
 from localagg.engine.device import make_fabric
-from localagg.errors import UserError
 from localagg.evaluation import feature_cache as features
-from localagg.evaluation.feature_cache import FeatureCache, FeatureExtractor, is_fixed, read_all
-from localagg.models import create_encoder
+from localagg.evaluation.feature_cache import FeatureCache, FeatureExtractor, hash_images
 
 VIEWS = ViewConfig(image_size=12, eval_crop=0.75, crop="center")
-
-
-def network(seed=0):
-    return create_encoder("resnet18_small", 16, seed=seed, width=8, blocks=(1, 1))
 
 
 def extractor(layers=("0", "2"), *, views=VIEWS, encoder=None, precision="32-true", **options):
@@ -45,15 +41,7 @@ def drawn(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
-    """How many images went through an encoder, call by call."""
-    calls, original = [], FeatureExtractor.__call__
-
-    def call(self, images):
-        calls.append(len(images))
-        return original(self, images)
-
-    monkeypatch.setattr(FeatureExtractor, "__call__", call)
-    return calls
+    return count_extracted(monkeypatch)
 
 
 def expected(source, layer, encoder=None, views=VIEWS):
@@ -64,18 +52,10 @@ def expected(source, layer, encoder=None, views=VIEWS):
         return (encoder or network()).eval().features(shown, [layer])[layer]
 
 
-def test_which_views_are_fixed():
-    still = ViewConfig(crop="center", flip=0.0, gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0))
-    assert is_fixed(still)
-    moving = ({"crop": "fixed"}, {"crop": "resized", "crop_area": (1.0, 1.0)}, {"flip": 0.1})
-    for change in (*moving, {"gray": 0.1}, {"jitter": (0.0, 0.0, 0.0, 0.1)}):
-        assert not is_fixed(replace(still, **change))
-
-
-def test_kept_values_are_the_encoders(tmp_path, drawn):
+def test_cached_values_are_the_encoders(tmp_path, drawn):
     source = open_images(drawn)
     pixels = torch.stack([decode(source[i].image) for i in range(len(source))])
-    kept = FeatureCache(tmp_path, 1.0).keep(extractor(), source, pixels=pixels)
+    kept = FeatureCache(tmp_path, 1.0).get(extractor(), source, pixels=pixels)
     assert kept.index.tolist() == list(range(100))
     for layer in ("0", "2"):
         torch.testing.assert_close(
@@ -88,10 +68,10 @@ def test_kept_values_are_the_encoders(tmp_path, drawn):
     assert sizes == [30, 30, 30, 10]
 
 
-def test_bfloat16_is_kept_bit_for_bit(tmp_path, drawn):
+def test_bfloat16_is_cached_bit_exactly(tmp_path, drawn):
     source = open_images(drawn)
     mixed = extractor(("1",), precision="bf16-mixed")
-    kept = FeatureCache(tmp_path, 1.0).keep(mixed, source)
+    kept = FeatureCache(tmp_path, 1.0).get(mixed, source)
     rows = kept.rows("1", torch.arange(100))
     assert rows.dtype == torch.bfloat16
     from localagg.data.loading.cropping import evaluation_batches
@@ -100,11 +80,11 @@ def test_bfloat16_is_kept_bit_for_bit(tmp_path, drawn):
     assert torch.equal(rows, mixed(batch.images)["1"])
 
 
-def test_what_is_there_is_not_computed_again(tmp_path, drawn, counted):
+def test_cached_features_are_not_computed_again(tmp_path, drawn, counted):
     source = open_images(drawn)
-    first = FeatureCache(tmp_path, 1.0).keep(extractor(), source)
+    first = FeatureCache(tmp_path, 1.0).get(extractor(), source)
     done = len(counted)
-    again = FeatureCache(tmp_path, 1.0).keep(extractor(("2",)), source)
+    again = FeatureCache(tmp_path, 1.0).get(extractor(("2",)), source)
     assert counted[done:] == [1]  # the blank image that tells the sizes
     assert np.array_equal(again.layers["2"], first.layers["2"])
 
@@ -112,11 +92,11 @@ def test_what_is_there_is_not_computed_again(tmp_path, drawn, counted):
 @pytest.mark.parametrize(
     "change", ["weight", "image", "view", "size", "formulas", "layer", "precision", "compat"]
 )
-def test_whatever_changes_nothing_stale_is_found(tmp_path, drawn, counted, change):
+def test_any_change_makes_another_entry(tmp_path, drawn, counted, change):
     folder = tmp_path / "images"
     shutil.copytree(drawn, folder)
     cache = tmp_path / "cache"
-    FeatureCache(cache, 1.0).keep(extractor(("1",)), open_images(folder))
+    FeatureCache(cache, 1.0).get(extractor(("1",)), open_images(folder))
     before = {entry.name for entry in cache.iterdir()}
     encoder, views, layer, options = network(), VIEWS, "1", {}
     if change == "weight":
@@ -140,7 +120,7 @@ def test_whatever_changes_nothing_stale_is_found(tmp_path, drawn, counted, chang
         options = {"compat": "reference"}
     done = len(counted)
     changed = extractor((layer,), encoder=encoder, views=views, **options)
-    kept = FeatureCache(cache, 1.0).keep(changed, open_images(folder))
+    kept = FeatureCache(cache, 1.0).get(changed, open_images(folder))
     assert sum(counted[done:]) == 101
     after = {entry.name for entry in cache.iterdir()}
     assert before < after
@@ -157,7 +137,7 @@ def views_of(source):
     return evaluation_batches(source, VIEWS)
 
 
-def test_pixels_in_memory_and_files_are_told_apart_only_where_they_are_resized(tmp_path, drawn):
+def test_pixels_in_memory_and_files_differ_only_where_they_are_resized(tmp_path, drawn):
     source = open_images(drawn)
     pixels = torch.stack([decode(source[i].image) for i in range(len(source))])
     shown = extractor(("0",))
@@ -170,53 +150,53 @@ def test_pixels_in_memory_and_files_are_told_apart_only_where_they_are_resized(t
 # --- Budget and damage ----------------------------------------------------------------------------
 
 
-def test_the_budget_holds_and_the_longest_unused_make_way(tmp_path, drawn):
+def test_the_least_recently_used_entries_are_replaced(tmp_path, drawn):
     source = open_images(drawn)
-    one = extractor(("2",)).bytes_of("2", 100) / 2**30
+    one = extractor(("2",)).feature_bytes("2", 100) / 2**30
     tight = 2.5 * one
-    assert FeatureCache(tmp_path, 0.9 * one).keep(extractor(("2",)), source) is None
+    assert FeatureCache(tmp_path, 0.9 * one).get(extractor(("2",)), source) is None
     assert not list(tmp_path.iterdir())
     encoders = [network(seed) for seed in range(4)]
     names = []
     for age, encoder in zip((300, 200), encoders[:2], strict=True):
-        FeatureCache(tmp_path, tight).keep(extractor(("2",), encoder=encoder), source)
+        FeatureCache(tmp_path, tight).get(extractor(("2",), encoder=encoder), source)
         names.append(next(e.name for e in tmp_path.iterdir() if e.name not in names))
         moment = (tmp_path / names[-1]).stat().st_mtime - age
         os.utime(tmp_path / names[-1], (moment, moment))
-    FeatureCache(tmp_path, tight).keep(extractor(("2",), encoder=encoders[0]), source)  # used now
+    FeatureCache(tmp_path, tight).get(extractor(("2",), encoder=encoders[0]), source)  # used now
     same = FeatureCache(tmp_path, tight)
-    assert same.keep(extractor(("2",), encoder=encoders[2]), source) is not None
+    assert same.get(extractor(("2",), encoder=encoders[2]), source) is not None
     assert names[0] in os.listdir(tmp_path)
     assert names[1] not in os.listdir(tmp_path)
     # What the same object has given out stays.
-    assert same.keep(extractor(("2",), encoder=encoders[3]), source) is not None
+    assert same.get(extractor(("2",), encoder=encoders[3]), source) is not None
     assert names[0] not in os.listdir(tmp_path)
-    assert same.keep(extractor(("2",), encoder=encoders[1]), source) is None
+    assert same.get(extractor(("2",), encoder=encoders[1]), source) is None
     assert len(os.listdir(tmp_path)) == 2
 
 
 def test_which_layers_fit(tmp_path):
     made = extractor(("0", "1", "2"))
-    need = {layer: made.bytes_of(layer, 100) for layer in made.layers}
+    need = {layer: made.feature_bytes(layer, 100) for layer in made.layers}
     assert need["0"] == 100 * 8 * 12 * 12 * 4
     gb = (need["1"] + need["2"] + 1) / 2**30
-    assert FeatureCache(tmp_path, gb).fitting(made, 100) == ["1", "2"]
-    assert FeatureCache(tmp_path, 0).fitting(made, 100) == []
+    assert FeatureCache(tmp_path, gb).fitting_layers(made, 100) == ["1", "2"]
+    assert FeatureCache(tmp_path, 0).fitting_layers(made, 100) == []
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path, drawn):
     (tmp_path / ("a" * 40)).mkdir()
     (tmp_path / ("a" * 40) / "thesis.tex").write_bytes(bytes(100_000))
     made = extractor(("2",))
-    gb = (made.bytes_of("2", 100) + 50_000) / 2**30
-    assert FeatureCache(tmp_path, gb).keep(made, open_images(drawn)) is None
+    gb = (made.feature_bytes("2", 100) + 50_000) / 2**30
+    assert FeatureCache(tmp_path, gb).get(made, open_images(drawn)) is None
     assert (tmp_path / ("a" * 40) / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "shape", "index", "pickle"])
-def test_damaged_entries_are_made_again(tmp_path, drawn, damage):
+def test_damaged_entries_are_computed_again(tmp_path, drawn, damage):
     source = open_images(drawn)
-    whole = FeatureCache(tmp_path, 1.0).keep(extractor(), source)
+    whole = FeatureCache(tmp_path, 1.0).get(extractor(), source)
     values = whole.rows("2", torch.arange(100))
     (entry,) = [e for e in tmp_path.iterdir() if '"layer": "2"' in (e / "facts.json").read_text()]
     file = entry / "features.npy"
@@ -233,54 +213,54 @@ def test_damaged_entries_are_made_again(tmp_path, drawn, damage):
     else:
         file.write_bytes(content)
         np.save(entry / "index.npy", np.arange(50))
-    again = FeatureCache(tmp_path, 1.0).keep(extractor(), source)
+    again = FeatureCache(tmp_path, 1.0).get(extractor(), source)
     assert torch.equal(again.rows("2", torch.arange(100)), values)
     assert again.index.tolist() == list(range(100))
 
 
-def test_a_stop_in_between_leaves_nothing_half_made(tmp_path, drawn, monkeypatch):
+def test_a_stop_leaves_no_unfinished_entry(tmp_path, drawn, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(features, "write_json", stop)
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache(tmp_path, 1.0).keep(extractor(), open_images(drawn))
+        FeatureCache(tmp_path, 1.0).get(extractor(), open_images(drawn))
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     left = tmp_path / ".killed.tmp"  # by a kill, which cannot tidy up
     left.mkdir()
-    assert FeatureCache(tmp_path, 1.0).keep(extractor(("0",)), open_images(drawn)) is not None
+    assert FeatureCache(tmp_path, 1.0).get(extractor(("0",)), open_images(drawn)) is not None
     assert left.exists()
     os.utime(left, (0, 0))
-    assert FeatureCache(tmp_path, 1.0).keep(extractor(("1",)), open_images(drawn)) is not None
+    assert FeatureCache(tmp_path, 1.0).get(extractor(("1",)), open_images(drawn)) is not None
     assert not left.exists()
 
 
-def test_entries_that_others_remove_at_once_are_no_crash(tmp_path, drawn, monkeypatch):
-    original = features._put
+def test_entries_that_another_process_removes_are_reported(tmp_path, drawn, monkeypatch):
+    original = features.rename_entry
 
     def put(beside, entry):
         original(beside, entry)
         shutil.rmtree(entry)
 
-    monkeypatch.setattr(features, "_put", put)
-    with pytest.raises(UserError, match="Another process removes"):
-        FeatureCache(tmp_path, 1.0).keep(extractor(("2",)), open_images(drawn))
+    monkeypatch.setattr(features, "rename_entry", put)
+    with user_error("busy", tmp_path):
+        FeatureCache(tmp_path, 1.0).get(extractor(("2",)), open_images(drawn))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, drawn):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"file' \(.*\); name another --cache, .*--cache-gb 0"):
-        FeatureCache(tmp_path / "file", 1.0).keep(extractor(), open_images(drawn))
+    with user_error("environment", tmp_path / "file", "--cache", "--cache-gb 0"):
+        FeatureCache(tmp_path / "file", 1.0).get(extractor(), open_images(drawn))
 
 
 def test_a_full_disk_is_not_filled_further(tmp_path, drawn, monkeypatch):
-    need = extractor(("2",)).bytes_of("2", 100)
+    need = extractor(("2",)).feature_bytes("2", 100)
     for free, kept in ((2 * need - 2, False), (2 * need, True)):
         monkeypatch.setattr(
             shutil, "disk_usage", lambda _, f=free: shutil._ntuple_diskusage(0, 0, f)
         )
-        found = FeatureCache(tmp_path, 1.0).keep(extractor(("2",)), open_images(drawn))
+        found = FeatureCache(tmp_path, 1.0).get(extractor(("2",)), open_images(drawn))
         assert (found is not None) == kept
 
 
@@ -291,15 +271,15 @@ def test_unreadable_images_have_no_features(tmp_path, drawn):
     whole = (folder / "050.bmp").read_bytes()
     (folder / "050.bmp").write_bytes(whole[:-30])
     source = open_images(folder)
-    _, failed = read_all(source)
+    _, failed = hash_images(source)
     assert list(failed) == [4]  # the other one is found when it is decoded
-    kept = FeatureCache(tmp_path / "cache", 1.0).keep(extractor(("2",)), source)
+    kept = FeatureCache(tmp_path / "cache", 1.0).get(extractor(("2",)), source)
     assert sorted(set(range(100)) - set(kept.index.tolist())) == [4, 50]
     assert not kept.rows("2", torch.tensor([4, 50])).any()
     for file in folder.iterdir():
         file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="None of the 100 images"):
-        FeatureCache(tmp_path / "cache", 1.0).keep(extractor(("2",)), open_images(folder))
+    with user_error("unreadable-images", 100, folder):
+        FeatureCache(tmp_path / "cache", 1.0).get(extractor(("2",)), open_images(folder))
 
 
 def test_the_default_folder_is_the_users_cache(tmp_path, monkeypatch):

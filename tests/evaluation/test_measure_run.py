@@ -1,4 +1,4 @@
-"""What is measured of a run, who is left out of it, and what is refused, on real images."""
+"""Measurements of a run on real images: naive references, left out images, invalid labels."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import naive
 import pytest
 import torch
+from expect import user_error
 
 from localagg.bank import MemoryBank
 from localagg.checkpoint import begin_run, save, save_weights
@@ -58,7 +59,7 @@ def table(path: Path, pictures: Path, train, val=None, names=("temple", "flower"
     return str(path)
 
 
-def test_a_run_is_measured_as_its_embeddings_naively(weights, pictures):
+def test_scores_are_those_of_naive_references(weights, pictures):
     result = measured(weights, pictures, k=(1, 5, 60), retrieval=True, clusters=True)
     fabric = make_fabric()
     known, asked = (
@@ -76,11 +77,12 @@ def test_a_run_is_measured_as_its_embeddings_naively(weights, pictures):
     assert result["retrieval"]["precision60"] == pytest.approx(0.5)  # of all 48
     assert result["clusters"]["clusters"] == 2
     assert result["clusters"]["images"] == 48
-    assert result["notes"] == ["k = 60 is more than the 48 images to find: all of them vote."]
+    assert result["capped"] == {"60": 48}
+    assert len(result["notes"]) == 1
     assert set(measured(weights, pictures)) == set(result) - {"retrieval", "clusters"}
 
 
-def test_without_held_out_images_the_others_are_asked(weights, pictures):
+def test_without_held_out_images_training_images_are_the_queries(weights, pictures):
     result = measured(weights, pictures / "train", k=(1, 48), retrieval=True)
     known = embed(
         small(), open_images(str(pictures / "train")), VIEWS, autocast=make_fabric().autocast
@@ -90,16 +92,16 @@ def test_without_held_out_images_the_others_are_asked(weights, pictures):
     expected = (known.labels[right] == known.labels).double().mean().item()
     assert result["accuracy"]["loo_knn1"] == pytest.approx(expected)
     assert "loo_map" in result["retrieval"]
-    assert result["notes"] == ["k = 48 is more than the 47 images to find: all of them vote."]
+    assert result["capped"] == {"48": 47}
 
 
 @pytest.mark.parametrize("size", [4, 4999, 5000, 5001, 9999, 10_000, 10_001])
-def test_at_most_5000_images_evenly_spread_ask_the_others(pictures, size):
+def test_at_most_5000_evenly_spread_training_images_are_queries(pictures, size):
     digits = open_images("digits")
     digits.labels = torch.arange(size) % 2
     choice = select_queries(str(pictures / "train"), digits, torch.arange(size))
-    assert min(size, 2500) <= len(choice.asking) <= 5000
-    assert len(choice.asking.diff().unique()) == 1
+    assert min(size, 2500) <= len(choice.query_index) <= 5000
+    assert len(choice.query_index.diff().unique()) == 1
 
 
 def test_unreadable_images_are_left_out_and_counted(weights, pictures, tmp_path):
@@ -111,21 +113,18 @@ def test_unreadable_images_are_left_out_and_counted(weights, pictures, tmp_path)
     assert (result["asked"], result["known"]) == (11, 46)
     assert result["left_out"]["known"]["unreadable"] == 2
     assert result["left_out"]["asking"]["unreadable"] == 1
-    assert result["notes"] == [
-        "2 training images cannot be read and are left out.",
-        "1 held-out images cannot be read and are left out.",
-    ]
+    assert len(result["notes"]) == 2
     # The others are measured as if these did not exist.
     for name in ("train/temple/05.jpg", "train/flower/00.png", "val/flower/01.jpg"):
         (data / name).unlink()
     assert measured(weights, data)["accuracy"] == result["accuracy"]
     for file in (data / "val").rglob("*.*"):
         file.write_bytes(b"no image")
-    with pytest.raises(UserError, match="11 of 11 images cannot be read"):
+    with user_error("unreadable-images", "11 of"):
         measured(weights, data)
 
 
-def test_the_bank_is_asked_where_its_images_were_learned(pictures, tmp_path):
+def test_the_bank_is_the_reference_set_without_its_unreadable_rows(pictures, tmp_path):
     run, source, encoder = tmp_path / "run", open_images(str(pictures)), small()
     config = PretrainConfig(views=VIEWS)
     begin_run(run, config, {"data": str(pictures), "fingerprint": source.fingerprint()})
@@ -150,7 +149,7 @@ def test_the_bank_is_asked_where_its_images_were_learned(pictures, tmp_path):
     assert result["accuracy"]["knn5"] == pytest.approx(expected)
 
 
-def test_images_without_a_label_or_without_their_like_are_left_out(weights, pictures, tmp_path):
+def test_images_without_a_label_or_alone_in_their_class_are_left_out(weights, pictures, tmp_path):
     train, val = [0, 1, -1, 0, 1, 0, 1, -1], [0, 1, 2, -1, 1, 2]
     result = measured(weights, table(tmp_path / "a", pictures, train, val))
     assert (result["asked"], result["known"]) == (3, 6)
@@ -158,18 +157,14 @@ def test_images_without_a_label_or_without_their_like_are_left_out(weights, pict
         "known": {"unlabelled": 2, "unreadable": 0},
         "asking": {"unlabelled": 1, "alone": 2, "unreadable": 0},
     }
-    assert result["notes"] == [
-        "2 of the 8 training images have no label.",
-        "1 of the 6 held-out images have no label.",
-        "2 of the 6 held-out images have a label that no other image has.",
-    ]
+    assert [note[:10] for note in result["notes"]] == ["2 of the 8", "1 of the 6", "2 of the 6"]
     alone = table(tmp_path / "b", pictures, [0, 1, 1, 2, 1])
     result = measured(weights, alone)
     assert (result["asked"], result["known"]) == (3, 5)
     assert result["left_out"]["asking"]["alone"] == 2
 
 
-def test_a_class_without_held_out_images_is_found_all_the_same(weights, pictures, tmp_path):
+def test_a_class_without_held_out_images_stays_in_the_reference_set(weights, pictures, tmp_path):
     data = table(tmp_path / "a", pictures, [0, 1, 2, 0, 1, 2], [1, 1])
     result = measured(weights, data, k=(6,))
     assert (result["asked"], result["known"]) == (2, 6)
@@ -179,34 +174,34 @@ def test_classes_are_matched_by_name(pictures, tmp_path):
     for target in ("train/b", "train/c", "train/d", "val/c", "val/d"):
         shutil.copytree(pictures / "val" / "flower", tmp_path / target)
     choice = select_queries(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
-    assert choice.asking_labels.tolist() == [1] * 6 + [2] * 6
+    assert choice.query_labels.tolist() == [1] * 6 + [2] * 6
     (tmp_path / "val" / "c").rename(tmp_path / "val" / "C")
     (tmp_path / "val" / "e").mkdir()  # no image: no matter
-    with pytest.raises(UserError, match=r"classes that the training images lack: C; rename them"):
+    with pytest.raises(UserError, match=r"\bC\b"):
         select_queries(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
 
 
-REFUSED = [
-    ([1, 1, 1], [1, 1], "The 3 training images of .* have the same label"),
-    ([-1, -1], [1, 1], "has no labels to measure against"),
-    ([0, 1, 0], [2, 2], "None of the 2 held-out images of .* has a label that another"),
-    ([0, 1], None, "None of the 2 training images that ask .* add images of the same classes"),
-    ([0], None, "The 1 training images of .* have the same label"),
-]
-
-
-@pytest.mark.parametrize(("train", "val", "message"), REFUSED)
-def test_labels_that_tell_nothing_are_refused(weights, pictures, tmp_path, train, val, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(
+    ("train", "val", "named"),
+    [
+        ([1, 1, 1], [1, 1], "3 training images"),
+        ([-1, -1], [1, 1], ""),
+        ([0, 1, 0], [2, 2], "2 held-out images"),
+        ([0, 1], None, "2 training images"),
+        ([0], None, "1 training images"),
+    ],
+)
+def test_unusable_labels_are_reported(weights, pictures, tmp_path, train, val, named):
+    with user_error("no-labels", tmp_path / "a", named):
         measured(weights, table(tmp_path / "a", pictures, train, val))
 
 
-def test_missing_labels_are_refused(weights, pictures):
-    with pytest.raises(UserError, match="has no labels to measure against"):
+def test_missing_labels_are_reported(weights, pictures):
+    with user_error("no-labels", pictures / "train" / "temple"):
         measured(weights, pictures / "train" / "temple")
 
 
-def test_two_images_are_enough_to_be_asked(weights, pictures, tmp_path):
+def test_two_training_images_are_enough(weights, pictures, tmp_path):
     data = table(tmp_path / "a", pictures, [0, 1], [0, 1, 1])
     result = measured(weights, data, k=(1, 200), retrieval=True, clusters=True)
     assert (result["asked"], result["known"]) == (3, 2)
@@ -214,16 +209,16 @@ def test_two_images_are_enough_to_be_asked(weights, pictures, tmp_path):
     assert 0 <= result["accuracy"]["knn200"] <= 1
 
 
-def test_training_goes_on_where_nothing_can_be_measured(pictures, tmp_path, capsys):
+def test_training_continues_without_usable_labels(pictures, tmp_path, capsys):
     data = table(tmp_path / "a", pictures, [1, 1, 1], [1, 1])
     online = OnlineKnn(PretrainConfig(views=VIEWS), data, open_images(data), torch.arange(3))
     assert online(small(), torch.eye(3, 12), make_fabric()) == {}
-    assert "Nothing is measured while learning" in capsys.readouterr().err
+    assert "'" + data + "'" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_held_out_images_without_labels_leave_the_others_to_ask(weights, pictures, tmp_path):
+def test_held_out_images_without_labels_are_not_queries(weights, pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "train")
     shutil.copytree(pictures / "val" / "temple", tmp_path / "val")
     result = measured(weights, tmp_path)
     assert set(result["accuracy"]) == {"loo_knn1", "loo_knn5"}
-    assert "have no labels: training images ask" in result["notes"][0]
+    assert str(tmp_path) in result["notes"][0]

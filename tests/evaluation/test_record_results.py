@@ -1,4 +1,4 @@
-"""What is noted of a measurement: which images, how many, whose weights; and what it joins."""
+"""Recorded results name images, counts and weights, and join the right columns."""
 
 import shutil
 
@@ -7,11 +7,16 @@ import pytest
 from localagg.checkpoint import save_weights, weights_digest
 from localagg.config import ViewConfig
 from localagg.data.sources.open import open_images
-from localagg.evaluation import published as literature
-from localagg.evaluation import results_file
+from localagg.evaluation import published
 from localagg.evaluation.measure_run import measure_run
-from localagg.evaluation.record_results import record_knn, record_low_shot, record_readouts
-from localagg.evaluation.results_file import read_results
+from localagg.evaluation.protocols import LEAVE_ONE_OUT
+from localagg.evaluation.record_results import (
+    is_recorded,
+    record_knn,
+    record_low_shot,
+    record_readouts,
+)
+from localagg.evaluation.results_file import append_result, read_results
 from localagg.evaluation.results_table import compare, tables
 from localagg.models import create_encoder
 
@@ -60,34 +65,34 @@ def test_other_training_images_are_another_column(weights, pictures, fewer):
 def test_a_part_of_a_data_set_never_stands_beside_its_published_number(
     weights, pictures, fewer, monkeypatch
 ):
-    monkeypatch.setitem(literature.DATASETS, "CIFAR-10", (48, 12, 2))
+    monkeypatch.setitem(published.DATASETS, "CIFAR-10", (48, 12, 2))
     for data in (fewer, pictures):
         result = measure_run(weights, data=str(data), against="embeddings", k=(200,), workers=0)
         record_knn(weights, {**result, "against": "the memory bank"})
     found = compare([weights])
     assert [column["training_images"] for column in found["columns"]] == [16, 48]
-    (published,) = [row for row in found["rows"] if row["published"]]
-    assert published["values"] == [None, 0.808]
+    (known,) = [row for row in found["rows"] if row["published"]]
+    assert known["values"] == [None, 0.808]
 
 
 def test_entries_that_name_no_training_images_keep_their_data_set_apart(tmp_path):
     """As written before the training images were noted."""
-    entry = {"measure": "knn", "protocol": literature._CIFAR_KNN, "data": "d", "fingerprint": "aa"}
+    entry = {"measure": "knn", "protocol": published.CIFAR_KNN, "data": "d", "fingerprint": "aa"}
     whole = {**entry, "dataset": "CIFAR-10", "values": {"knn200": 0.75}}
     for old in ({**entry, "values": {"knn200": 0.25}}, whole):
-        results_file.append_result(tmp_path, old)
+        append_result(tmp_path, old)
     found = compare([tmp_path])
     assert [row["values"] for row in found["rows"]] == [[0.25, 0.75], [None, 0.808]]
 
 
-def test_held_out_images_without_labels_did_not_ask(weights, pictures, tmp_path):
+def test_held_out_images_without_labels_are_not_queries(weights, pictures, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pictures / "train", data / "train")
     shutil.copytree(pictures / "val" / "temple", data / "val")
     measured(weights, data, retrieval=True)
     source = open_images(data)
     for entry in read_results(weights):
-        assert entry["protocol"].startswith("training images, themselves left out, ask")
+        assert entry["protocol"]["queries"] == LEAVE_ONE_OUT
         assert (entry["fingerprint"], entry["images"]) == (source.fingerprint(), 48)
         assert all(name.startswith("loo_") for name in entry["values"])
 
@@ -104,7 +109,7 @@ def test_clusters_are_of_the_training_images(weights, pictures):
     ]
 
 
-def test_who_was_left_out_and_how_many_voted_is_noted(weights, pictures, tmp_path):
+def test_left_out_images_and_capped_votes_are_recorded(weights, pictures, tmp_path):
     shutil.copytree(pictures, data := tmp_path / "data")
     for name in ("train/temple/05.jpg", "train/flower/00.png", "val/flower/01.jpg"):
         (data / name).write_bytes(b"no image")
@@ -131,27 +136,32 @@ def test_weights_are_those_that_were_loaded(weights, pictures):
 READ_OUT = {"data": "digits", "weights_digest": "aa", "measured": 396, "unreadable": 1}
 
 
-def test_readouts_note_how_many_were_learned_from_and_measured(weights):
+def test_readouts_record_the_images_learned_from_and_measured(weights):
     layers = {"1": {"top1": 0.5}}
-    record_readouts(weights, {**READ_OUT, "layers": layers, "protocol": "p", "images": 1400})
+    protocol = {"method": "linear"}
+    result = {**READ_OUT, "layers": layers, "protocol": protocol, "images": 1400}
+    assert not is_recorded(weights, result)
+    record_readouts(weights, result)
+    assert is_recorded(weights, result)
     (entry,) = read_results(weights)
     assert entry["values"] == {"1 top1": 0.5}
     assert (entry["images"], entry["asked"], entry["known"]) == (397, 396, 1400)
     assert entry["left_out"] == {"unreadable": 1}
 
 
-def test_few_labels_keep_their_intervals(weights):
+def test_low_shot_results_keep_their_intervals(weights):
     spread = {"mean": 0.5, "interval": 0.0125, "values": [0.49, 0.51]}
     single = {"mean": 0.5, "interval": None, "values": [0.5]}
     subsets = [
         {"few": 0.1, "images": 140, "linear": {"2": {"top1": spread}}},
         {"per_class": 3, "images": 30, "linear": {"2": {"top1": single}}},
     ]
-    protocol = {"linear": "quick", "finetuned": "never asked for"}
+    protocol = {"linear": {"method": "quick"}, "finetuned": {"method": "not measured"}}
     record_low_shot(
         weights, {**READ_OUT, "subsets": subsets, "seeds": [0, 1], "protocol": protocol}
     )
     (entry,) = read_results(weights)
+    assert entry["protocol"] == {"method": "quick", "draws": 2}
     assert entry["values"] == {"0.1 2 top1": 0.5, "3 a class 2 top1": 0.5}
     assert entry["intervals"] == {"0.1 2 top1": 0.0125}
     assert (entry["asked"], entry["left_out"]) == (396, {"unreadable": 1})

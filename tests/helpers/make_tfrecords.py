@@ -1,4 +1,4 @@
-"""TFRecords by Google's protobuf and the format's definition: an independent reader and writer.
+"""TFRecords made by the definition of their formats, independent of protobuf and of our writer.
 
 For tests and for ``benchmarks/fuzz.py``.
 """
@@ -7,112 +7,82 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
 
+from localagg.data.sources.source import ImageRecord, Source
 from localagg.data.sources.tf_example import parse_example
+from localagg.data.sources.tfrecord import tfrecord_name, tfrecord_rows, write_tfrecord
 from localagg.io.crc32c import masked_crc32c
 
-
-def example_class():
-    """``tf.train.Example`` by Google's protobuf: the independent reader and writer."""
-    file = descriptor_pb2.FileDescriptorProto(name="e.proto", package="t", syntax="proto3")
-    field = descriptor_pb2.FieldDescriptorProto
-
-    def message(name, *fields, into=file):
-        new = (into.nested_type if into is not file else file.message_type).add(name=name)
-        for number, label, kind, of, title in fields:
-            new.field.add(name=title, number=number, label=label, type=kind, type_name=of)
-        return new
-
-    message("BytesList", (1, field.LABEL_REPEATED, field.TYPE_BYTES, None, "value"))
-    message("FloatList", (1, field.LABEL_REPEATED, field.TYPE_FLOAT, None, "value"))
-    message("Int64List", (1, field.LABEL_REPEATED, field.TYPE_INT64, None, "value"))
-    feature = message("Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("bytes", "float", "int64"), 1):
-        kind = f".t.{name.capitalize()}List"
-        feature.field.add(
-            name=f"{name}_list",
-            number=number,
-            label=field.LABEL_OPTIONAL,
-            type=field.TYPE_MESSAGE,
-            type_name=kind,
-            oneof_index=0,
-        )
-    entries = (1, field.LABEL_REPEATED, field.TYPE_MESSAGE, ".t.Features.FeatureEntry", "feature")
-    features = message("Features", entries)
-    entry = message(
-        "FeatureEntry",
-        (1, field.LABEL_OPTIONAL, field.TYPE_STRING, None, "key"),
-        (2, field.LABEL_OPTIONAL, field.TYPE_MESSAGE, ".t.Feature", "value"),
-        into=features,
-    )
-    entry.options.map_entry = True
-    whole = (1, field.LABEL_OPTIONAL, field.TYPE_MESSAGE, ".t.Features", "features")
-    message("Example", whole)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
+BYTES, FLOAT, INT64 = 1, 2, 3
 
 
-Example = example_class()
+def varint(value: int) -> bytes:
+    """Encode an integer in protobuf's wire format."""
+    value &= (1 << 64) - 1
+    head = b""
+    while value > 127:
+        head, value = head + bytes([value & 127 | 128]), value >> 7
+    return head + bytes([value])
 
 
-def by_protobuf(data: bytes) -> tuple[bytes, int | None, int | None] | None:
-    """(image, label, index) as the reference's parser would see them; None where it would fail."""
-    try:
-        parsed = Example.FromString(bytes(data))
-    except DecodeError:
-        return None
-    feature = parsed.features.feature
-    found = []
-    for key, kind in (("images", "bytes_list"), ("labels", "int64_list"), ("index", "int64_list")):
-        # A feature without any list is, to TensorFlow, not there.
-        there = key in feature and feature[key].WhichOneof("kind") is not None
-        values = getattr(feature[key], kind).value if there else [None]
-        if len(values) != 1:
-            return None
-        found.append(values[0])
-    return tuple(found) if found[0] is not None else None
+def field(number: int, content: bytes | int) -> bytes:
+    """Encode a field of a message."""
+    if isinstance(content, int):
+        return varint(number << 3) + varint(content)
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def feature(name: str, kind: int, values: bytes | None) -> bytes:
+    """Encode an entry of an Example's map; ``values`` is the content of its list."""
+    value = b"" if values is None else field(kind, values)
+    return field(1, field(1, name.encode()) + field(2, value))
+
+
+def example_of(*features: bytes) -> bytes:
+    """Encode an Example of these features. Examples can be joined to one."""
+    return field(1, b"".join(features))
 
 
 def example(image: bytes, label: int | None = None, index: int | None = None) -> bytes:
-    """An Example serialized by protobuf."""
-    made = Example()
-    made.features.feature["images"].bytes_list.value.append(image)
-    for key, value in (("labels", label), ("index", index)):
-        if value is not None:
-            made.features.feature[key].int64_list.value.append(value)
-    return made.SerializeToString(deterministic=True)
+    """Encode an Example of an image in the reference's order, with packed integers."""
+    numbers = [("labels", label), ("index", index)]
+    parts = [feature(n, INT64, field(1, varint(v))) for n, v in numbers if v is not None]
+    return example_of(*parts, feature("images", BYTES, field(1, image)))
 
 
 def record(length: bytes, payload: bytes) -> bytes:
-    """A record that claims a length of its own, with right checksums."""
+    """Encode a record with a given length, true or not, and correct checksums."""
     parts = (length, payload)
     return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
 
 
 def framed(*payloads: bytes) -> bytes:
-    """A file of records."""
+    """Encode a file of records."""
     return b"".join(record(struct.pack("<Q", len(payload)), payload) for payload in payloads)
 
 
-def by_index(folder: Path, *, labeled: bool) -> dict[int, tuple[bytes, int | None]]:
-    """{index: (image, label)} of whole files as protobuf reads them.
+def write_tfrecords(source: Source, folder: Path, *, split: str, files: int) -> list[str]:
+    """Write a source as ``pack`` does; return the names of the files."""
+    folder.mkdir(exist_ok=True)
+    names = [tfrecord_name(split, number, files) for number in range(files)]
+    for number, name in enumerate(names):
+        rows = tfrecord_rows(len(source), number, files)
+        samples = (source[i] for i in rows)
+        write_tfrecord(
+            folder / name, (ImageRecord(s.index, "", bytes(s.image), s.label) for s in samples)
+        )
+    return names
 
-    It refuses a record for a fault in any feature, where ours reads its own three all the same;
-    such a record is held to be right if its image is in it.
-    """
+
+def by_index(folder: Path, *, labeled: bool) -> dict[int, tuple[bytes, int | None]]:
+    """Read {index: (image, label)} of whole files, without their checksums."""
     found: list[tuple[bytes, int | None, int | None]] = []
     for path in sorted(folder.glob("train-*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             payload, at = data[at + 12 : at + 12 + length], at + 16 + length
-            parsed = by_protobuf(payload) or tuple(parse_example(payload))
-            assert parsed[0] in payload, "an image out of nowhere"
-            found.append(parsed)
+            found.append(parse_example(payload))
     stored = [index for _, _, index in found]
     order = range(len(found)) if None in stored else stored
     pairs = zip(order, found, strict=True)
@@ -128,14 +98,12 @@ LAYOUT = {
 
 
 def payloads() -> dict[str, list[bytes]]:
-    """Six images in two files, one with features of other kinds too."""
+    """Return six images in two files, one with features of other kinds too."""
     draws = np.random.RandomState(0)
     made = {
         name: [example(draws.bytes(size), label, index) for size, label, index in images]
         for name, images in LAYOUT.items()
     }
-    more = Example()
-    more.features.feature["width"].float_list.value.extend([1.0, 2.5])
-    more.features.feature["name"].bytes_list.value.append(b"x")
-    made["train-00001-of-00002"][1] += more.SerializeToString()
+    floats = feature("width", FLOAT, field(1, struct.pack("<2f", 1, 2.5)))
+    made["train-00001-of-00002"][1] += example_of(floats, feature("name", BYTES, field(1, b"x")))
     return made

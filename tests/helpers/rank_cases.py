@@ -1,7 +1,8 @@
-"""What ranks do in test_pretrain_ranks.py. Processes need functions by name."""
+"""Functions that ranks run in test_loop_ranks.py; processes find them by name."""
 
 import contextlib
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ from localagg.training.recorder import Recorder
 
 
 def learn(world: World, config: dict[str, Any], data: str, run: str, stop: int = 0) -> int:
-    """Pretrain, or go on; up to a step if one is named. Returns the rows of the bank held here."""
+    """Pretrain or resume, up to step ``stop`` if given. Return the bank rows on this rank."""
     held = []
-
     after = Recorder.after_step
 
     def watched(self, *arguments, **options):
-        held.append(len(self.learner.bank.rows))
-        assert (
-            self.learner.bank.searchable.rows.numel() == held[-1] * self.learner.bank.rows.shape[1]
-        )
+        bank = self.learner.bank
+        held.append(len(bank.rows))
+        assert bank.searchable.rows.numel() == bank.rows.numel()
         after(self, *arguments, **options)
         if self.learner.step == stop:
             raise Interrupted("enough")
@@ -37,28 +36,28 @@ def learn(world: World, config: dict[str, Any], data: str, run: str, stop: int =
     Recorder.after_step = watched
     try:
         with contextlib.suppress(Interrupted):
-            if (Path(run) / "config.json").exists():
-                world.barrier()
+            resumes = (Path(run) / "config.json").exists()
+            world.barrier()
+            if resumes:
                 resume(run)
             else:
-                world.barrier()
                 pretrain(from_dict(PretrainConfig, config), data, run)
     finally:
         Recorder.after_step = after
     return max(held, default=0)
 
 
-def refused(world: World, config: dict[str, Any], data: str, run: str) -> str:
-    """The sentence by which a run is refused."""
+def error_of(world: World, call: Callable[..., Any], *arguments: Any) -> str:
+    """Return the message of the UserError that a call raises."""
     try:
-        pretrain(from_dict(PretrainConfig, config), data, run)
+        call(world, *arguments)
     except UserError as error:
         return str(error)
-    return "it was not"
+    return "no error"
 
 
-def save_with_little_room(world: World, run: str, rank: int) -> str:
-    """A checkpoint after another, under a limit of a file's size on one rank; what is raised."""
+def save_with_little_room(world: World, run: str, rank: int) -> None:
+    """Save two checkpoints, the second under a limit of file size on one rank."""
     encoder = create_encoder("resnet18_small", dim=8, width=4, blocks=(1,), seed=0)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
     bank = MemoryBank(1000, 8, seed=0, part=world.part(1000))
@@ -82,16 +81,12 @@ def save_with_little_room(world: World, run: str, rank: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         save(2)
-    except UserError as error:
-        return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    return "nothing"
 
 
 def normalize(world: World, channels: int, sizes: list[int], dims: int) -> dict[str, Any]:
-    """Batch-norm of this rank's share by the statistics of all: what it gives, its gradients (the
-    parameters' added up), and its running statistics."""
+    """Return output, gradients and running statistics of a synchronized batch-norm."""
     generator = torch.Generator().manual_seed(0)
     space = (5, 3)[: dims - 2]
     x = torch.randn(sum(sizes), channels, *space, generator=generator, dtype=torch.float64)

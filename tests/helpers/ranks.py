@@ -1,4 +1,4 @@
-"""Ranks to test with: threads that meet at a barrier, and real processes over gloo."""
+"""Ranks for tests: threads that meet at a barrier, and processes over gloo."""
 
 import datetime
 import functools
@@ -16,14 +16,11 @@ import torch.multiprocessing as multiprocessing
 
 from localagg.distributed.collectives import World
 
-_PATIENCE = 120  # seconds until a pool that does not answer is a failure
-
-
-# --- Threads: thousands of small cases -----------------------------------------------------------
+_PATIENCE = 120  # seconds
 
 
 class Thread(World):
-    """A rank that is a thread. Sums run in the order of the ranks."""
+    """A rank in a thread, for thousands of small cases. Sums run in the order of the ranks."""
 
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list) -> None:
         super().__init__(rank, size)
@@ -34,7 +31,7 @@ class Thread(World):
         self.meeting.wait()
         everyone = list(self.table)
         self.meeting.wait()  # all have read before any writes again
-        assert len({(t.shape, t.dtype) for t in everyone}) == 1, "ranks brought unlike tensors"
+        assert len({(t.shape, t.dtype) for t in everyone}) == 1, "ranks passed different shapes"
         return everyone
 
     def _all_reduce(self, tensor, operation):
@@ -50,7 +47,7 @@ class Thread(World):
 
 
 def in_threads(ranks: int, call: Callable[[World], Any]) -> list[Any]:
-    """What ``call(world)`` returns on each rank."""
+    """Return the result of ``call(world)`` on each rank."""
     meeting, table = threading.Barrier(ranks, timeout=_PATIENCE), [None] * ranks
 
     def one(rank: int) -> Any:
@@ -69,11 +66,8 @@ def in_threads(ranks: int, call: Callable[[World], Any]) -> list[Any]:
     return [future.result() for future in futures]
 
 
-# --- Processes: the real thing -------------------------------------------------------------------
-
-
 class Pool:
-    """Processes that stay up; each call is a fresh gloo group of the first few of them."""
+    """Processes that stay alive; each call is a new gloo group of the first few of them."""
 
     def __init__(self, most: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -91,7 +85,7 @@ class Pool:
             process.start()
 
     def __call__(self, ranks: int, call: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``call(world, *arguments)``, a function of a module, returns on each rank."""
+        """Return the result of ``call(world, *arguments)``, a module's function, on each rank."""
         self.calls += 1
         for tasks in self.tasks[:ranks]:
             tasks.put((ranks, f"{self.folder.name}/{self.calls}", call, arguments))

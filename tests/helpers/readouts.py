@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
-from localagg.evaluation.linear import _Record, transfer
+from localagg.evaluation.feature_cache import FeatureExtractor
+from localagg.evaluation.linear import TransferRecorder, transfer
 from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
 
@@ -51,6 +52,18 @@ def saved_dataset(path: Path, pictures: Path, train: list[int], val: list[int]) 
     return str(path)
 
 
+def count_extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of images of each call of a feature extractor."""
+    calls, original = [], FeatureExtractor.__call__
+
+    def call(self, images):
+        calls.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", call)
+    return calls
+
+
 # A view that is the whole image, whatever is drawn: what the heads see is known.
 STILL = override(
     TransferConfig(),
@@ -81,7 +94,7 @@ class Killed(Exception):
 
 def killed_after_ten_steps(monkeypatch: pytest.MonkeyPatch, config: TransferConfig, out: Path):
     """Read-outs of digits that die after their tenth step."""
-    original, calls = _Record.after_step, []
+    original, calls = TransferRecorder.after_step, []
 
     def die(self, *arguments):
         original(self, *arguments)
@@ -89,7 +102,7 @@ def killed_after_ten_steps(monkeypatch: pytest.MonkeyPatch, config: TransferConf
         if len(calls) == 10:
             raise Killed
 
-    monkeypatch.setattr(_Record, "after_step", die)
+    monkeypatch.setattr(TransferRecorder, "after_step", die)
     with pytest.raises(Killed):
         transfer(config, network(), "digits", out)
 

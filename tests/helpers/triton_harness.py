@@ -1,8 +1,7 @@
-"""Shared by the Triton engine's cases: where they run, and the banks they search.
+"""The device and the banks of the Triton cases.
 
-The cases run on the CPU under Triton's interpreter or on a GPU, started by
-``test_neighbors_triton.py`` in a process of its own, because the interpreter has to be chosen
-before Triton is imported.
+``test_cuda_backend.py`` runs the cases in a process of its own, on a GPU or under Triton's
+interpreter, because the interpreter has to be chosen before Triton is imported.
 """
 
 import os
@@ -14,8 +13,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 if INTERPRETED:
-    # Each call of a function within a kernel patches Triton's language again, which is most of the
-    # interpreter's time. Once for each module is enough.
+    # Each call of a function within a kernel patches Triton's language again, which takes most of
+    # the interpreter's time. Once for each module is enough.
     from triton.runtime import interpreter
 
     _patched: set[int] = set()

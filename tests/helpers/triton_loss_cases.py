@@ -1,4 +1,4 @@
-"""The Triton engine's losses against float64, and the whole of LA from end to end."""
+"""The Triton losses against float64, and LA from end to end."""
 
 import naive
 import pytest
@@ -16,8 +16,8 @@ from triton_harness import (
     unit,
 )
 
+from localagg.engine import SETTINGS
 from localagg.engine import cuda_backend as engine
-from localagg.engine import cuda_loss_kernels as triton_losses
 from localagg.engine.bank_shard import Neighbors
 from localagg.objectives import aggregation_loss
 
@@ -48,7 +48,7 @@ def test_log_partition_of_contrived_banks(make):
 
 
 def test_many_small_weights_count():
-    """One row with nearly all the weight, and 600 that weigh 1e-8 each but point the same way."""
+    """One row has nearly all the weight; 600 rows of weight 1e-8 point the same way."""
     bank = torch.zeros(601, 4, device=DEVICE)
     bank[0, 0] = 1
     bank[1:, 1] = 1
@@ -67,8 +67,7 @@ def test_nan_shows_in_the_partition():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_close_rows(dtype, monkeypatch):
-    monkeypatch.setattr(triton_losses, "_CLOSE_TILE", 32)
+def test_close_rows(dtype):
     N, H, B, K = 120, 3, 4, 50
     labels = torch.randint(0, 6, (H, N), generator=draws(0), dtype=dtype).to(DEVICE)
     index = torch.tensor([3, 119, 0, 3], device=DEVICE)
@@ -78,9 +77,9 @@ def test_close_rows(dtype, monkeypatch):
         [j >= 0 and naive.close(labels.tolist(), i, j) for j in mine]
         for i, mine in zip(index.tolist(), rows.tolist(), strict=True)
     ]
-    assert engine.close_rows(labels, labels[:, index], rows).tolist() == wanted
-    side_by_side = labels.T.contiguous().T
-    assert engine.close_rows(side_by_side, labels[:, index], rows).tolist() == wanted
+    with SETTINGS.changed(gpu_label_block=32):
+        for stored in (labels, labels.T.contiguous().T):
+            assert engine.close_rows(stored, labels[:, index], rows).tolist() == wanted
 
 
 def test_local_aggregation_from_end_to_end():
@@ -99,5 +98,5 @@ def test_local_aggregation_from_end_to_end():
     assert gap.norm() <= 1e-4 * torch.from_numpy(wanted_grad).norm()
 
 
-def test_the_right_machine_was_asked():
+def test_the_cases_run_where_they_are_meant_to():
     assert triton.knobs.runtime.interpret == INTERPRETED

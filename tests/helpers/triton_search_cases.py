@@ -1,11 +1,12 @@
-"""The Triton engine's search against float64. Tiles, samples and lists are made small, so that
-small banks pass through every branch."""
+"""The Triton search against float64. Tiles, samples and lists are so small that small banks pass
+through every branch."""
 
 from itertools import product
 
 import naive
 import pytest
 import torch
+from expect import user_error
 from torch.nn.functional import normalize
 from triton_harness import (
     BANKS,
@@ -13,32 +14,34 @@ from triton_harness import (
     INTERPRETED,
     alike,
     draws,
-    rising,
     similarity,
     uneven,
     unit,
 )
 
+from localagg.engine import SETTINGS, cuda_search_kernels
 from localagg.engine import cuda_backend as engine
-from localagg.errors import UserError
 
 SAMPLE = 96
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(engine, "SAMPLE_ROWS", SAMPLE)
-    monkeypatch.setattr(engine, "LEAST_PLACES", 64)
-    monkeypatch.setattr(engine, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(engine, "TILE_ROWS", 32)
-    monkeypatch.setattr(engine, "WHOLE_TILE_ROWS", 32)
+def small():
+    with SETTINGS.changed(
+        gpu_sample_rows=SAMPLE,
+        gpu_min_candidates=64,
+        gpu_query_block=16,
+        gpu_tile_rows=32,
+        gpu_scan_rows=32,
+    ):
+        yield
 
 
 @pytest.fixture
 def whole_searches(monkeypatch):
-    """How many queries each search found wanting, and searched the whole bank for."""
+    """The number of queries of each search that needed the whole bank."""
     found = []
-    kernel = engine.kernels.search_whole
+    kernel = cuda_search_kernels.search_all_rows
 
     class Spy:
         def __getitem__(self, grid):
@@ -48,19 +51,19 @@ def whole_searches(monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(engine.kernels, "search_whole", Spy())
+    monkeypatch.setattr(cuda_search_kernels, "search_all_rows", Spy())
     return found
 
 
-def assert_best(embedding, bank, count, rows, sim, close=2e-6):
-    """The result is a right answer: as good as float64's but for rounding, and told truly."""
+def assert_best(embedding, bank, count, rows, sim):
+    """Rows are as similar as float64's best and similarities are right, up to rounding."""
     sim_BN = similarity(embedding, bank)
     B, N = sim_BN.shape
     K = min(count, N)
     assert rows.shape == sim.shape == (B, K)
     scale = embedding.double().norm(dim=1)[:, None] * bank.double().norm(dim=1).max()
     assert all(len(set(mine.tolist())) == K for mine in rows)
-    assert ((sim - sim_BN.gather(1, rows)).abs() <= close * scale).all()
+    assert ((sim - sim_BN.gather(1, rows)).abs() <= 2e-6 * scale).all()
     unlisted = sim_BN.scatter(1, rows, -torch.inf)
     worst = sim_BN.gather(1, rows).amin(dim=1, keepdim=True)
     assert (unlisted.amax(dim=1, keepdim=True) <= worst + 2e-6 * scale).all()
@@ -86,7 +89,7 @@ def test_the_best_rows_of_any_bank(make, N, K):
 
 
 def test_drawn_cases():
-    """Two thousand on a GPU; the interpreter has time for a few."""
+    """Two thousand on a GPU, a few under the interpreter."""
     for seed in range(6 if INTERPRETED else 2000):
         N, K, B, D = torch.randint(1, 180, (4,), generator=draws(seed)).tolist()
         B, D = (B % 3 + 1, D % 20 + 1) if INTERPRETED else (B, D)
@@ -98,7 +101,7 @@ def test_drawn_cases():
 
 
 def lattice(N, seed):
-    """Numbers of which float16 products are exact: equal similarities are equal everywhere."""
+    """Numbers with exact float16 products: equal similarities are equal everywhere."""
     return torch.randint(-2, 3, (N, 6), generator=draws(seed)).float().to(DEVICE) / 4
 
 
@@ -129,20 +132,27 @@ def test_identical_rows_and_zero_rows_are_searched_whole(whole_searches):
     assert whole_searches == [3, 3]
 
 
-def test_ordinary_banks_are_not_searched_whole(whole_searches, monkeypatch):
-    monkeypatch.setattr(engine, "LEAST_PLACES", 256)
+def test_ordinary_banks_are_not_searched_whole(whole_searches):
     embedding = unit(4, 16, seed=5)
-    for low, N in product((None, torch.bfloat16, torch.float16), (90, 400)):
-        bank = unit(N, 16, seed=N)
-        found = engine.top_rows(embedding, bank, 12, bank_low=None if low is None else bank.to(low))
-        assert_best(embedding, bank, 12, *found)
+    with SETTINGS.changed(gpu_min_candidates=256):
+        for low, N in product((None, torch.bfloat16, torch.float16), (90, 400)):
+            bank = unit(N, 16, seed=N)
+            bank_low = None if low is None else bank.to(low)
+            found = engine.top_rows(embedding, bank, 12, bank_low=bank_low)
+            assert_best(embedding, bank, 12, *found)
     assert whole_searches == [0] * 6
 
 
+def floats(keys):
+    """The float32 numbers of ordered keys."""
+    return torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32)
+
+
 def sampled_rows(N, size=SAMPLE):
-    """Which rows the sample takes: told by a bank whose rows are their own numbers."""
+    """The rows that the sample takes, read from a bank whose rows are their own numbers."""
     numbers = torch.arange(N, device=DEVICE).float()[:, None]
-    return engine.sample_keys(torch.ones(1, 1, device=DEVICE), numbers, size=size)[0].long()
+    queries = engine.RoundedQueries(torch.ones(1, 1, device=DEVICE), numbers, None)
+    return floats(queries.sample_keys(min(size, N)))[0].long()
 
 
 def rows_not_in(sample, N):
@@ -170,7 +180,7 @@ def test_the_sample_takes_one_row_of_each_stretch():
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_sample_that_misleads(inside, whole_searches):
-    """All the best rows are in the sample, so it asks for too much; or none is, for too little."""
+    """All best rows are sampled, so that the threshold is too high; or none, and it is too low."""
     N, K = 700, 60
     sample = sampled_rows(N)
     good = sample[:K] if inside else rows_not_in(sample, N)[: 5 * K]
@@ -181,26 +191,26 @@ def test_a_sample_that_misleads(inside, whole_searches):
 
 
 def test_rows_at_the_cut_that_rounding_misplaces(whole_searches):
-    """Listed are K and more, but some left out by the rounded products are better."""
+    """K and more rows are listed, but rounded products exclude some better ones."""
     N, K = 700, 60
     query = unit(1, 10, seed=2)
-    queries = engine._Queries(query, query, None)
+    queries = engine.RoundedQueries(query, query, None)
     error = (queries.slope + queries.absolute).item()
     sample = sampled_rows(N)
     wanted = torch.zeros(N, device=DEVICE)
     near = 0.9 - 3 * error + 1e-4 * torch.randn(160, generator=draws(3)).to(DEVICE)
     wanted[rows_not_in(sample, N)[:160]] = near
-    wanted[sample[: engine._sample_rank(K, SAMPLE, N) + 5]] = 0.9
+    wanted[sample[: engine.sample_rank(K, SAMPLE, N) + 5]] = 0.9
     bank = toward(query, wanted, unit(N, 10, seed=1))
     assert_best(query, bank, K, *engine.top_rows(query, bank, K))
     assert whole_searches == [1]
 
 
 def test_long_rows_that_the_sample_did_not_show(whole_searches):
-    """Their products err by more than the given threshold was lowered for."""
+    """Their products err by more than the margin below the given threshold."""
     N, query = 700, unit(1, 10, seed=2)
     bank = 0.1 * unit(N, 10, seed=1)
-    long = rows_not_in(sampled_rows(N, size=engine.TILE_ROWS * 8), N)[:40]
+    long = rows_not_in(sampled_rows(N, size=SETTINGS.gpu_tile_rows * 8), N)[:40]
     wanted = 0.5 + 1e-3 * (1 + torch.rand(40, generator=draws(3)).to(DEVICE))
     bank[long] = toward(query, wanted, unit(40, 10, seed=3), norm=100.0)
     threshold = torch.full((1,), 0.5, device=DEVICE)
@@ -209,11 +219,11 @@ def test_long_rows_that_the_sample_did_not_show(whole_searches):
     assert whole_searches == [1]
 
 
-def test_long_lists_are_read_in_pieces(monkeypatch):
-    monkeypatch.setattr(engine, "LIST_BLOCK", 16)
+def test_long_lists_are_read_in_pieces():
     embedding = unit(4, 12, seed=7)
-    for bank in (unit(150, 12), alike(150, 12, seed=3)):
-        assert_best(embedding, bank, 33, *engine.top_rows(embedding, bank, 33))
+    with SETTINGS.changed(gpu_list_block=16):
+        for bank in (unit(150, 12), alike(150, 12, seed=3)):
+            assert_best(embedding, bank, 33, *engine.top_rows(embedding, bank, 33))
 
 
 def test_numbers_beyond_float16():
@@ -231,8 +241,8 @@ def test_numbers_beyond_float16():
 
 
 def aligned(N, D, seed):
-    """Rows that rounding, to float16 or to bfloat16, shortens as much as it can, all numbers alike;
-    so the errors of their products with a row of ones add up."""
+    """Rows that rounding to float16 or bfloat16 shortens the most, all numbers alike, so that the
+    errors of their products with a row of ones add up."""
     bank = unit(N, D, seed=seed)
     bank[0], bank[1] = 1 + 0.98 * 2**-11, 1 + 0.98 * 2**-8
     return bank
@@ -242,7 +252,7 @@ def aligned(N, D, seed):
 @pytest.mark.parametrize("make", [aligned, alike, uneven])
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_error_of_a_low_product_is_within_its_bound(make, low, stored):
-    """``stored``: bank and queries are in the low type already, and only the sums round."""
+    """``stored``: bank and queries have the low dtype already, and only sums are rounded."""
     bank = make(SAMPLE, 24, seed=4)
     embedding = torch.cat([unit(6, 24, seed=8), 1e-4 * unit(6, 24, seed=9)])
     embedding[5] = 1
@@ -250,10 +260,8 @@ def test_the_error_of_a_low_product_is_within_its_bound(make, low, stored):
     if stored and low is not None:
         bank, embedding = bank.to(low), embedding.to(low).float()
         bank_low = None
-    queries = engine._Queries(embedding, bank, bank_low)
-    keys = queries.sample(SAMPLE)
-    found = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double()
-    error = (found - similarity(embedding, bank)).abs()
+    queries = engine.RoundedQueries(embedding, bank, bank_low)
+    error = (floats(queries.sample_keys(SAMPLE)).double() - similarity(embedding, bank)).abs()
     norm = bank.double().norm(dim=1)
     bound = queries.slope.double()[:, None] * norm + queries.absolute.double()[:, None]
     assert (error <= bound).all()
@@ -261,23 +269,11 @@ def test_the_error_of_a_low_product_is_within_its_bound(make, low, stored):
     assert torch.allclose(queries.norm.view(torch.float32).sqrt().double(), norm.max(), rtol=4e-3)
 
 
-def test_rows_alone_need_fewer_looks():
-    embedding, bank = unit(6, 16, seed=5), unit(150, 16)
-    rows, sim = engine.top_rows(embedding, bank, 12, values=False)
-    exact_rows, exact = engine.top_rows(embedding, bank, 12)
-    assert torch.equal(rows.sort(dim=1).values, exact_rows.sort(dim=1).values)
-    order, exact_order = rows.argsort(dim=1), exact_rows.argsort(dim=1)
-    gap = (sim.gather(1, order) - exact.gather(1, exact_order)).abs()
-    assert 1e-6 < gap.max() < 4e-3
-
-
-def test_rows_alone_are_exact_where_rounding_decides(whole_searches):
+def test_a_threshold_is_exact_where_rounding_decides(whole_searches):
     query = unit(1, 10, seed=2)
     wanted = 0.5 + 2e-4 * torch.randn(90, generator=draws(5)).to(DEVICE)
     bank = toward(query, wanted, unit(90, 10, seed=6))
-    found = engine.top_rows(query, bank, 30, values=False)
-    assert_best(query, bank, 30, *found, close=4e-3)
-    # So is the end of those that reach a threshold.
+    assert_best(query, bank, 30, *engine.top_rows(query, bank, 30))
     rows, _ = engine.top_rows(query, bank, 60, threshold=torch.full((1,), 0.5, device=DEVICE))
     sim_N = similarity(query, bank)[0]
     assert (sim_N - 0.5).abs().min() > 1e-7
@@ -285,40 +281,23 @@ def test_rows_alone_are_exact_where_rounding_decides(whole_searches):
     assert whole_searches == [0, 0]
 
 
-def test_a_given_threshold_and_an_offset():
+def test_a_given_threshold_limits_the_rows():
     embedding, bank = unit(4, 12, seed=6), unit(250, 12)
     sim_BN = similarity(embedding, bank)
     best = sim_BN.sort(dim=1, descending=True).values
     # Seven rows reach the first threshold; more than K the second; none the third; all the fourth.
     between = [best[0, 6:8].mean(), best[1, 39:41].mean(), torch.tensor(9.0), torch.tensor(-9.0)]
     threshold = torch.stack([t.to(DEVICE) for t in between]).float()
-    rows, sim = engine.top_rows(embedding, bank, 20, threshold=threshold, offset=1000)
+    rows, sim = engine.top_rows(embedding, bank, 20, threshold=threshold)
     assert (rows >= 0).sum(dim=1).tolist() == [7, 20, 0, 20]
     for i in range(4):
         there = rows[i] >= 0
         wanted = sim_BN[i].topk(int(there.sum()))
-        assert set((rows[i][there] - 1000).tolist()) == set(wanted.indices.tolist())
+        assert set(rows[i][there].tolist()) == set(wanted.indices.tolist())
         assert (sim[i][~there] == -torch.inf).all()
 
 
-def test_shards_together_find_what_the_whole_finds():
-    N, K = 360, 25
-    embedding, bank = unit(5, 10, seed=3), rising(N, 10, seed=2)
-    parts = [(0, 100), (100, 130), (130, N)]
-    sample = torch.cat([engine.sample_keys(embedding, bank[a:b]) for a, b in parts], dim=1)
-    threshold = engine.threshold_of_sample(sample, K, N)
-    found = [
-        engine.top_rows(embedding, bank[a:b], K, threshold=threshold, offset=a) for a, b in parts
-    ]
-    rows = torch.cat([rows for rows, _ in found], dim=1)
-    sim = torch.cat([sim for _, sim in found], dim=1)
-    assert ((rows >= 0).sum(dim=1) >= K).all()
-    assert (rows < 0).any()  # so the threshold did spare work
-    best = sim.topk(K, dim=1)
-    assert_best(embedding, bank, K, rows.gather(1, best.indices), best.values)
-
-
-def test_nan_is_met_in_the_result():
+def test_nan_shows_in_the_result():
     embedding, bank = unit(2, 8, seed=1), unit(110, 8)
     bank[100, 3] = torch.nan
     assert engine.top_rows(embedding, bank, 5)[1].isnan().sum(dim=1).tolist() == [1, 1]
@@ -347,19 +326,15 @@ def test_batches_beyond_a_block_and_empty_ones():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("embedding", "bank", "low", "error"),
     [
-        ((unit(2, 8), unit(9, 7)), "8 numbers and the bank's rows 7"),
-        ((unit(2, 600), unit(9, 600)), "at most 512 numbers, not 600"),
-        ((unit(2, 8), unit(9, 8).double()), "not torch.float64"),
-        ((unit(2, 8), unit(8, 9).T), "contiguous"),
+        (unit(2, 8), unit(9, 7), None, ("mismatch", 8, 7)),
+        (unit(2, 600), unit(9, 600), None, ("too-large", 512, 600)),
+        (unit(2, 8), unit(9, 8).double(), None, ("unsupported", "torch.float64")),
+        (unit(2, 8), unit(8, 9).T, None, ("unsupported", ".contiguous()")),
+        (unit(2, 8), unit(9, 8), unit(8, 8).half(), ("mismatch", [8, 8], [9, 8])),
     ],
 )
-def test_wrong_use_is_told(arguments, message):
-    with pytest.raises(UserError, match=message):
-        engine.top_rows(*arguments, 3)
-
-
-def test_a_low_copy_of_another_bank_is_told():
-    with pytest.raises(UserError, match="low copy"):
-        engine.top_rows(unit(2, 8), unit(9, 8), 3, bank_low=unit(8, 8).half())
+def test_banks_that_the_kernels_do_not_read_are_errors(embedding, bank, low, error):
+    with user_error(*error):
+        engine.top_rows(embedding, bank, 3, bank_low=low)

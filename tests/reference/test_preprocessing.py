@@ -12,13 +12,12 @@ from localagg.config import ViewConfig
 from localagg.data.images.augment import (
     Augment,
     color_jitter,
-    crop_boxes,
     evaluation_view,
     ten_crop_views,
     view_draws,
     view_uniforms,
 )
-from localagg.data.images.crops import Boxes, evaluation_boxes
+from localagg.data.images.crops import Boxes, crop_boxes, evaluation_boxes
 from localagg.data.images.decode import decode
 from localagg.data.images.reference_views import (
     JITTER,
@@ -30,7 +29,7 @@ from localagg.data.images.reference_views import (
     resample,
     saturation,
 )
-from localagg.data.loading.cropping import TrainingCrops, evaluation_batches
+from localagg.data.loading.cropping import evaluation_batches, training_crops
 from localagg.data.sources.open import open_images
 from localagg.models import create_encoder
 
@@ -264,7 +263,7 @@ def test_training_views_through_both_feeds_are_the_same_pixels(folder):
     source = open_images(folder / "jpeg")
     index = torch.arange(3)
     for config in (REFERENCE, ALEXNET):
-        (_, crops, _), failed = TrainingCrops(source, config, 5, 2, [index])[0]
+        (_, crops, _), failed = training_crops(source, config, 5, 2, index)
         assert not failed
         from_workers = Augment(config, 5, cropped=True)(crops, 2, index)
         for i in range(3):

@@ -6,7 +6,7 @@ from PIL import Image
 from localagg import cli
 from localagg.config import PretrainConfig, ViewConfig
 from localagg.data.images.augment import Augment
-from localagg.data.loading.cropping import TrainingCrops, evaluation_batches
+from localagg.data.loading.cropping import evaluation_batches, training_crops
 from localagg.data.sources.open import open_images
 from localagg.errors import UserError
 from localagg.report.contact_sheet import contact_sheet
@@ -28,7 +28,7 @@ def test_the_sheet_shows_the_views_of_training(pictures, tmp_path):
         index = torch.tensor([i])
         expected = [measured.images[i]]
         for epoch in range(7):
-            batch, _ = TrainingCrops(source, VIEWS, 5, epoch, [index])[0]
+            batch, _ = training_crops(source, VIEWS, 5, epoch, index)
             expected.append((augment(batch.images, epoch, index)[0] * 255).round().to(torch.uint8))
         for column, view in enumerate(expected):
             top, left = row * 114 + 14, 4 + column * 100

@@ -34,5 +34,5 @@ def run(options: Search) -> dict[str, Any]:
             for near in query["neighbors"]
         ]
         print_table([str(query["image"]), "label", "similarity"], rows)
-    print(f"{result['rows']:,} rows, {result['engine']}.")
+    print(f"Compared all {result['rows']:,} rows.")
     return result

@@ -54,6 +54,7 @@ class Transfer:
 
 def run(options: Transfer) -> dict[str, Any]:
     """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
+    from ..evaluation.protocols import describe_protocol
     from ..evaluation.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
@@ -70,7 +71,7 @@ def run(options: Transfer) -> dict[str, Any]:
         for name, found in result["layers"].items()
     ]
     print_table(["layer", *columns], rows)
-    print(f"{result['seconds']:.0f} s. {result['protocol']}")
+    print(f"{result['seconds']:.0f} s. {describe_protocol(result['protocol'])}")
     folder = options.run or result["run"]  # None: the encoder came from Python
     # A resumed read-out may have been killed before its results were added.
     if folder is not None and not (options.resume and is_recorded(Path(folder), result)):

@@ -1,4 +1,4 @@
-"""Images in: sources, decoding, views and batches. Knows neither the models nor the method."""
+"""Images: sources, decoding, views and batches. Independent of the models and the method."""
 
 from typing import TYPE_CHECKING, Any
 

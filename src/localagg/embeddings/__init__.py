@@ -1,1 +1,1 @@
-"""What people do with an embedding: write it as a table, and search it."""
+"""Compute embeddings, write them as a table, and search it."""

@@ -1,18 +1,17 @@
-"""Images to embeddings with a trained encoder in inference mode."""
+"""Compute embeddings of images by a trained encoder."""
 
 import contextlib
+import functools
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.utils.data import Subset
 
 from .. import __version__
 from ..checkpoint import load_encoder, load_views, weights_digest
@@ -23,20 +22,18 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..engine.device import make_fabric
 from ..errors import UserError
-from ..io.console import progress_bar
+from ..io.console import show_progress
 from ..models import Encoder
 from ..recipes.defaults import resolve_defaults
-from .table import DTYPES, TableWriter, text
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from .table import DTYPES, path_text
+from .table_writer import open_writer
 
 
 class ImageEmbeddings(NamedTuple):
     """Embeddings of the readable images of a source."""
 
     index: Tensor
-    """int64 [n], increasing: which images of the source."""
+    """int64 [n], increasing: the images' indices in the source."""
     rows: Tensor
     """float32 unit rows [n, D] (float64 from float64 weights)."""
     labels: Tensor | None
@@ -63,17 +60,17 @@ def embed(
         encoder: any encoder; its training mode is restored afterwards.
         source: the images.
         views: image_size and eval_crop of the view.
-        pixels: the decoded images uint8 [N, 3, H, W] if they are in memory already.
-        batch: images at a time.
-        workers: processes that decode, where the images are not in memory.
-        batch_statistics: normalize by each batch's statistics, as in training (and let batch-norm
-            track them), for a network that has no others yet.
+        pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
+        batch: images a batch.
+        workers: processes that decode images that are not in memory.
+        batch_statistics: normalize by each batch's statistics, as in training, and let batch-norm
+            track them; for a network that has no others yet.
         autocast: precision context of the forward pass.
-        part: which of the batches of all images.
+        part: the batches to embed.
         on_progress: called as ``on_progress(done, of)``.
 
     Returns:
-        An :class:`ImageEmbeddings` on the encoder's device; unreadable images are missing from it.
+        Embeddings on the encoder's device, without those of unreadable images.
 
     Raises:
         UserError: no image can be read.
@@ -83,11 +80,11 @@ def embed(
     encoder.train(batch_statistics)
     found_index, found_rows, done = [], [], 0
     if pixels is not None:
-        parts = torch.arange(len(pixels)).split(batch)[part]
-        batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in parts)
+        chunks = torch.arange(len(pixels)).split(batch)[part]
+        batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in chunks)
     else:
-        parts = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
-        batches = ((index, images.to(device)) for index, images in parts)
+        loaded = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
+        batches = ((index, images.to(device)) for index, images in loaded)
     for index, images in batches:
         with autocast():
             found_rows.append(encoder(images))
@@ -95,11 +92,13 @@ def embed(
         done += len(index)
         on_progress(done, len(source))
     encoder.train(training)
-    if not found_index and part != slice(None):  # of some batches none may be readable
+    if not found_index and part != slice(None):  # a part may have no readable image
         found_index, found_rows = [torch.empty(0).long()], [torch.empty(0, encoder.spec["dim"])]
     if not found_index:
         raise UserError(
-            "TODO", f"None of the {len(source):,} images of '{source.uri}' can be read."
+            "unreadable-images",
+            f"None of the {len(source):,} images of '{source.uri}' can be read; check them by"
+            " localagg inspect.",
         )
     index = torch.cat(found_index)
     labels = None if source.labels is None else source.labels[index]
@@ -117,31 +116,30 @@ def write_embeddings(
     workers: int = 0,
     batch: int = 256,
 ) -> dict[str, Any]:
-    """Embeddings of any images as a Parquet file; ``embedding_table`` describes it.
+    """Write embeddings of any images as a Parquet file; see :mod:`localagg.embeddings.table`.
 
-    One row a readable image, in order of the index. After a kill the same call goes on at the next
-    batch, and the file is the same, byte for byte, as far as the arithmetic repeats itself (on one
-    CPU it does).
+    Each readable image has a row, in order of the index. After a kill the same call resumes at the
+    next batch. The file is then byte-identical if the arithmetic is reproducible, as on one CPU.
 
     Args:
         weights: run folder or weights file.
         data: data URI.
-        out: the file; it appears when it is whole.
-        split: of the data.
-        layer: a name out of ``encoder.layers``, whose read-out features are written as they are
-            (pooled and flattened as in the reference) instead of the embedding.
+        out: the file to write; it appears when complete.
+        split: split of the data.
+        layer: a name of ``encoder.layers``: write its features (pooled and flattened as in the
+            reference, not normalized). Default: the embedding.
         dtype: float32 or float16.
         workers: processes that decode.
-        batch: images at a time.
+        batch: images a batch.
 
     Returns:
-        {"rows", "unreadable": images left out, "dim", "layer", "dtype", "resumed": images that were
-        done already, "out", "data", "split", "run", "seconds", "images_per_second"}.
+        {"rows", "unreadable": images skipped, "dim", "layer", "dtype", "resumed": images done by an
+        earlier call, "out", "data", "split", "run", "seconds", "images_per_second"}.
 
     Raises:
         UserError: no such weights, images or layer; values that are not finite or exceed float16;
-            ``out`` cannot be written, or is being written by another process.
-        Interrupted: Ctrl-C; what was computed is kept.
+            ``out`` cannot be written, or another process is writing it.
+        Interrupted: Ctrl-C; finished batches are kept.
     """
     _check_options(out, dtype, workers, batch)
     start = time.perf_counter()
@@ -150,17 +148,25 @@ def write_embeddings(
     source = open_images(data, split)
     config = PretrainConfig(views=load_views(weights) or ViewConfig())
     views = resolve_defaults(config, len(source), typical_side(source)).views
-    facts = _facts(encoder, source, views, layer, dtype, fabric)
+    facts = _describe(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
-    batches = math.ceil(len(source) / batch)
-    with TableWriter(out, facts, labels=facts["labels"] is not None, batches=batches) as parts:
-        first, begun = min(parts.done * batch, len(source)), time.perf_counter()
-        for index, found in _embedded(encoder, source, views, facts, fabric, first, workers):
-            parts.write(int(index[0]) // batch, _rows(parts.schema, source, index, found))
-        rate = (len(source) - first) / (time.perf_counter() - begun)
-        rows = parts.finish()
+    with open_writer(out, facts) as writer, show_progress("embedding") as show:
+        resumed, begun = writer.images_done, time.perf_counter()
+        part = slice(writer.batches_done, None)
+        for index, images in evaluation_batches(
+            source, views, batch=batch, workers=workers, part=part
+        ):
+            found = encode(encoder, images, layer, fabric)
+            values = _convert(found, source, index, facts)
+            writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
+            show(writer.images_done, len(source))
+        rate = (len(source) - resumed) / (time.perf_counter() - begun)
+        writer.finish(functools.partial(_name_columns, source))
     return {
-        **{"rows": rows, "unreadable": len(source) - rows, "resumed": first, "out": str(out)},
+        "rows": writer.rows,
+        "unreadable": len(source) - writer.rows,
+        "resumed": resumed,
+        "out": str(out),
         **{name: facts[name] for name in ("dim", "layer", "dtype", "data", "split")},
         "run": str(weights),
         "seconds": round(time.perf_counter() - start, 2),
@@ -168,7 +174,38 @@ def write_embeddings(
     }
 
 
-def _facts(
+@torch.no_grad()
+def encode(encoder: Encoder, images: Tensor, layer: str | None, fabric: Fabric) -> Tensor:
+    """Return embeddings of views, or their features at a layer: float32 [B, F] on the CPU.
+
+    Args:
+        encoder: in inference mode, on ``fabric``'s device.
+        images: [B, 3, S, S], uint8 or floating-point in 0-1.
+        layer: a name of ``encoder.layers``. Default: the embedding, unit rows.
+        fabric: sets the precision.
+
+    Raises:
+        UserError: unknown layer.
+    """
+    images = images.to(fabric.device)
+    with fabric.autocast():
+        found = encoder(images) if layer is None else encoder.features(images, [layer])[layer]
+    return found.float().cpu()
+
+
+def _check_options(out: Path, dtype: str, workers: int, batch: int) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError("not-found", f"--out {out} is not a file in an existing folder.")
+    for option, value, valid, rule in (
+        ("--dtype", dtype, dtype in DTYPES, " or ".join(DTYPES)),
+        ("--workers", workers, workers >= 0, "at least 0"),
+        ("--batch", batch, batch >= 1, "at least 1"),
+    ):
+        if not valid:
+            raise UserError("option-invalid", f"{option} is {value}; it must be {rule}.")
+
+
+def _describe(
     encoder: Encoder,
     source: Source,
     views: ViewConfig,
@@ -176,9 +213,12 @@ def _facts(
     dtype: str,
     fabric: Fabric,
 ) -> dict[str, Any]:
-    """What the values of a table depend on."""
+    """Return the facts that the values of a table depend on."""
     size = require_resolved(views.image_size)
-    labels = source.labels is not None and source.classes is not None
+    labels = None  # a hash: the fingerprint need not cover class names
+    if source.labels is not None and source.classes is not None:
+        names = json.dumps(source.classes).encode()
+        labels = hashlib.sha256(names + source.labels.numpy().tobytes()).hexdigest()
     return {
         "version": __version__,
         "weights_digest": weights_digest(encoder),
@@ -190,97 +230,32 @@ def _facts(
         "precision": fabric.strategy.precision.precision,
         "device": fabric.device.type,
         "fingerprint": source.fingerprint(),
-        "labels": _labels_digest(source) if labels else None,
+        "labels": labels,
         "images": len(source),
     }
 
 
-@torch.no_grad()
-def encode(encoder: Encoder, images: Tensor, layer: str | None, fabric: Fabric) -> Tensor:
-    """Embeddings of views, or their features at a layer: float32 [B, F] on the CPU.
-
-    Args:
-        encoder: in inference mode, on ``fabric``'s device.
-        images: [B, 3, S, S], uint8 or floating in 0-1.
-        layer: a name out of ``encoder.layers``; None: the embedding, unit rows.
-        fabric: in whose precision to compute.
-
-    Raises:
-        UserError: a layer that the encoder does not have.
-    """
-    images = images.to(fabric.device)
-    with fabric.autocast():
-        found = encoder(images) if layer is None else encoder.features(images, [layer])[layer]
-    return found.float().cpu()
-
-
-def _check_options(out: Path, dtype: str, workers: int, batch: int) -> None:
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError("TODO", f"--out {out} is not a file in an existing folder.")
-    if dtype not in DTYPES:
-        raise UserError("TODO", f"--dtype is '{dtype}'; it must be {' or '.join(DTYPES)}.")
-    for name, value, least in (("--workers", workers, 0), ("--batch", batch, 1)):
-        if value < least:
-            raise UserError("TODO", f"{name} is {value}; it must be at least {least}.")
-
-
-def _embedded(
-    encoder: Encoder,
-    source: Source,
-    views: ViewConfig,
-    facts: dict[str, Any],
-    fabric: Fabric,
-    first: int,
-    workers: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(index int64 [B], values [B, F] in the table's dtype) of the images from ``first`` on."""
-    rest: Any = Subset(cast(Any, source), range(first, len(source)))
-    batch, begun = facts["batch"], time.perf_counter()
-    with progress_bar() as bar:
-        task = bar.add_task("embedding", total=len(source), completed=first, note="")
-        for index, images in evaluation_batches(rest, views, batch=batch, workers=workers):
-            index = index + first
-            found = encode(encoder, images, facts["layer"], fabric)
-            yield index, _converted(found, source, index, facts)
-            done = min((int(index[0]) // batch + 1) * batch, len(source))
-            rate = (done - first) / (time.perf_counter() - begun)
-            bar.update(task, completed=done, note=f"{rate:,.0f} images a second")
-
-
-def _converted(found: Tensor, source: Source, index: Tensor, facts: dict[str, Any]) -> Tensor:
-    """The values in the table's dtype; none may be lost in it."""
+def _convert(found: Tensor, source: Source, index: Tensor, facts: dict[str, Any]) -> Tensor:
+    """Return the values in the table's dtype; raise UserError if one is not finite."""
     values = found.to(getattr(torch, facts["dtype"]))
-    for broken, why in (
-        (~found.isfinite(), f"is not finite; the weights '{facts['weights']}' are damaged"),
-        (~values.isfinite(), "has values beyond float16; use --dtype float32"),
-    ):
-        if broken.any():
-            name = source.name(int(index[broken.any(dim=1)][0]))
-            what = "embedding" if facts["layer"] is None else f"layer {facts['layer']}"
-            raise UserError("TODO", f"The {what} of {name} {why}.")
+    finite = values.isfinite().all(dim=1)
+    if not finite.all():
+        layer = "embedding" if facts["layer"] is None else f"layer {facts['layer']}"
+        fix = f"the weights '{facts['weights']}' are damaged"
+        if found.isfinite().all():
+            fix = "use --dtype float32"
+        raise UserError(
+            "not-finite",
+            f"The {layer} of {source.name(int(index[~finite][0]))} is not finite in"
+            f" {facts['dtype']}; {fix}.",
+        )
     return values
 
 
-def _rows(schema: "pa.Schema", source: Source, index: Tensor, found: Tensor) -> "pa.Table":
-    import pyarrow as pa
-
-    values: dict[str, Any] = {
-        "path": [text(source.name(i)) for i in index.tolist()],
-        "index": index.tolist(),
-        "embedding": pa.FixedSizeListArray.from_arrays(
-            pa.array(found.flatten().numpy()), found.shape[1]
-        ),
-    }
-    if "label" in schema.names:
-        assert source.labels is not None
-        assert source.classes is not None
-        numbers = source.labels[index].tolist()
-        values["label"] = [text(source.classes[n]) if n >= 0 else None for n in numbers]
-    return pa.table(values, schema=schema)
-
-
-def _labels_digest(source: Source) -> str:
-    """Hash of what the column of labels will hold; a fingerprint need not cover class names."""
-    assert source.labels is not None
-    names = json.dumps(source.classes).encode()
-    return hashlib.sha256(names + source.labels.numpy().tobytes()).hexdigest()
+def _name_columns(source: Source, index: list[int]) -> dict[str, list[str | None]]:
+    """Return the columns path and, with labels, label."""
+    columns: dict[str, list[str | None]] = {"path": [path_text(source.name(i)) for i in index]}
+    if source.labels is not None and source.classes is not None:
+        labels = source.labels[index].tolist()
+        columns["label"] = [path_text(source.classes[n]) if n >= 0 else None for n in labels]
+    return columns

@@ -1,7 +1,7 @@
 """Counter-based random numbers: every draw is a pure function of its keys.
 
 ``uniform(seed, VIEW, epoch, index, count=9)`` gives the same numbers on every device, with any
-number of workers and ranks, and after any resume, because nothing is ever stepped: the keys are
+number of workers and ranks, and after any resume, because no state is stepped: the keys are
 hashed. The hash is the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once a
 key and once a draw; it passes BigCrush as a counter-based generator.
 """
@@ -9,12 +9,12 @@ key and once a draw; it passes BigCrush as a counter-based generator.
 import torch
 from torch import Tensor
 
-# What a stream of draws is for, so that two uses of the same (seed, epoch, index) never meet.
+# Purpose of a stream of draws: two uses of the same (seed, epoch, index) never share draws.
 ORDER, VIEW, NOISE, BANK, SPLIT = range(5)
 
 
 def _signed(value: int) -> int:
-    """The 64 low bits of ``value`` as the signed integer that torch can hold."""
+    """Return the low 64 bits of ``value`` as a signed integer."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -25,17 +25,17 @@ _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
 
 def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64 (shifts are made logical by masking the sign's copies)."""
+    """Apply SplitMix64's finalizer to int64; masks make the shifts logical."""
     state = (state ^ (state >> 30 & (1 << 34) - 1)) * _MULTIPLY_1
     state = (state ^ (state >> 27 & (1 << 37) - 1)) * _MULTIPLY_2
     return state ^ (state >> 31 & (1 << 33) - 1)
 
 
 def bits(*keys: int | Tensor, count: int) -> Tensor:
-    """64 random bits for each combination of keys and each of ``count`` draws.
+    """Return 64 random bits for each combination of keys and each of ``count`` draws.
 
     Args:
-        keys: integers or int64 tensors that broadcast together to a shape S, e.g. seed, stream,
+        keys: integers or int64 tensors that broadcast to a shape S, for example seed, stream,
             epoch and index [B]. Their order matters.
         count: draws for each element of S.
 
@@ -53,16 +53,16 @@ def bits(*keys: int | Tensor, count: int) -> Tensor:
 
 
 def uniform(*keys: int | Tensor, count: int) -> Tensor:
-    """Uniform draws in [0, 1): float64 [*S, count] with 53 random bits each; see :func:`bits`."""
+    """Return uniform draws in [0, 1), float64 [*S, count] of 53 random bits; see :func:`bits`."""
     return (bits(*keys, count=count) >> 11 & (1 << 53) - 1).to(torch.float64) * 2.0**-53
 
 
 def integers(high: int, *keys: int | Tensor, count: int) -> Tensor:
-    """Uniform integers in [0, high): int64 [*S, count]; the bias is below high / 2**53."""
+    """Return uniform integers in [0, high), int64 [*S, count]; their bias is below high / 2**53."""
     return (uniform(*keys, count=count) * high).to(torch.int64).clamp_(max=high - 1)
 
 
 def permutation(size: int, *keys: int) -> Tensor:
-    """A permutation of 0..size-1 as int64 [size], a function of the keys alone."""
+    """Return a permutation of 0..size-1, int64 [size]: a function of the keys alone."""
     element = torch.arange(size, dtype=torch.int64)
     return bits(*keys, element, count=1).squeeze(-1).argsort(stable=True)

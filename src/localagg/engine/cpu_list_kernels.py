@@ -1,20 +1,27 @@
-"""The loops of ``cpu_backend`` over lists of rows: what objectives and ranks make of them.
+"""Compiled CPU loops over lists of rows, for the losses and the top-k over ranks.
 
-Legend as in ``cpu_search_kernels``; P places of a shorter list, G buckets of a histogram, H
-clusterings.
+Legend as in ``cpu_search_kernels``; K listed rows, P places of a shorter list, G buckets of a
+histogram, H clusterings.
 """
 
 import numpy as np
 from numba import njit
 
-from .cpu_kernel_primitives import SUMS, ahead, ordered_bits, row_of, unsigned, wide
+from .cpu_kernel_primitives import (
+    SUMS,
+    ordered_bits,
+    prefetch_later_row,
+    row_at,
+    to_float32,
+    unsigned,
+)
 
-# --- Of several ranks ---
+# --- Top-k over ranks ---
 
 
 @njit(cache=True, nogil=True)
 def compact(first, last, rows_BC, sim_BC, kept_BC, rows_BP, sim_BP):
-    """Copy what is kept of each list; -1 and -inf where it ends."""
+    """Copy the kept entries of each list; -1 and -inf fill the rest."""
     for i in range(first, last):
         n, c, wanted = 0, 0, kept_BC[i].sum()
         while n < wanted:
@@ -29,7 +36,7 @@ def compact(first, last, rows_BC, sim_BC, kept_BC, rows_BP, sim_BP):
 
 @njit(cache=True, nogil=True)
 def offsets(first, last, sim_BC, low_B, offset_BC):
-    """As ``topk.offsets``; -1 ends a line."""
+    """See ``topk.offsets``; -1 ends a list."""
     for i in range(first, last):
         n = 0
         for sim in sim_BC[i]:
@@ -42,7 +49,7 @@ def offsets(first, last, sim_BC, low_B, offset_BC):
 
 @njit(cache=True, nogil=True)
 def count_digits(first, last, offset_BC, known, prefix_B, shift, counts_BG):
-    """As ``topk.count_digits``; -1 ends a line."""
+    """See ``topk.count_digits``; -1 ends a list."""
     digits = np.int32(counts_BG.shape[1] - 1)
     for i in range(first, last):
         c, n, C = 0, 0, len(offset_BC[i])
@@ -57,12 +64,12 @@ def count_digits(first, last, offset_BC, known, prefix_B, shift, counts_BG):
             offset_BC[i, n] = -1
 
 
-# --- The objective ---
+# --- Losses ---
 
 
 @njit(cache=True, nogil=True)
 def mark_close(first, last, labels_NH, own_BH, rows_BK, close_BK):
-    """Which listed rows share a cluster with the sample in any clustering; -1 shares none."""
+    """Mark the listed rows that share a cluster with the sample in any clustering; not row -1."""
     for i in range(first, last):
         for c in range(rows_BK.shape[1]):
             close, row = False, max(0, rows_BK[i, c])
@@ -94,7 +101,7 @@ def scale_inside_and_outside(first, last, inside_BC, scale_B, other_scale_B, wei
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
 def weigh_rows(first, last, chunk, bank_ND, rows_BK, weight_BK, sum_BD):
-    """sum_k weight_ik M_[rows_ik], in one gather; stretches of the bank go by as in rescore."""
+    """Compute sum_k weight_ik M_[rows_ik]. The bank is read chunk by chunk, as in ``rescore``."""
     place = np.zeros(last - first, np.int64)
     sum_BD[first:last] = 0
     for end in range(chunk, len(bank_ND) + chunk, chunk):
@@ -102,20 +109,20 @@ def weigh_rows(first, last, chunk, bank_ND, rows_BK, weight_BK, sum_BD):
             total, rows, weight, c = sum_BD[i], rows_BK[i], weight_BK[i], place[i - first]
             while c + 3 < len(rows) and rows[c + 3] < end:
                 for more in range(4):
-                    ahead(bank_ND, rows, c + more)
-                one, two = row_of(bank_ND, rows[c]), row_of(bank_ND, rows[c + 1])
-                three, four = row_of(bank_ND, rows[c + 2]), row_of(bank_ND, rows[c + 3])
+                    prefetch_later_row(bank_ND, rows, c + more)
+                one, two = row_at(bank_ND, rows[c]), row_at(bank_ND, rows[c + 1])
+                three, four = row_at(bank_ND, rows[c + 2]), row_at(bank_ND, rows[c + 3])
                 for d in range(len(total)):
                     total[d] += (
-                        weight[c] * wide(one[d])
-                        + weight[c + 1] * wide(two[d])
-                        + weight[c + 2] * wide(three[d])
-                        + weight[c + 3] * wide(four[d])
+                        weight[c] * to_float32(one[d])
+                        + weight[c + 1] * to_float32(two[d])
+                        + weight[c + 2] * to_float32(three[d])
+                        + weight[c + 3] * to_float32(four[d])
                     )
                 c += 4
             while c < len(rows) and rows[c] < end:
                 row = bank_ND[rows[c]]
                 for d in range(len(total)):
-                    total[d] += weight[c] * wide(row[d])
+                    total[d] += weight[c] * to_float32(row[d])
                 c += 1
             place[i - first] = c

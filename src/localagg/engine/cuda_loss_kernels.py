@@ -1,13 +1,13 @@
-"""The losses' passes on a GPU, in Triton: the exact softmax over the bank, and LA over its lists.
+"""Triton kernels of the losses on a GPU: the exact softmax over the bank, and LA over its lists.
 
 Legend as in ``objectives``: B batch, N bank rows, D embedding size, K background neighbors,
-H clusterings, t temperature; P programs that share a sum, whose parts a second kernel puts together
-in a fixed order, so that results do not change from run to run.
+H clusterings, t temperature; P programs that share a sum. A second kernel adds their parts in a
+fixed order, so that results do not change from run to run.
 
-Exponentials are powers of two of similarity / t / ln 2, relative to the largest one met so far.
+Exponentials are powers of two of similarity / t / ln 2, relative to the largest one so far.
 """
 
-# The compiler of kernels has types of its own, and takes options that their signatures lack.
+# Triton's compiler has its own types, and launches take options that signatures lack.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Weights of the softmax are multiplied by 2**15 before they are rounded to float16: the largest is
-# then 32,768, and what is lost of small ones stays below 2**-40 of it.
+from . import SETTINGS
+
+# Softmax weights are multiplied by 2**15 before they are rounded to float16: the largest is then
+# 32,768, and small ones lose less than 2**-40 of it.
 _LIFT = tl.constexpr(15.0)
 _LN_2 = tl.constexpr(math.log(2))
 _PARTITION_TILE = 64
-_CLOSE_TILE = 512
 
 
 # --- log sum_j exp(v . M_j / t), and the softmax-weighted mean row --------------------------------
@@ -30,13 +31,13 @@ _CLOSE_TILE = 512
 
 @torch.no_grad()
 def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log Z of each query over the whole bank, and the mean row, whose 1/t is the gradient.
+    """Return each query's log Z over the bank and its mean row; mean / t is the gradient of log Z.
 
-    log Z_i = log sum_j exp(v_i . M_j / t); mean_i = sum_j softmax_j(v_i . M_j / t) M_j.
-    One pass over the bank. Products are of float16 tensor cores with both factors split into two
-    float16 numbers, so some 22 bits count; sums are in float32. Entries must be below 65,504 (unit
-    rows are); beyond, and with NaN in the input, the result is NaN. Extra memory: P x B x (D + 2)
-    float32 with P one a processor, 8.7 MB at B = D = 128 on 132 processors, whatever N is.
+    log Z_i = log sum_j exp(v_i . M_j / t); mean_i = sum_j softmax_j(v_i . M_j / t) M_j, in one pass
+    over the bank. float16 tensor cores multiply factors that are split into two float16 numbers,
+    for some 22 bits; sums are float32. Entries of 65,504 and more (unit rows have none) and NaN
+    give NaN. Extra memory: P x B x (D + 2) float32 with P the number of processors: 8.7 MB at
+    B = D = 128 on 132 processors, for any N.
 
     Args:
         embedding: [B, D], any floating dtype.
@@ -77,7 +78,7 @@ def _partition_pass(
     D: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One program's tiles: largest exponent, sum of weights, weighted sum of rows."""
+    """Compute one program's largest exponent, sum of weights and weighted sum of rows."""
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D)
     there = (b < B)[:, None] & (d < D)[None, :]
@@ -95,7 +96,7 @@ def _partition_pass(
         sim = tl.dot(v_high, tl.trans(high))
         sim = tl.dot(v_rest, tl.trans(high), sim)
         rest = (rows - high.to(tl.float32)).to(tl.float16)
-        if SPLIT:  # rows of 16 bits leave no rest
+        if SPLIT:  # 16-bit rows have no rest
             sim = tl.dot(v_high, tl.trans(rest), sim)
         sim = tl.where((row < N)[None, :], sim * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(sim, 1))
@@ -120,7 +121,7 @@ def _partition_sum(
     top_ptr, total_ptr, sum_ptr, log_Z_ptr, mean_ptr, B, P,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one query put together."""
+    """Add the parts of one query."""
     b = tl.program_id(0)
     p = tl.arange(0, BLOCK_P)
     d = tl.arange(0, BLOCK_D)
@@ -141,24 +142,25 @@ def _partition_sum(
 
 @torch.no_grad()
 def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
-    """Which of ``rows`` share a cluster with the sample, in one launch for all clusterings.
+    """Return which rows share a cluster with the sample, in one launch for all clusterings.
 
     Args:
-        labels: int [H, N]. As a transposed view of a contiguous [N, H] one row's labels are read
-            together, which is several times faster.
-        own: the samples' labels, of the same type [H, B].
-        rows: int64 [B, K]; a row of -1 is close to nothing.
+        labels: int [H, N]. A transposed view of a contiguous [N, H] is several times as fast,
+            because a row's labels are read together.
+        own: the samples' labels [H, B], of the same dtype.
+        rows: int64 [B, K]; row -1 is close to none.
 
     Returns:
         bool [B, K].
     """
     B, K = rows.shape
     close_BK = torch.empty(B, K, dtype=torch.uint8, device=rows.device)
+    tile = SETTINGS.gpu_label_block
     if B and K:
         with torch.cuda.device_of(rows):
-            _close[(B, triton.cdiv(K, _CLOSE_TILE))](
+            _close[(B, triton.cdiv(K, tile))](
                 labels, own.contiguous(), rows.contiguous(), close_BK, len(labels), B, K,
-                *labels.stride(), TILE=_CLOSE_TILE, num_warps=4,
+                *labels.stride(), TILE=tile, num_warps=4,
             )  # fmt: skip
     return close_BK.view(torch.bool)
 
@@ -179,7 +181,7 @@ def _close(
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; under the interpreter two, so that programs share."""
+    """Return a GPU's multiprocessors; 2 under the interpreter, so that programs share sums."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import torch_backend
+from . import SETTINGS, torch_backend
 from .searchable_bank import SearchableBank, not_finite_error
-
-MIN_COMPILED_ROWS = 4096  # rows of a bank; below so many torch alone is as quick
-PRODUCT_TILE_BYTES = 1 << 20  # float32 products held by a thread, in its core's cache
-
 
 # --- Nearest rows ---------------------------------------------------------------------------------
 
@@ -241,7 +237,7 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
             log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
         else:
             log_Z_B, mean_BD = torch_backend.log_partition(
-                embedding, bank, temperature, PRODUCT_TILE_BYTES
+                embedding, bank, temperature, SETTINGS.softmax_tile_bytes
             )
     return _WithGradient.apply(embedding, log_Z_B, mean_BD / temperature)
 
@@ -251,7 +247,7 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
 
 def missing_backend_note(rows: Tensor) -> str | None:
     """A sentence for the user where a faster engine is made for this device but cannot run."""
-    if rows.device.type == "cpu" and len(rows) >= MIN_COMPILED_ROWS:
+    if rows.device.type == "cpu" and len(rows) >= SETTINGS.min_compiled_rows:
         return load_cpu_backend()[1]
     return load_cuda_backend()[1] if rows.device.type == "cuda" else None
 
@@ -268,7 +264,11 @@ def estimate_search_bytes(bank: SearchableBank, size: int, batch: int, neighbors
 def cpu_backend_for(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
     """The compiled loops, where they run and pay."""
     types = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
-    fits = rows.device.type == "cpu" and rows.dtype in types and len(rows) >= MIN_COMPILED_ROWS
+    fits = (
+        rows.device.type == "cpu"
+        and rows.dtype in types
+        and len(rows) >= SETTINGS.min_compiled_rows
+    )
     if queries is not None:
         fits = fits and rows.is_contiguous() and queries.dtype in (torch.float32, torch.bfloat16)
     return load_cpu_backend()[0] if fits else None

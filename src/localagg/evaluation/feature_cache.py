@@ -1,16 +1,15 @@
-"""Features of frozen layers under a fixed view: computed once, and kept while they fit a budget.
+"""Features of frozen layers under a fixed view, computed once and cached on disk within a budget.
 
-Under random views every epoch shows a layer other values, so only fixed views are kept: the central
-one of held-out images, and that of training images where nothing about their views is random. An
-entry of the cache is a folder, written beside and renamed::
+Random views change the features in every epoch, so only fixed views are cached: the center crops of
+held-out images, and those of training images where nothing about their views is random. An entry of
+the cache is a folder, written beside and renamed::
 
-    CACHE/KEY/features.npy    [N, F], read through a memory map; bfloat16 as the int16 of its bits
-    CACHE/KEY/index.npy       int64 [n]: which images could be read; the other rows are zeros
-    CACHE/KEY/facts.json      what the key is the hash of
+    CACHE/KEY/features.npy    [N, F], memory-mapped; bfloat16 as the int16 of its bits
+    CACHE/KEY/index.npy       int64 [n]: the readable images; other rows are zeros
+    CACHE/KEY/facts.json      the key is the hash of these facts
 
-The key hashes all that the values depend on: every weight, every byte of every image, the layer,
-the view, the precision, the device, and this package's version. What changed has another key, so
-nothing that is found is stale.
+The key hashes everything that the values depend on: every weight, every byte of every image, the
+layer, the view, the precision, the device, and this package's version. So no entry can be stale.
 """
 
 import contextlib
@@ -36,30 +35,21 @@ from ..config import ViewConfig, require_resolved
 from ..data.images.decode import READ_ERRORS, image_size
 from ..data.sources.open import Source
 from ..errors import UserError
-from ..io.console import ProgressCallback, show_progress
+from ..io.console import show_progress
 from ..models import Compat, Encoder
-from .linear_heads import evaluation_views
+from .readout_inputs import evaluation_views
 
-_ABANDONED = 24 * 3600  # seconds after which an unfinished entry belongs to nobody
-_KEY = 40  # hexadecimal digits
-
-
-def is_fixed(views: ViewConfig) -> bool:
-    """Whether training views are the central one, whatever is drawn."""
-    return views.crop == "center" and not (views.flip or views.gray or any(views.jitter))
+_ABANDONED_SECONDS = 24 * 3600  # age at which an unfinished entry is removed
+_KEY_DIGITS = 40  # hexadecimal
 
 
-def read_all(source: Source) -> tuple[str, dict[int, str]]:
-    """SHA-256 of every byte of every image in order, and which have no readable header.
+def hash_images(source: Source) -> tuple[str, dict[int, str]]:
+    """Return the SHA-256 of every byte of every image, and {index: reason} of unreadable headers.
 
-    A source's fingerprint looks into 64 images only, which is not enough to trust old features.
-
-    Returns:
-        (digest, {index: reason}).
+    A source's fingerprint covers 64 images only, which is too little to trust cached features.
     """
     digest, failed = hashlib.sha256(), {}
     with show_progress("reading images") as show:
-        progress: ProgressCallback = show
         for i in range(len(source)):
             data = b"\0unreadable"
             try:
@@ -70,13 +60,13 @@ def read_all(source: Source) -> tuple[str, dict[int, str]]:
             except READ_ERRORS as error:
                 failed[i] = str(error) or type(error).__name__
             digest.update(len(data).to_bytes(8, "little") + data)
-            progress(i + 1, len(source))
+            show(i + 1, len(source))
     return digest.hexdigest(), failed
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features that are kept: those of the readable images of a source."""
+    """Features of the readable images of a source."""
 
     index: Tensor
     """int64 [n], increasing: the readable images."""
@@ -84,26 +74,26 @@ class CachedFeatures:
     """[N, F] by layer, memory-mapped."""
 
     def rows(self, layer: str, index: Tensor) -> Tensor:
-        """Features of images ``index`` [B]: a copy [B, F] in the dtype they were computed in."""
+        """Return a copy [B, F] of the features of images ``index`` [B], in their original dtype."""
         found = torch.from_numpy(self.layers[layer][index.numpy()])
         return found.view(torch.bfloat16) if found.dtype == torch.int16 else found
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """All readable images in order: (index [B], {layer: [B, F]}); the last batch is smaller."""
+    def batches(self, size: int = 256) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (index [B], {layer: [B, F]}) of all readable images in order."""
         for index in self.index.split(size):
             yield index, {layer: self.rows(layer, index) for layer in self.layers}
 
 
 class FeatureExtractor:
-    """How features are made: a frozen encoder, its layers, the view, the arithmetic.
+    """Computes features with a frozen encoder.
 
     Args:
         encoder: on its device; it is put into inference mode.
         layers: names out of ``encoder.layers``.
         views: resolved; augmentation, image_size and eval_crop fix the view.
-        fabric: whose precision the encoder computes in.
-        compat: of ``encoder.features``.
-        workers: processes that decode, where images are not in memory.
+        fabric: precision and device.
+        compat: see ``encoder.features``.
+        workers: processes that decode images that are not in memory.
 
     Raises:
         UserError: a layer that the encoder does not have.
@@ -129,67 +119,72 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """{layer: [B, F]} of views [B, 3, S, S], on the encoder's device."""
+        """Return {layer: [B, F]} of views [B, 3, S, S], on the encoder's device."""
         self.encoder.eval()
         images = images.to(self.fabric.device).contiguous(memory_format=torch.channels_last)
         with self.fabric.autocast():
             return self.encoder.features(images, self.layers, compat=self.compat)
 
-    def bytes_of(self, layer: str, images: int) -> int:
-        """What the features of so many images take."""
+    def feature_bytes(self, layer: str, images: int) -> int:
+        """Return the size of the features of a number of images, in bytes."""
         return images * self.sizes[layer] * self.dtypes[layer].itemsize
 
     def facts(self, images: str, pixels: Tensor | None) -> dict[str, dict[str, Any]]:
-        """What each layer's features depend on; ``images`` is the digest of :func:`read_all`."""
+        """Return everything that each layer's features depend on, {layer: facts}.
+
+        Args:
+            images: digest of :func:`hash_images`.
+            pixels: the decoded images, if they are in memory.
+        """
         size, crop = self.views.image_size, self.views.eval_crop
         # Batches in memory are resized without rounding, single files by Pillow to whole levels.
-        whole = pixels is not None and crop == 1 and tuple(pixels.shape[2:]) == (size, size)
-        kind = self.fabric.device.type
+        unresized = pixels is not None and crop == 1 and tuple(pixels.shape[2:]) == (size, size)
+        device = self.fabric.device.type
         with self.fabric.autocast():
-            mixed = torch.is_autocast_enabled(kind)
-            precision = torch.get_autocast_dtype(kind) if mixed else torch.float32
+            mixed = torch.is_autocast_enabled(device)
+            precision = torch.get_autocast_dtype(device) if mixed else torch.float32
         shared = {
             "version": __version__,
             "weights": weights_digest(self.encoder),
             "images": images,
             "compat": self.compat or self.encoder.compat,
             "precision": str(precision),
-            "device": kind,
+            "device": device,
             "augmentation": self.views.augmentation,
             "image_size": size,
             "eval_crop": crop,
-            "resized": "alone" if pixels is None or whole else "in batches",
+            "resized": "alone" if pixels is None or unresized else "in batches",
         }
         return {layer: {**shared, "layer": layer} for layer in self.layers}
 
 
 class FeatureCache:
-    """Entries in a folder, of at most so many GiB together.
+    """A folder of cached features within a budget.
 
     Args:
-        folder: where. None: ``localagg/features`` in the user's cache folder (XDG_CACHE_HOME, or
-            ~/.cache), where all measurements of the same weights share them.
-        gb: what the folder may hold. Where a new entry would exceed it, those that were used
-            longest ago make way; those that this object gave out stay.
+        folder: Default: ``localagg/features`` in the user's cache folder (XDG_CACHE_HOME or
+            ~/.cache), which all measurements of the same weights share.
+        gb: GiB that the folder may hold. A new entry beyond it replaces the least recently used
+            ones, except for those that this object has returned.
     """
 
     def __init__(self, folder: str | Path | None, gb: float) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "localagg" / "features"
         self.folder = Path(home if folder is None else folder).expanduser()
         self.budget = int(gb * 2**30)
-        self.given: dict[str, int] = {}  # bytes by key
+        self.returned: dict[str, int] = {}  # bytes by key
 
-    def fitting(self, extractor: FeatureExtractor, images: int) -> list[str]:
-        """The layers whose features of so many images fit together, the last ones preferred."""
-        left, found = self.budget - sum(self.given.values()), []
+    def fitting_layers(self, extractor: FeatureExtractor, images: int) -> list[str]:
+        """Return the layers whose features fit the budget together, preferring the last layers."""
+        left, found = self.budget - sum(self.returned.values()), []
         for layer in reversed(extractor.layers):
-            needed = extractor.bytes_of(layer, images)
+            needed = extractor.feature_bytes(layer, images)
             if needed <= left:
                 found.append(layer)
                 left -= needed
         return found[::-1]
 
-    def keep(
+    def get(
         self,
         extractor: FeatureExtractor,
         source: Source,
@@ -198,56 +193,53 @@ class FeatureCache:
         index: Tensor | None = None,
         digest: str | None = None,
     ) -> CachedFeatures | None:
-        """Features of every readable image of a source under the fixed view, of all layers.
+        """Return the features of every readable image of a source, cached or computed now.
 
         Args:
-            extractor: how they are made.
+            extractor: computes them, of all its layers.
             source: the images.
             pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
-            index: int64 [n], which of ``pixels`` are images; None: all.
-            digest: of :func:`read_all`, if it is known.
+            index: int64 [n], which of ``pixels`` are images. Default: all.
+            digest: of :func:`hash_images`, if known.
 
         Returns:
-            What is kept; None where the layers together exceed the budget, or half of what is free
-            on the disk.
+            The features; None if they exceed the budget, or half of the free disk space.
 
         Raises:
             UserError: the folder cannot be written, or no image can be read.
         """
-        size = {layer: extractor.bytes_of(layer, len(source)) for layer in extractor.layers}
+        size = {layer: extractor.feature_bytes(layer, len(source)) for layer in extractor.layers}
         if sum(size.values()) > self.budget:
             return None
-        digest = digest or read_all(source)[0]
-        facts = extractor.facts(digest, pixels)
-        keys = {layer: key_of(facts[layer]) for layer in extractor.layers}
+        facts = extractor.facts(digest or hash_images(source)[0], pixels)
+        keys = {layer: entry_key(facts[layer]) for layer in extractor.layers}
         wanted = {keys[layer]: size[layer] for layer in keys}
-        if sum((self.given | wanted).values()) > self.budget:
+        if sum((self.returned | wanted).values()) > self.budget:
             return None
         found = self._find(keys, extractor, len(source))
-        missing = [layer for layer in keys if layer not in found]
-        if missing:
+        if missing := [layer for layer in keys if layer not in found]:
             try:
                 if not self._make_room(sum(size[layer] for layer in missing), wanted):
                     return None
-                with self._beside(missing) as made:
+                with self._unfinished(missing) as made:
                     _compute(made, extractor, source, pixels, index)
                     for layer in missing:
                         write_json(made[layer] / "facts.json", facts[layer])
-                        _put(made[layer], self.folder / keys[layer])
+                        rename_entry(made[layer], self.folder / keys[layer])
             except OSError as error:
                 raise UserError(
-                    "TODO",
-                    f"Features cannot be kept in '{self.folder}' ({error.strerror or error}); name"
-                    " another --cache, or keep none with --cache-gb 0.",
+                    "environment",
+                    f"Features cannot be cached in '{self.folder}' ({error.strerror or error});"
+                    " name another --cache, or disable it with --cache-gb 0.",
                 ) from None
             found = self._find(keys, extractor, len(source))
             if len(found) < len(keys):
                 raise UserError(
-                    "TODO",
-                    f"Another process removes the features in '{self.folder}' as they are made;"
+                    "busy",
+                    f"Another process removes features from '{self.folder}' as they are written;"
                     " name another --cache, or raise --cache-gb.",
                 )
-        self.given |= wanted
+        self.returned |= wanted
         return CachedFeatures(
             next(iter(found.values()))[1], {layer: found[layer][0] for layer in keys}
         )
@@ -255,39 +247,40 @@ class FeatureCache:
     def _find(
         self, keys: dict[str, str], extractor: FeatureExtractor, images: int
     ) -> dict[str, tuple[np.ndarray, Tensor]]:
-        """(features, index) of the layers that are there, whole, and of the same images."""
+        """Return (features, index) of the layers that are cached, whole, and of the same images."""
         found: dict[str, tuple[np.ndarray, Tensor]] = {}
         for layer, key in keys.items():
             try:
                 features = np.load(self.folder / key / "features.npy", mmap_mode="r")
                 index = torch.from_numpy(np.load(self.folder / key / "index.npy"))
                 os.utime(self.folder / key)  # used now
-            except (OSError, ValueError, EOFError):  # not there, or cut short
+            except (OSError, ValueError, EOFError):  # missing, or cut short
                 continue
-            expected = (images, extractor.sizes[layer]), _stored(extractor.dtypes[layer])
+            expected = (images, extractor.sizes[layer]), _stored_dtype(extractor.dtypes[layer])
             if (features.shape, features.dtype) == expected:
                 found[layer] = features, index
         indices = [index for _, index in found.values()]
         return found if all(torch.equal(index, indices[0]) for index in indices) else {}
 
     def _make_room(self, needed: int, wanted: dict[str, int]) -> bool:
-        """Remove entries, used longest ago first, until ``needed`` bytes more fit the budget."""
+        """Remove least recently used entries; return whether ``needed`` more bytes fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         entries = sorted((path.stat().st_mtime, path) for path in self.folder.iterdir())
-        held = {path: _bytes_in(path) for _, path in entries}
+        held = {path: _folder_bytes(path) for _, path in entries}
         for changed, path in entries:
             over = sum(held.values()) + needed > self.budget
-            ours = _is_entry(path) and path.name not in self.given | wanted
+            is_entry = len(path.name) == _KEY_DIGITS and (path / "facts.json").exists()
+            removable = is_entry and path.name not in self.returned | wanted
             unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
-            if (over and ours) or (unfinished and time.time() - changed > _ABANDONED):
+            if (over and removable) or (unfinished and time.time() - changed > _ABANDONED_SECONDS):
                 shutil.rmtree(path, ignore_errors=True)
                 del held[path]
         fits = sum(held.values()) + needed <= self.budget
         return fits and needed <= shutil.disk_usage(self.folder).free / 2
 
     @contextlib.contextmanager
-    def _beside(self, layers: list[str]) -> Iterator[dict[str, Path]]:
-        """A new unfinished entry for each layer; what is unfinished at the end is removed."""
+    def _unfinished(self, layers: list[str]) -> Iterator[dict[str, Path]]:
+        """Make a temporary folder for each layer; remove those that are left in the end."""
         made = {layer: Path(tempfile.mkdtemp(".tmp", ".", self.folder)) for layer in layers}
         try:
             yield made
@@ -303,12 +296,12 @@ def _compute(
     pixels: Tensor | None,
     index: Tensor | None,
 ) -> None:
-    """One pass over the images; the features of each layer go into its folder of ``made``."""
+    """Compute all layers of ``made`` in one pass over the images, into their folders."""
     maps = {
         layer: np.lib.format.open_memmap(
             folder / "features.npy",
             mode="w+",
-            dtype=_stored(extractor.dtypes[layer]),
+            dtype=_stored_dtype(extractor.dtypes[layer]),
             shape=(len(source), extractor.sizes[layer]),
         )
         for layer, folder in made.items()
@@ -335,38 +328,35 @@ def _compute(
             show(done, len(source))
     if not read:
         raise UserError(
-            "TODO", f"None of the {len(source):,} images of '{source.uri}' can be decoded."
+            "unreadable-images",
+            f"None of the {len(source):,} images of '{source.uri}' can be decoded.",
         )
     for layer, folder in made.items():
         maps[layer].flush()  # to the disk
         np.save(folder / "index.npy", torch.cat(read).numpy())
 
 
-def _put(beside: Path, entry: Path) -> None:
-    """Rename a finished entry to its name; one that stands there (damaged) makes way."""
+def rename_entry(unfinished: Path, entry: Path) -> None:
+    """Rename a finished entry to its name, in place of a damaged one."""
     shutil.rmtree(entry, ignore_errors=True)
     try:
-        os.rename(beside, entry)
+        os.rename(unfinished, entry)
     except OSError:
-        if not entry.is_dir():  # else another process has just made the same
+        if not entry.is_dir():  # else another process has just made the same entry
             raise
 
 
-def key_of(facts: dict[str, Any]) -> str:
-    """The name of an entry: a hash of what its values depend on."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY]
+def entry_key(facts: dict[str, Any]) -> str:
+    """Return the name of an entry: a hash of its facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
 
-def _stored(dtype: torch.dtype) -> np.dtype:
-    """How a dtype is stored: numpy has no bfloat16, so its bits go as int16."""
+def _stored_dtype(dtype: torch.dtype) -> np.dtype:
+    """Return the dtype on disk: numpy has no bfloat16, so its bits are stored as int16."""
     return torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 else dtype).numpy().dtype
 
 
-def _is_entry(path: Path) -> bool:
-    return len(path.name) == _KEY and (path / "facts.json").exists()
-
-
-def _bytes_in(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

@@ -1,8 +1,8 @@
-"""Nearest neighbors: an embedding's quality without any training, by vote and by retrieval.
+"""k-nearest-neighbor accuracy and retrieval scores of an embedding, without any training.
 
-Legend of shape suffixes: Q queries, N known rows, D embedding size, C classes, k neighbors.
-Similarities are dot products in float32 (or in the type of the rows, if that is wider). Queries go
-in batches, so that some 60 MB are held, whatever Q is, beside a coarse copy of the known rows.
+Shape suffixes: Q queries, N bank rows (the reference set), D embedding size, C classes, k
+neighbors. Similarities are dot products in float32, or in the dtype of wider rows. Queries are
+processed in batches, which bounds memory to some 60 MB beside a coarse copy of the bank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,61 +14,62 @@ from ..engine.search import nearest, sort_by_similarity
 from ..engine.searchable_bank import SearchableBank, not_finite_error
 from ..errors import UserError
 
-VOTES = (1, 10, 20, 100, 200)  # the numbers of neighbors that are reported for an embedding
+VOTES = (1, 10, 20, 100, 200)
+"""Numbers of neighbors that are reported by default."""
 _BATCH = 1024  # queries at a time
 _RANKED_BYTES = 16 << 20  # similarities that are ranked whole at a time
 
 
 def nearest_rows(
-    queries: Tensor, bank: Tensor, k: int, *, exclude: Tensor | None = None
+    queries: Tensor, bank: Tensor, k: int, *, exclude: Tensor | None = None, batch: int = _BATCH
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query, most similar first; ties by the lowest row.
+    """Return the k most similar bank rows of each query, most similar first; ties by lowest row.
 
     Args:
         queries: unit rows [Q, D].
         bank: unit rows [N, D].
         k: at most N (N - 1 with ``exclude``).
-        exclude: int64 [Q], one row that each query may not find (itself).
+        exclude: int64 [Q], one row that each query must not find (itself).
+        batch: queries at a time.
 
     Returns:
         (rows, similarity): int64 and float [Q, k].
 
     Raises:
-        UserError: more neighbors than rows, or values that are not finite.
+        UserError: k exceeds the rows, or values are not finite.
     """
-    found = [part[1:] for part in _nearest(queries, bank, k, exclude)]
+    found = [part[1:] for part in _nearest_batches(queries, bank, k, exclude, batch)]
     if not found:
         return torch.empty(0, k, dtype=torch.int64), queries.new_empty(0, k)
     return torch.cat([rows for rows, _ in found]), torch.cat([sim for _, sim in found])
 
 
-def _nearest(
-    queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None
+def _nearest_batches(
+    queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, batch: int = _BATCH
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which queries, rows, similarity) of :func:`nearest_rows`, batch by batch."""
-    check_count(k, len(bank) - (exclude is not None))
+    """Yield (slice of queries, rows, similarity) of :func:`nearest_rows`, batch by batch."""
+    check_neighbors(k, len(bank) - (exclude is not None))
     if not (queries.isfinite().all() and bank.isfinite().all()):
         raise not_finite_error()
-    most = k + (exclude is not None)
-    prepared = SearchableBank(bank)
-    for start in range(0, len(queries), _BATCH):
-        part = slice(start, start + _BATCH)
-        rows_Qk, sim_Qk = sort_by_similarity(*nearest(queries[part], prepared, most))
+    searchable = SearchableBank(bank)
+    for start in range(0, len(queries), batch):
+        part = slice(start, start + batch)
+        rows_Qk, sim_Qk = sort_by_similarity(
+            *nearest(queries[part], searchable, k + (exclude is not None))
+        )
         if exclude is not None:
             others = rows_Qk != exclude[part].unsqueeze(1)
-            others[:, -1] &= others[:, :-1].sum(dim=1) < k  # not found at all: one too many
+            others[:, -1] &= others[:, :-1].sum(dim=1) < k  # the excluded row was not among them
             rows_Qk, sim_Qk = rows_Qk[others].view(-1, k), sim_Qk[others].view(-1, k)
         yield part, rows_Qk, sim_Qk
 
 
-def check_count(k: int, available: int) -> None:
-    """Make sure that there are k neighbors to be found.
-
-    Raises:
-        UserError: more neighbors than rows, or none asked for.
-    """
+def check_neighbors(k: int, available: int) -> None:
+    """Raise UserError unless 1 <= k <= available."""
     if not 1 <= k <= available:
-        raise UserError("TODO", f"{k} neighbors of {available:,} images cannot be.")
+        raise UserError(
+            "option-invalid", f"k is {k}; it must be in 1-{available:,}, the number of images."
+        )
 
 
 def knn_vote(
@@ -80,7 +81,7 @@ def knn_vote(
     temperature: float = 0.07,
     exclude: Tensor | None = None,
 ) -> dict[int, Tensor]:
-    """The class of each query by the weighted vote of its k nearest neighbors (IR section 3.4).
+    """Return the class of each query by the weighted vote of its k neighbors (IR section 3.4).
 
     A neighbor votes for its class with weight exp(similarity / temperature), summed in float64;
     among equal sums the lowest class wins. k = 1 is the reference's online validation. k is capped
@@ -90,9 +91,9 @@ def knn_vote(
         queries: unit rows [Q, D].
         bank: unit rows [N, D].
         bank_labels: int64 [N], from 0.
-        k: the numbers of neighbors to report.
-        temperature: of the weights.
-        exclude: int64 [Q], one bank row that each query may not use (itself).
+        k: numbers of neighbors to report.
+        temperature: divides the similarities in the weights.
+        exclude: int64 [Q], one bank row that each query must not use (itself).
 
     Returns:
         {k: int64 [Q]} on the bank's device.
@@ -100,29 +101,29 @@ def knn_vote(
     Raises:
         UserError: no rows, k below 1, negative labels, or values that are not finite.
     """
-    bank_labels, most = _checked(bank, bank_labels, k, exclude)
+    bank_labels, most = _check(bank, bank_labels, k, exclude)
     exclude = None if exclude is None else exclude.to(bank.device)
     classes = int(bank_labels.max()) + 1
-    voted: dict[int, list[Tensor]] = {count: [] for count in sorted(k)}
-    for _, rows_Qk, sim_Qk in _nearest(queries.to(bank.device), bank, most, exclude):
-        found = vote(bank_labels[rows_Qk], sim_Qk, k, classes, temperature)
-        for count, winners in found.items():
-            voted[count].append(winners)
+    found: dict[int, list[Tensor]] = {count: [] for count in sorted(k)}
+    for _, rows_Qk, sim_Qk in _nearest_batches(queries.to(bank.device), bank, most, exclude):
+        winners = vote(bank_labels[rows_Qk], sim_Qk, k, classes, temperature)
+        for count, winner_Q in winners.items():
+            found[count].append(winner_Q)
     none = torch.empty(0, dtype=torch.int64, device=bank.device)
-    return {count: torch.cat([none, *found]) for count, found in voted.items()}
+    return {count: torch.cat([none, *parts]) for count, parts in found.items()}
 
 
 def vote(
     labels: Tensor, similarity: Tensor, k: Sequence[int], classes: int, temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """The winners of :func:`knn_vote`, from the neighbors.
+    """Return the winning classes of :func:`knn_vote`, given the neighbors.
 
     Args:
-        labels: int64 [Q, most], of each query's neighbors, the nearest first.
+        labels: int64 [Q, most], of each query's neighbors, nearest first.
         similarity: [Q, most].
-        k: the numbers of neighbors to report, capped at those there are.
+        k: numbers of neighbors to report, capped at ``most``.
         classes: C.
-        temperature: of the weights.
+        temperature: divides the similarities in the weights.
 
     Returns:
         {k: int64 [Q]}, from the lowest k to the highest.
@@ -130,12 +131,12 @@ def vote(
     # Subtracting the best similarity leaves every vote's outcome alone and cannot overflow.
     weight_Qk = ((similarity - similarity[:, :1]) / temperature).double().exp()
     votes_QC = weight_Qk.new_zeros(len(labels), classes)
-    counted, voted = 0, {}
-    for count in sorted(k):  # each count goes on from the sums of the one below it
+    counted, winners = 0, {}
+    for count in sorted(k):  # each count adds to the sums of the one below it
         new = slice(counted, counted := min(count, labels.shape[1]))
         votes_QC.scatter_add_(1, labels[:, new], weight_Qk[:, new])
-        voted[count] = votes_QC.argmax(dim=1)
-    return voted
+        winners[count] = votes_QC.argmax(dim=1)
+    return winners
 
 
 def knn_accuracy(
@@ -148,26 +149,17 @@ def knn_accuracy(
     temperature: float = 0.07,
     exclude: Tensor | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy of :func:`knn_vote`.
+    """Return the top-1 accuracy of :func:`knn_vote`; arguments and errors as there.
 
     Args:
-        queries: unit rows [Q, D].
         query_labels: int64 [Q].
-        bank: unit rows [N, D].
-        bank_labels: int64 [N].
-        k: the numbers of neighbors to report.
-        temperature: of the weights.
-        exclude: int64 [Q], one bank row that each query may not use (itself).
 
     Returns:
-        {"knn1": 0-1, "knn200": 0-1}: one entry a k, named after the k asked for.
-
-    Raises:
-        UserError: no rows, k below 1, negative labels, or values that are not finite.
+        {"knn1": 0-1, "knn200": 0-1}: one entry a k, named after the k requested.
     """
-    voted = knn_vote(queries, bank, bank_labels, k=k, temperature=temperature, exclude=exclude)
-    right = query_labels.to(bank.device)
-    return {f"knn{count}": (voted[count] == right).double().mean().item() for count in k}
+    winners = knn_vote(queries, bank, bank_labels, k=k, temperature=temperature, exclude=exclude)
+    query_labels = query_labels.to(bank.device)
+    return {f"knn{count}": (winners[count] == query_labels).double().mean().item() for count in k}
 
 
 def retrieval_scores(
@@ -179,13 +171,13 @@ def retrieval_scores(
     k: Sequence[int] = VOTES,
     exclude: Tensor | None = None,
 ) -> dict[str, float | int | None]:
-    """How much of what a query finds is of its class: precision@k, and mAP over the full ranking.
+    """Return precision@k, and mAP over the full ranking.
 
-    precision@k is the share of a query's class among its k nearest rows (k capped at the number of
-    rows), in the mean over queries. The average precision of a query is the mean over the R rows
-    of its class of (rows of its class ranked as high as this one or higher) / (all rows ranked so);
+    precision@k: share of the query's class among its k nearest rows (k capped at the number of
+    rows), averaged over queries. The average precision of a query is the mean over the R rows of
+    its class of (rows of the class ranked as high as this one or higher) / (all rows ranked so);
     equal similarities rank equally high, as in scikit-learn's ``average_precision_score``. mAP is
-    its mean over the queries whose class has a row (R > 0); the others are counted.
+    the mean over queries whose class has a row (R > 0); the other queries are counted.
 
     mAP ranks all N rows for each query, exactly: some 5 ms of one core a query at N = 50,000.
 
@@ -194,8 +186,8 @@ def retrieval_scores(
         query_labels: int64 [Q].
         bank: unit rows [N, D].
         bank_labels: int64 [N].
-        k: the numbers of neighbors to report.
-        exclude: int64 [Q], one bank row that each query may not find (itself).
+        k: numbers of neighbors to report.
+        exclude: int64 [Q], one bank row that each query must not find (itself).
 
     Returns:
         {"precision1": 0-1, ..., "map": 0-1 or None if no query counts, "map_left_out": queries}.
@@ -203,17 +195,17 @@ def retrieval_scores(
     Raises:
         UserError: no rows, k below 1, negative labels, or values that are not finite.
     """
-    bank_labels, most = _checked(bank, bank_labels, k, exclude)
+    bank_labels, most = _check(bank, bank_labels, k, exclude)
     queries, query_labels = queries.to(bank.device), query_labels.to(bank.device)
     exclude = None if exclude is None else exclude.to(bank.device)
     hits = torch.zeros(most, dtype=torch.int64, device=bank.device)
-    for part, rows_Qk, _ in _nearest(queries, bank, most, exclude):
+    for part, rows_Qk, _ in _nearest_batches(queries, bank, most, exclude):
         hits += (bank_labels[rows_Qk] == query_labels[part].unsqueeze(1)).sum(dim=0)
-    hits_to = hits.cumsum(0).tolist()
+    total_hits = hits.cumsum(0).tolist()
     found: dict[str, float | int | None] = {}
     for count in k:
         capped = min(count, most)
-        found[f"precision{count}"] = hits_to[capped - 1] / (capped * max(1, len(queries)))
+        found[f"precision{count}"] = total_hits[capped - 1] / (capped * max(1, len(queries)))
     precision = _average_precisions(queries, query_labels, bank, bank_labels, exclude)
     counted = precision[~precision.isnan()]
     found["map"] = counted.mean().item() if len(counted) else None
@@ -225,38 +217,37 @@ def retrieval_scores(
 def _average_precisions(
     queries: Tensor, query_labels: Tensor, bank: Tensor, bank_labels: Tensor, exclude: Tensor | None
 ) -> Tensor:
-    """The average precision of each query, float64 [Q]; nan where its class has no row.
-
-    Queries of a class go together, as the same rows are right for them.
-    """
+    """Return the average precision of each query, float64 [Q]; NaN where its class has no row."""
     batch = max(1, _RANKED_BYTES // (len(bank) * bank.element_size()))
     precision = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=bank.device)
-    for label in query_labels.unique().tolist():
-        right = (bank_labels == label).nonzero().squeeze(1)
+    for label in query_labels.unique().tolist():  # queries of a class share their relevant rows
+        relevant = (bank_labels == label).nonzero().squeeze(1)
         for part in (query_labels == label).nonzero().squeeze(1).split(batch):
             sim_QN = queries[part] @ bank.T
             if exclude is not None:
                 sim_QN[torch.arange(len(part), device=bank.device), exclude[part]] = -torch.inf
-            right_QR = sim_QN[:, right].sort(dim=1).values
+            relevant_QR = sim_QN[:, relevant].sort(dim=1).values
             all_QN = sim_QN.sort(dim=1).values
             # Rows at least as similar: all of them, less those that sort before.
-            of_class = len(right) - torch.searchsorted(right_QR, right_QR)
-            of_all = len(bank) - torch.searchsorted(all_QN, right_QR)
-            there = right_QR > -torch.inf
-            share_QR = (of_class.double() / of_all).masked_fill_(~there, 0.0)
-            precision[part] = share_QR.sum(dim=1) / there.sum(dim=1)
+            of_class = len(relevant) - torch.searchsorted(relevant_QR, relevant_QR)
+            of_all = len(bank) - torch.searchsorted(all_QN, relevant_QR)
+            present = relevant_QR > -torch.inf
+            share_QR = (of_class.double() / of_all).masked_fill_(~present, 0.0)
+            precision[part] = share_QR.sum(dim=1) / present.sum(dim=1)
     return precision
 
 
-def _checked(
+def _check(
     bank: Tensor, bank_labels: Tensor, k: Sequence[int], exclude: Tensor | None
 ) -> tuple[Tensor, int]:
-    """The labels on the bank's device, and the largest k that there are rows for."""
+    """Return the labels on the bank's device, and the largest k that there are rows for."""
     available = len(bank) - (exclude is not None)
     if available < 1:
-        raise UserError("TODO", "There are no images to be neighbors; at least 2 are needed.")
+        raise UserError("no-images", "No images to be neighbors; at least 2 are needed.")
     if min(k) < 1:
-        raise UserError("TODO", f"k is {' '.join(map(str, k))}; it must be at least 1.")
+        raise UserError("option-invalid", f"k is {' '.join(map(str, k))}; it must be at least 1.")
     if int(bank_labels.min()) < 0:
-        raise UserError("TODO", "Some labels are below 0; leave images without a label out.")
+        raise UserError(
+            "no-labels", f"A label is {int(bank_labels.min())}; exclude images without a label."
+        )
     return bank_labels.to(bank.device), min(max(k), available)

@@ -1,4 +1,4 @@
-"""Select query images and the reference set that they are compared with."""
+"""Select labeled query images and the reference set that they search, and embed both."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import PretrainConfig
+from ..config import ViewConfig
 from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation
+from ..distributed.collectives import World
 from ..embeddings.embed import embed
 from ..errors import UserError
 from ..models import Encoder
 
-_LEAVE_ONE_OUT = 5000  # bank rows asked about where nothing is held out
+_MAX_LEAVE_ONE_OUT = 5000  # training images that are queries where none are held out
+_BATCH = 256  # images embedded at a time
 
 
 class Unmeasurable(UserError):
@@ -24,157 +26,188 @@ class Unmeasurable(UserError):
 
 
 class QuerySelection(NamedTuple):
-    """Which labelled images ask which. C classes, numbered as in training."""
+    """Labeled queries and the labeled reference set. C classes, numbered as in training."""
 
-    known: Tensor
-    """int64 [N]: the rows of the bank that are asked."""
-    known_labels: Tensor
+    reference_index: Tensor
+    """int64 [N], increasing: rows of the bank."""
+    reference_labels: Tensor
     """int64 [N] in 0..C-1."""
     held_out: Source | None
-    """The images that ask; None: known ones ask the others (leave one out)."""
-    asking: Tensor
-    """int64 [Q], increasing: which of the held-out images, or of the N known ones."""
-    asking_labels: Tensor
-    """int64 [Q] in 0..C-1; each class has a known image that is not the asking one."""
+    """Images that are the queries; None: reference images, leave one out."""
+    query_index: Tensor
+    """int64 [Q], increasing: which of the held-out images, or of the N reference images."""
+    query_labels: Tensor
+    """int64 [Q] in 0..C-1; each class has a reference image other than the query."""
     left_out: dict[str, dict[str, int]]
-    """Images left out, {"known" or "asking": {reason: images}}."""
+    """Images left out, {"known" (reference) or "asking" (queries): {reason: images}}."""
     notes: list[str]
     """Sentences about them for the user."""
 
-    @property
-    def prefix(self) -> str:
-        """What the names of measurements begin with."""
-        return "loo_" if self.held_out is None else ""
+    def prefixed(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """Return scores under names that begin with ``loo_`` for leave one out."""
+        prefix = "loo_" if self.held_out is None else ""
+        return {prefix + name: value for name, value in scores.items()}
+
+    def reference_part(self, part: range) -> range:
+        """Return which of the N reference rows lie in ``part`` of the bank's rows."""
+        ends = torch.tensor([part.start, part.stop])
+        start, stop = torch.searchsorted(self.reference_index, ends).tolist()
+        return range(start, stop)
 
 
 class EmbeddedQueries(NamedTuple):
-    """Embeddings as a :class:`QuerySelection` names them: the arguments of the functions in ``knn``."""
+    """Embeddings of a :class:`QuerySelection`: the arguments of the functions in ``knn``."""
 
     queries: Tensor
     """Unit rows [Q, D]."""
     query_labels: Tensor
     """int64 [Q]."""
     bank: Tensor
-    """Unit rows [N, D]."""
+    """Unit rows [N, D]; on several ranks this rank's part of them."""
     bank_labels: Tensor
     """int64 [N]."""
     exclude: Tensor | None
-    """int64 [Q]: where each query itself stands in the bank; None where it does not."""
+    """int64 [Q]: the bank row of each query; None where queries are not in the bank."""
 
 
 def select_queries(data: str, source: Source, valid: Tensor) -> QuerySelection:
-    """Who asks whom: held-out images the training images; where no labelled images are held out,
-    up to 5,000 training images, evenly spread, the others.
+    """Select held-out images as queries, or up to 5,000 evenly spread training images.
 
-    Left out and counted: images whose label is below 0 ("unlabelled"), and asking images of a class
-    that no other known image has ("alone"), as no neighbor of theirs could be right.
+    Training images are queries where no labeled images are held out. Left out and counted: images
+    whose label is below 0 ("unlabelled"), and queries of a class without another reference image
+    ("alone"), as no neighbor of theirs could be right.
 
     Args:
-        data: data URI, asked for its split "val".
+        data: data URI, opened for its split "val".
         source: the training images.
         valid: int64, which of them have a row in the bank.
 
     Raises:
-        Unmeasurable: no labels, fewer than two classes, or nobody left to ask.
-        UserError: held-out images of classes that the training images do not have by name.
+        Unmeasurable: no labels, fewer than two classes, or no query left.
+        UserError: held-out classes that the training images lack by name.
     """
     if source.labels is None:
-        raise Unmeasurable(
-            "TODO", f"'{data}' has no labels to measure against; put each class in a folder."
-        )
+        raise Unmeasurable("no-labels", f"'{data}' has no labels; put each class in a folder.")
     labels = source.labels[valid]
-    known, known_labels = valid[labels >= 0], labels[labels >= 0]
-    if len(known_labels.unique()) < 2:
-        what = "the same" if len(known) else "no"
+    reference, reference_labels = valid[labels >= 0], labels[labels >= 0]
+    if len(reference_labels.unique()) < 2:
+        same = "the same" if len(reference) else "no"
         raise Unmeasurable(
-            "TODO",
-            f"The {len(labels):,} training images of '{data}' have {what} label; a measurement"
+            "no-labels",
+            f"The {len(labels):,} training images of '{data}' have {same} label; a measurement"
             " needs two classes.",
         )
     notes = []
-    if unlabelled := len(labels) - len(known):
-        notes.append(f"{unlabelled:,} of the {len(labels):,} training images have no label.")
-    held_out, images, asked, what = _candidates(data, source, known_labels, notes)
-    of_class = known_labels.bincount(minlength=int(asked.max()) + 1)
-    alone = (asked >= 0) & (of_class[asked.clamp(min=0)] <= (held_out is None))
-    asking = (asked >= 0) & ~alone
-    if not asking.any():
+    if unlabeled := len(labels) - len(reference):
+        notes.append(f"{unlabeled:,} of the {len(labels):,} training images have no label.")
+    held_out, images, candidates, name = _candidates(data, source, reference_labels, notes)
+    of_class = reference_labels.bincount(minlength=int(candidates.max()) + 1)
+    alone = (candidates >= 0) & (of_class[candidates.clamp(min=0)] <= (held_out is None))
+    kept = (candidates >= 0) & ~alone
+    if not kept.any():
         raise Unmeasurable(
-            "TODO",
-            f"None of the {len(asked):,} {what} of '{data}' has a label that another training image"
-            " has, so no neighbor can be right; add images of the same classes.",
+            "no-labels",
+            f"None of the {len(candidates):,} {name} of '{data}' has a label of another training"
+            " image, so no neighbor can be right; add images of the same classes.",
         )
-    counts = {"unlabelled": int((asked < 0).sum()), "alone": int(alone.sum())}
-    for reason, words in (("unlabelled", "no label"), ("alone", "a label that no other image has")):
+    counts = {"unlabelled": int((candidates < 0).sum()), "alone": int(alone.sum())}
+    for reason, words in (("unlabelled", "no label"), ("alone", "a label of no other image")):
         if counts[reason]:
-            notes.append(f"{counts[reason]:,} of the {len(asked):,} {what} have {words}.")
-    left_out = {"known": {"unlabelled": unlabelled}, "asking": counts}
+            notes.append(f"{counts[reason]:,} of the {len(candidates):,} {name} have {words}.")
+    left_out = {"known": {"unlabelled": unlabeled}, "asking": counts}
     return QuerySelection(
-        known, known_labels, held_out, images[asking], asked[asking], left_out, notes
+        reference, reference_labels, held_out, images[kept], candidates[kept], left_out, notes
     )
 
 
 def _candidates(
-    data: str, source: Source, known_labels: Tensor, notes: list[str]
+    data: str, source: Source, reference_labels: Tensor, notes: list[str]
 ) -> tuple[Source | None, Tensor, Tensor, str]:
-    """(held-out images or None, which of them may ask, their labels or -1, what they are)."""
+    """Return (held-out images or None, indices of possible queries, labels or -1, their name)."""
     held_out = open_evaluation(data)
     if held_out is not None and held_out.labels is not None:
         names = held_out_to_training_labels(data, source, held_out)
         labels = torch.where(held_out.labels < 0, -1, names[held_out.labels.clamp(min=0)])
         return held_out, torch.arange(len(held_out)), labels, "held-out images"
     if held_out is not None:
-        notes.append(f"The held-out images of '{data}' have no labels: training images ask.")
-    size = len(known_labels)
-    images = torch.arange(0, size, math.ceil(size / _LEAVE_ONE_OUT))
-    return None, images, known_labels[images], "training images that ask"
+        notes.append(
+            f"The held-out images of '{data}' have no labels; training images are the queries."
+        )
+    size = len(reference_labels)
+    images = torch.arange(0, size, math.ceil(size / _MAX_LEAVE_ONE_OUT))
+    return None, images, reference_labels[images], "training images"
 
 
+@torch.no_grad()
 def embed_queries(
-    choice: QuerySelection,
+    selection: QuerySelection,
     encoder: Encoder,
     bank: Tensor,
-    config: PretrainConfig,
+    views: ViewConfig,
     *,
-    pixels: Tensor | None = None,
+    size: int,
+    workers: int,
     autocast: Callable[[], AbstractContextManager],
+    pixels: Tensor | None = None,
+    world: World | None = None,
 ) -> EmbeddedQueries:
-    """The embeddings of a choice, on the bank's device; images that cannot be read do not ask.
+    """Return the embeddings of a selection on the bank's device, without unreadable queries.
+
+    Ranks each embed some batches of the held-out images; all return the same queries. Collectives
+    on several ranks: one or two all-reduces of the queries.
 
     Args:
-        choice: who asks whom.
+        selection: queries and reference set.
         encoder: embeds the held-out images.
-        bank: rows of the training images [*, D].
-        config: views and workers.
-        pixels: the held-out images, decoded, if they are in memory already.
+        bank: rows of the training images: all [size, D], or this rank's share of them.
+        views: resolved; image_size and eval_crop.
+        size: number of training images.
+        workers: processes that decode.
         autocast: precision context of the forward pass.
+        pixels: the held-out images, decoded, if they are in memory.
+        world: the ranks that share the bank. Default: this process has all of it.
 
     Raises:
-        UserError: no image that asks can be read.
+        UserError: no query can be read.
     """
-    rows, labels = bank[choice.known.to(bank.device)], choice.known_labels.to(bank.device)
-    if choice.held_out is None:
-        asking = choice.asking.to(bank.device)
-        return EmbeddedQueries(rows[asking], labels[asking], rows, labels, asking)
-    typical_side(choice.held_out)  # refuses them with their names if none can be read
-    found = embed(
-        encoder,
-        choice.held_out,
-        config.views,
-        pixels=pixels,
-        workers=config.workers,
-        autocast=autocast,
-    )
-    readable = torch.isin(choice.asking, found.index)
-    if not readable.any():
-        raise UserError(
-            "TODO", "No held-out image that has a label can be read; see localagg inspect."
+    world = world or World()
+    part = world.part(size)
+    own = selection.reference_part(part)
+    rows = bank[(selection.reference_index[own.start : own.stop] - part.start).to(bank.device)]
+    labels = selection.reference_labels.to(bank.device)
+    index, query_labels = selection.query_index, selection.query_labels
+    if selection.held_out is None:
+        queries = rows.new_zeros(len(index), rows.shape[1])
+        mine = (index >= own.start) & (index < own.stop)
+        queries[mine.to(bank.device)] = rows[(index[mine] - own.start).to(bank.device)]
+        itself = index.to(bank.device)
+        return EmbeddedQueries(
+            world.sum(queries), query_labels.to(bank.device), rows, labels, itself
         )
-    asking = torch.isin(found.index, choice.asking).to(found.rows.device)
-    query_labels = choice.asking_labels[readable].to(bank.device)
-    return EmbeddedQueries(found.rows[asking].to(bank.device), query_labels, rows, labels, None)
-
-
-def prefixed(choice: QuerySelection, found: dict[str, Any]) -> dict[str, Any]:
-    """What is measured by leaving one out says so in its name."""
-    return {choice.prefix + name: value for name, value in found.items()}
+    held_out = selection.held_out
+    if world.size == 1:
+        typical_side(held_out)  # raises with the images' names if none can be read
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    embedded = rows.new_zeros(len(held_out), rows.shape[1], dtype=dtype)
+    readable = torch.zeros(len(held_out))
+    if batches := world.part(-(-len(held_out) // _BATCH)):
+        found = embed(
+            encoder,
+            held_out,
+            views,
+            pixels=pixels,
+            batch=_BATCH,
+            workers=workers,
+            autocast=autocast,
+            part=slice(batches.start, batches.stop) if world.size > 1 else slice(None),
+        )
+        embedded[found.index.to(bank.device)] = found.rows.to(embedded)
+        readable[found.index] = 1
+    embedded, kept = world.sum(embedded), (world.sum(readable) > 0)[index]
+    if not kept.any():
+        raise UserError(
+            "unreadable-images",
+            "No held-out image that has a label can be read; see localagg inspect.",
+        )
+    queries = embedded[index[kept].to(bank.device)]
+    return EmbeddedQueries(queries, query_labels[kept].to(bank.device), rows, labels, None)

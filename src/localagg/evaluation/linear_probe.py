@@ -1,4 +1,4 @@
-"""A linear read-out while it learns: labelled images, network, optimizer, step, how it is saved."""
+"""State of linear read-outs in training: images, network, optimizer, step, and their checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,56 +17,47 @@ from ..io.console import notify, show_progress
 from ..io.files import atomic_write
 from ..models import Encoder
 from ..recipes.schedule import Schedule
-from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, is_fixed
-from .linear_heads import LinearHeads, accuracies, evaluation_views, make_optimizer
-from .readout_inputs import LabeledSplits, check_classes, general_options
-
-_ROWS = 256  # kept features at a time
+from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor
+from .linear_heads import LinearHeads, accuracies, make_optimizer
+from .protocols import is_fixed
+from .readout_inputs import LabeledSplits, check_classes, evaluation_views, general_options
 
 
 class LinearProbe:
-    """All that a transfer works on: images, network, optimizer, schedule, and the step.
+    """Everything that read-outs by SGD need: images, network, optimizer, schedule, and the step.
 
     Args:
         config: resolved.
-        encoder: its own copy.
-        labelled: the images.
+        encoder: a copy, which fine-tuning changes.
+        splits: the images.
         facts: "data" and "weights", for the results.
     """
 
     def __init__(
-        self,
-        config: TransferConfig,
-        encoder: Encoder,
-        labelled: LabeledSplits,
-        facts: dict[str, Any],
+        self, config: TransferConfig, encoder: Encoder, splits: LabeledSplits, facts: dict[str, Any]
     ) -> None:
-        self.config, self.facts, self.labelled = config, facts, labelled
-        general = general_options(config)
+        self.config, self.facts, self.splits = config, facts, splits
         self.fabric = make_fabric(config.device, config.precision)
         self.device = self.fabric.device
-        size = require_resolved(config.views.image_size)
         self.readout = LinearHeads(
             encoder.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             config.layers or (),
-            labelled.classes,
-            size,
+            splits.classes,
+            require_resolved(config.views.image_size),
             seed=config.seed,
             finetune=config.finetune,
             compat=config.compat,
         )
-        self.network, self.optimizer = self.fabric.setup(
+        optimizer = make_optimizer(
             self.readout,
-            make_optimizer(
-                self.readout,
-                learning_rate=config.learning_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-            ),
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
+        self.network, self.optimizer = self.fabric.setup(self.readout, optimizer)
         with show_progress("reading images") as show:
             self.feed = Feed(
-                labelled.source,
+                splits.source,
                 config.views,
                 batch_size=require_resolved(config.batch_size),
                 seed=config.seed,
@@ -78,30 +69,30 @@ class LinearProbe:
                 on_progress=show,
             )
             held_out = load_or_scan(
-                labelled.held_out,
+                splits.held_out,
                 upright=config.views.exif_orientation,
                 memory=config.memory,
                 memory_gb=config.memory_gb,
                 workers=config.workers,
                 on_progress=show,
             )
-        require_readable(labelled.held_out, held_out.unreadable, config.unreadable)
+        require_readable(splits.held_out, held_out.unreadable, config.unreadable)
         self.pixels = held_out.complete_pixels
-        self.kept: CachedFeatures | None = None
-        self.kept_held_out: CachedFeatures | None = None
+        self.features: CachedFeatures | None = None
+        self.held_out_features: CachedFeatures | None = None
         if config.cache_gb and not config.finetune:
-            self._keep_features()
-        check_classes(labelled, self.feed.valid)
-        self.schedule = Schedule(general, len(self.feed.valid))
-        self.labels = labelled.labels.to(self.device)
-        self.held_out_labels = labelled.held_out_labels.to(self.device)
+            self._cache_features()
+        check_classes(splits, self.feed.valid)
+        self.schedule = Schedule(general_options(config), len(self.feed.valid))
+        self.labels = splits.labels.to(self.device)
+        self.held_out_labels = splits.held_out_labels.to(self.device)
         self.augment = Augment(config.views, config.seed, cropped=self.feed.cropped)
         self.step = 0
         self.progress: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0}
 
-    def _keep_features(self) -> None:
-        """Features that will be asked for again, as far as they fit the cache."""
-        config, feed = self.config, self.feed
+    def _cache_features(self) -> None:
+        """Cache the features under fixed views, as far as they fit."""
+        config, feed, splits = self.config, self.feed, self.splits
         cache = FeatureCache(config.cache, config.cache_gb)
         extractor = FeatureExtractor(
             self.readout.encoder,
@@ -112,34 +103,30 @@ class LinearProbe:
             workers=config.workers,
         )
         if is_fixed(config.views):
-            source = self.labelled.source
-            self.kept = cache.keep(extractor, source, pixels=feed.pixels, index=feed.valid)
-            if self.kept is None:
+            self.features = cache.get(
+                extractor, splits.source, pixels=feed.pixels, index=feed.valid
+            )
+            if self.features is None:
                 notify(
-                    f"The features do not fit --cache-gb {config.cache_gb:g} (or the disk); they"
-                    " are computed again in each epoch."
+                    f"The features exceed --cache-gb {config.cache_gb:g} (or the free disk space);"
+                    " they are computed again in each epoch."
                 )
-            else:
-                self._leave_out_undecodable(self.kept.index)
-        self.kept_held_out = cache.keep(extractor, self.labelled.held_out, pixels=self.pixels)
-
-    def _leave_out_undecodable(self, readable: Tensor) -> None:
-        """Training images of which only the header could be read are refused, or never drawn."""
-        feed = self.feed
-        lost = sorted(set(feed.valid.tolist()) - set(readable.tolist()))
-        feed.exclude(dict.fromkeys(lost, "damaged"))
+            else:  # damage behind a header is found by decoding
+                lost = sorted(set(feed.valid.tolist()) - set(self.features.index.tolist()))
+                feed.exclude(dict.fromkeys(lost, "damaged"))
+        self.held_out_features = cache.get(extractor, splits.held_out, pixels=self.pixels)
 
     def batches(
         self, epoch: int, first: int
     ) -> Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]:
-        """What the network reads in an epoch, from its batch ``first`` on, on the device.
+        """Yield the network's inputs of an epoch from batch ``first`` on, on the device.
 
-        Returns:
-            (index int64 [B], views float32 [B, 3, S, S]) a batch; where features are kept,
+        Yields:
+            (index int64 [B], views float32 [B, 3, S, S]); of cached features,
             (index, {layer: [B, F]}).
         """
         feed, device = self.feed, self.device
-        if self.kept is None:
+        if self.features is None:
             for index, images, uniforms in on_device(feed.batches(epoch, first), device):
                 views = self.augment(images, epoch, index, uniforms)
                 yield (
@@ -149,26 +136,29 @@ class LinearProbe:
             return
         order = feed.order(epoch)[: feed.steps * feed.batch]
         for index in order.view(-1, feed.batch)[first:]:
-            rows = {layer: self.kept.rows(layer, index).to(device) for layer in self.kept.layers}
+            rows = {la: self.features.rows(la, index).to(device) for la in self.features.layers}
             yield index.to(device), rows
 
     def measure(self, *, ten_crop: bool) -> tuple[dict[str, dict[str, float]], int]:
-        """Accuracies of the heads by layer, and over how many held-out images."""
-        if self.kept_held_out is not None and not ten_crop:
-            batches = self.kept_held_out.batches(_ROWS)
-            return accuracies(self.network, batches, self.held_out_labels)
-        views = evaluation_views(
-            self.labelled.held_out,
-            self.config.views,
-            self.pixels,
-            ten_crop=ten_crop,
-            workers=self.config.workers,
-            device=self.device,
-        )
-        return accuracies(self.network, views, self.held_out_labels)
+        """Return the accuracies of the heads by layer, and the number of held-out images."""
+        if self.held_out_features is not None and not ten_crop:
+            batches = self.held_out_features.batches()
+        else:
+            batches = evaluation_views(
+                self.splits.held_out,
+                self.config.views,
+                self.pixels,
+                ten_crop=ten_crop,
+                workers=self.config.workers,
+                device=self.device,
+            )
+        self.network.eval()
+        found = accuracies(self.network, batches, self.held_out_labels)
+        self.network.train()
+        return found
 
     def save(self, run: Path, progress: dict[str, Any]) -> None:
-        """Write the state beside and rename, so that a kill leaves the last one whole."""
+        """Write the state atomically, so that a kill leaves the last one whole."""
         state = {
             "step": self.step,
             "heads": self.readout.heads.state_dict(),
@@ -180,7 +170,7 @@ class LinearProbe:
             torch.save(state, beside)
 
     def restore(self, run: Path) -> None:
-        """Take over the state of a folder; before the first there is nothing to take over.
+        """Restore the state of a folder, if it has one.
 
         Raises:
             UserError: it is damaged.
@@ -197,4 +187,6 @@ class LinearProbe:
             self.step, self.progress = state["step"], state["progress"]
         except Exception as error:  # torch.load raises whatever its unpickler meets
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError("TODO", f"The state '{path}' is damaged: {reason}") from None
+            raise UserError(
+                "damaged", f"The state '{path}' is damaged ({reason}); start a new --out."
+            ) from None

@@ -1,6 +1,10 @@
-"""Measure a finished run by nearest neighbors and clusters."""
+"""Measure a finished run by nearest neighbors, retrieval and clusters.
 
-from collections.abc import Sequence
+To add a measurement, write a function of (embedded queries, numbers of neighbors), list it in
+:data:`MEASUREMENTS`, and name what results.json stores of it in ``record_results.record_knn``.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,15 @@ from ..models import Encoder
 from ..recipes.defaults import resolve_defaults
 from .cluster_metrics import cluster_scores
 from .knn import VOTES, knn_accuracy, retrieval_scores
-from .knn_queries import EmbeddedQueries, QuerySelection, embed_queries, prefixed, select_queries
+from .knn_queries import EmbeddedQueries, QuerySelection, embed_queries, select_queries
+from .protocols import BANK, TRAINING_IMAGES
+
+MEASUREMENTS: dict[str, Callable[[EmbeddedQueries, Sequence[int]], dict[str, Any]]] = {
+    "accuracy": lambda embedded, k: knn_accuracy(**embedded._asdict(), k=k),
+    "retrieval": lambda embedded, k: retrieval_scores(**embedded._asdict(), k=k),
+    "clusters": lambda embedded, _: cluster_scores(embedded.bank, embedded.bank_labels),
+}
+"""Measurements by their key in the result."""
 
 
 def measure_run(
@@ -41,103 +53,112 @@ def measure_run(
     retrieval: bool = False,
     clusters: bool = False,
 ) -> dict[str, Any]:
-    """How good a run's embedding is by its neighbors and clusters.
+    """Measure a run's embedding by its neighbors and clusters.
 
     Args:
         run: run folder, or weights file (then only against embeddings).
-        data: data URI; None: the run's own.
-        against: "bank", the run's memory bank; or "embeddings", fresh ones of the training split.
+        data: data URI. None: the run's own.
+        against: reference set: "bank", the run's memory bank; "embeddings", of the training split.
         k: numbers of neighbors.
         workers: processes that decode.
-        retrieval: also precision@k and mAP; see :func:`localagg.evaluation.knn.retrieval_scores`.
-        clusters: also k-means of the known rows against their classes; see
-            :func:`localagg.evaluation.cluster_metrics.cluster_scores`.
+        retrieval: also measure precision@k and mAP; see :func:`.knn.retrieval_scores`.
+        clusters: also compare k-means of the reference set with its classes; see
+            :func:`.cluster_metrics.cluster_scores`.
 
     Returns:
-        {"accuracy": {name: 0-1}, "asked", "known": images, "held_out": whether held-out images
-        asked, "capped": {k: the lower number that votes}, "against", "data", "run",
-        "weights_digest", "left_out": {"known", "asking": {"unreadable", "unlabelled", "alone":
-        images}}, "notes": sentences}, and "retrieval", "clusters" where asked for.
+        {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
+        queries are held-out images, "capped": {k: the lower number that votes}, "against", "data",
+        "run", "weights_digest", "left_out": {"known", "asking": {"unreadable", "unlabelled",
+        "alone": images}}, "notes": sentences}, and "retrieval", "clusters" where requested.
 
     Raises:
-        UserError: no labels, or none that tell anything; no bank of these images; no such run.
+        UserError: no usable labels, no bank of these images, or no such run.
     """
     if min(k) < 1:
-        raise UserError("TODO", f"--k is {' '.join(map(str, k))}; it must be at least 1.")
+        raise UserError("option-invalid", f"--k is {' '.join(map(str, k))}; use at least 1.")
     encoder = load_encoder(run)
     digest = weights_digest(encoder)
     facts = read_run(run)[1] if run.is_dir() else {}
     data = data or facts.get("data")
     if data is None:
-        raise UserError("TODO", f"'{run}' is a weights file; name the images with --data.")
-    choice, found = _space_of(run, encoder, data, facts, against, workers)
-    choice.notes.extend(_more_notes(choice, found, k))
-    for note in choice.notes:
+        raise UserError(
+            "option-missing", f"'{run}' is a weights file; name the images with --data."
+        )
+    selection, embedded = _select_and_embed(run, encoder, data, facts, against, workers)
+    available = len(embedded.bank) - (selection.held_out is None)
+    notes = [*selection.notes, *_count_notes(selection, k, available)]
+    for note in notes:
         notify(note)
-    result: dict[str, Any] = {"accuracy": prefixed(choice, knn_accuracy(**found._asdict(), k=k))}
-    if retrieval:
-        result["retrieval"] = prefixed(choice, retrieval_scores(**found._asdict(), k=k))
-    if clusters:
-        result["clusters"] = cluster_scores(found.bank, found.bank_labels)
-    there = _neighbors_of(choice, found)
+    requested = {"accuracy": True, "retrieval": retrieval, "clusters": clusters}
+    scores = {name: MEASUREMENTS[name](embedded, k) for name, wanted in requested.items() if wanted}
     return {
-        **result,
-        "asked": len(found.queries),
-        "known": len(found.bank),
-        "held_out": choice.held_out is not None,
-        "capped": {str(count): there for count in k if count > there},
-        "against": "the memory bank" if against == "bank" else "the training images",
-        "left_out": choice.left_out,
-        "notes": choice.notes,
+        **{
+            name: found if name == "clusters" else selection.prefixed(found)
+            for name, found in scores.items()
+        },
+        "asked": len(embedded.queries),
+        "known": len(embedded.bank),
+        "held_out": selection.held_out is not None,
+        "capped": {str(count): available for count in k if count > available},
+        "against": BANK if against == "bank" else TRAINING_IMAGES,
+        "left_out": selection.left_out,
+        "notes": notes,
         "data": data,
         "run": str(run),
         "weights_digest": digest,
     }
 
 
-def _space_of(
+def _select_and_embed(
     run: Path, encoder: Encoder, data: str, facts: dict[str, Any], against: str, workers: int
 ) -> tuple[QuerySelection, EmbeddedQueries]:
-    """Who asks whom, and their embeddings by a run."""
     fabric = make_fabric()
     encoder = encoder.to(fabric.device)
     source = open_images(data)
-    select_queries(data, source, torch.arange(len(source)))  # refuses before hours of embedding
+    select_queries(data, source, torch.arange(len(source)))  # fails before hours of embedding
     config = PretrainConfig(views=load_views(run) or ViewConfig(), workers=workers)
     config = resolve_defaults(config, len(source), typical_side(source))
     if against == "bank":
-        bank, valid = _own_bank(run, data, source, facts)
+        bank, valid = _load_own_bank(run, data, source, facts)
     else:
-        bank, valid = _fresh_bank(encoder, source, config, fabric)
-    choice = select_queries(data, source, valid)
-    found = embed_queries(choice, encoder, bank.to(fabric.device), config, autocast=fabric.autocast)
-    choice.left_out["known"]["unreadable"] = len(source) - len(valid)
-    choice.left_out["asking"]["unreadable"] = len(choice.asking) - len(found.queries)
-    return choice, found
+        bank, valid = _embed_training_images(encoder, source, config, fabric)
+    selection = select_queries(data, source, valid)
+    embedded = embed_queries(
+        selection,
+        encoder,
+        bank.to(fabric.device),
+        config.views,
+        size=len(source),
+        workers=workers,
+        autocast=fabric.autocast,
+    )
+    selection.left_out["known"]["unreadable"] = len(source) - len(valid)
+    unreadable = len(selection.query_index) - len(embedded.queries)
+    selection.left_out["asking"]["unreadable"] = unreadable
+    return selection, embedded
 
 
-def _more_notes(choice: QuerySelection, found: EmbeddedQueries, k: Sequence[int]) -> list[str]:
-    """Sentences about unreadable images and a k above the number of images."""
-    notes = []
-    for side, what in (("known", "training"), ("asking", "held-out")):
-        if count := choice.left_out[side]["unreadable"]:
-            notes.append(f"{count:,} {what} images cannot be read and are left out.")
-    there = _neighbors_of(choice, found)
-    if max(k) > there:
-        notes.append(f"k = {max(k):,} is more than the {there:,} images to find: all of them vote.")
+def _count_notes(selection: QuerySelection, k: Sequence[int], available: int) -> list[str]:
+    """Return sentences about unreadable images and a k above the number of images."""
+    notes = [
+        f"{count:,} unreadable {name} images are left out."
+        for side, name in (("known", "training"), ("asking", "held-out"))
+        if (count := selection.left_out[side]["unreadable"])
+    ]
+    if max(k) > available:
+        notes.append(
+            f"k = {max(k):,} exceeds the {available:,} available images; all of them vote."
+        )
     return notes
 
 
-def _neighbors_of(choice: QuerySelection, found: EmbeddedQueries) -> int:
-    """How many images there are for each to find."""
-    return len(found.bank) - (choice.held_out is None)
-
-
-def _own_bank(run: Path, data: str, source: Source, facts: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The run's memory bank, and which of its rows were learned."""
+def _load_own_bank(
+    run: Path, data: str, source: Source, facts: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the run's memory bank, and which of its rows were learned."""
     if source.fingerprint() != facts.get("fingerprint"):
         raise UserError(
-            "TODO",
+            "mismatch",
             f"'{run}' has no memory bank of '{data}' ({len(source):,} images);"
             " use --against embeddings.",
         )
@@ -146,10 +167,10 @@ def _own_bank(run: Path, data: str, source: Source, facts: dict[str, Any]) -> tu
     return load_bank(run).float(), valid.nonzero().squeeze(1)
 
 
-def _fresh_bank(
+def _embed_training_images(
     encoder: Encoder, source: Source, config: PretrainConfig, fabric: Fabric
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of the training images now, and which of them could be read."""
+    """Return new embeddings of the training images, and the indices of the readable ones."""
     with show_progress("embedding") as show:
         found = embed(
             encoder,

@@ -1,4 +1,4 @@
-"""Accuracy by nearest neighbors while a run learns."""
+"""Accuracy by nearest neighbors in the memory bank while a run learns."""
 
 from collections.abc import Sequence
 
@@ -12,27 +12,27 @@ from ..distributed.collectives import World
 from ..io.console import notify
 from ..models import Encoder
 from .knn import knn_accuracy
-from .knn_queries import QuerySelection, Unmeasurable, embed_queries, prefixed, select_queries
-from .sharded_knn import shared_accuracy
+from .knn_queries import QuerySelection, Unmeasurable, embed_queries, select_queries
+from .sharded_knn import sharded_accuracy
 
 
 class OnlineKnn:
     """1-NN (the reference's online validation) and weighted 200-NN accuracy on the bank.
 
-    Held-out images ask the bank; where there are none with labels, its own rows ask each other
-    (named ``loo_knn1``, ``loo_knn200``); see :func:`select_queries`. Where there are no labels, or none
-    that tell anything, nothing is measured.
+    Queries are the held-out images, or bank rows where none with labels are held out (named
+    ``loo_knn1``, ``loo_knn200``); see :func:`select_queries`. Nothing is measured without usable
+    labels.
 
     Args:
-        config: resolved; its views decide what is embedded.
-        data: data URI, asked for its split "val".
-        source: what is learned from.
+        config: resolved.
+        data: data URI, opened for its split "val".
+        source: the training images.
         valid: int64, the rows of the bank that are learned.
         k: numbers of neighbors.
-        world: the ranks that the bank is split over. None: this process has it.
+        world: the ranks that share the bank. Default: this process has all of it.
 
     Raises:
-        UserError: held-out images of classes that the training images do not have by name.
+        UserError: held-out classes that the training images lack by name.
     """
 
     def __init__(
@@ -44,22 +44,21 @@ class OnlineKnn:
         k: Sequence[int] = (1, 200),
         world: World | None = None,
     ) -> None:
-        self.config, self.k, self.world = config, tuple(k), world or World()
-        self.part = self.world.part(len(source))
-        self.choice: QuerySelection | None = None
+        self.config, self.k, self.world, self.size = config, k, world or World(), len(source)
+        self.selection: QuerySelection | None = None
         self.pixels: Tensor | None = None
         if source.labels is None or not config.eval_every:
             return
         try:
-            self.choice = self.world.rank_zero_first(lambda: select_queries(data, source, valid))
+            self.selection = self.world.rank_zero_first(lambda: select_queries(data, source, valid))
         except Unmeasurable as error:
-            notify(f"Nothing is measured while learning: {error}")
+            notify(f"No accuracy is measured during training: {error}")
             return
-        for note in self.choice.notes:
+        for note in self.selection.notes:
             notify(note)
-        if self.choice.held_out is not None:
+        if self.selection.held_out is not None:
             self.pixels = load_or_scan(
-                self.choice.held_out,
+                self.selection.held_out,
                 upright=config.views.exif_orientation,
                 memory=config.memory,
                 memory_gb=config.memory_gb,
@@ -67,30 +66,29 @@ class OnlineKnn:
             ).complete_pixels
 
     def __call__(self, encoder: Encoder, bank: Tensor, fabric: Fabric) -> dict[str, float]:
-        """Accuracies in 0-1 by name, with the network in ``fabric``'s precision; empty where
-        nothing is measured. Of several ranks each brings its rows of the bank."""
-        if self.choice is None:
+        """Return accuracies in 0-1 by name, or nothing where nothing is measured.
+
+        Args:
+            encoder: used in ``fabric``'s precision.
+            bank: this rank's rows of the memory bank.
+            fabric: precision.
+        """
+        if self.selection is None:
             return {}
-        if self.world.size > 1:
-            accuracy = shared_accuracy(
-                self.world,
-                self.choice,
-                encoder,
-                bank,
-                self.part,
-                self.config.views,
-                k=self.k,
-                pixels=self.pixels,
-                workers=self.config.workers,
-                autocast=fabric.autocast,
-            )
-            return prefixed(self.choice, accuracy)
-        found = embed_queries(
-            self.choice,
+        embedded = embed_queries(
+            self.selection,
             encoder,
             bank,
-            self.config,
-            pixels=self.pixels,
+            self.config.views,
+            size=self.size,
+            workers=self.config.workers,
             autocast=fabric.autocast,
+            pixels=self.pixels,
+            world=self.world,
         )
-        return prefixed(self.choice, knn_accuracy(**found._asdict(), k=self.k))
+        if self.world.size == 1:
+            accuracy = knn_accuracy(**embedded._asdict(), k=self.k)
+        else:
+            part = self.selection.reference_part(self.world.part(self.size))
+            accuracy = sharded_accuracy(self.world, embedded, part, self.k)
+        return self.selection.prefixed(accuracy)

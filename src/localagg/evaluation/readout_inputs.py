@@ -1,27 +1,32 @@
-"""Inputs of a read-out: labeled splits, encoder, and resolved options."""
+"""Inputs of a read-out: labeled splits, encoder, resolved options, and views to measure on."""
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import load_encoder, load_views
 from ..config import PretrainConfig, TransferConfig, ViewConfig
+from ..data.images.augment import evaluation_view, ten_crop_views
+from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..errors import UserError
 from ..models import Encoder
 from ..recipes.defaults import resolve_defaults
+from .protocols import default_drops
 
-_ROWS = 256  # kept features at a time
+_BATCH = 256  # views at a time
 
 
 class LabeledSplits(NamedTuple):
-    """Images to learn from and images to measure on, whose classes have the same numbers."""
+    """Training images and held-out images, whose classes have the same numbers."""
 
     data: str
     source: Source
@@ -33,7 +38,7 @@ class LabeledSplits(NamedTuple):
     classes: int
 
     def fingerprints(self) -> list[str]:
-        """Of both parts: the images and their labels."""
+        """Return a hash of the images and labels of each split."""
         pairs = ((self.source, self.labels), (self.held_out, self.held_out_labels))
         return [
             hashlib.sha256(source.fingerprint().encode() + labels.numpy().tobytes()).hexdigest()
@@ -42,9 +47,9 @@ class LabeledSplits(NamedTuple):
 
 
 def open_labeled(data: str) -> LabeledSplits:
-    """Both splits of a data URI, their classes matched by name.
+    """Open both splits of a data URI and match their classes by name.
 
-    A class without held-out images, or without training images, is allowed.
+    A class may lack held-out images, or training images.
 
     Raises:
         UserError: no held-out split, no or missing labels, fewer than two classes in training, or
@@ -52,72 +57,65 @@ def open_labeled(data: str) -> LabeledSplits:
     """
     source, held_out = open_images(data), open_evaluation(data)
     if held_out is None:
-        raise UserError(
-            "TODO", f"'{data}' has no split to measure on; put held-out images into val/."
-        )
-    for part, what in ((source, "training"), (held_out, "held-out")):
+        raise UserError("not-found", f"'{data}' has no held-out split; put images into val/.")
+    for part, name in ((source, "training"), (held_out, "held-out")):
         if part.labels is None:
             raise UserError(
-                "TODO",
-                f"The {what} images of '{data}' have no labels; put each of at least two classes"
-                " in a folder.",
+                "no-labels",
+                f"The {name} images of '{data}' have no labels; put each class into a folder.",
             )
         if missing := int((part.labels < 0).sum()):
             raise UserError(
-                "TODO",
-                f"{missing:,} of the {len(part):,} {what} images of '{data}' have no label;"
-                " leave them out.",
+                "no-labels",
+                f"{missing:,} of the {len(part):,} {name} images of '{data}' have no label;"
+                " exclude them.",
             )
     assert source.labels is not None
     assert held_out.labels is not None
-    if len(source.labels.unique()) < 2:
-        raise UserError(
-            "TODO",
-            f"All training images of '{data}' have the same label; a read-out needs two classes.",
-        )
     names = held_out_to_training_labels(data, source, held_out)
     classes = len(source.classes or ())
-    return LabeledSplits(data, source, source.labels, held_out, names[held_out.labels], classes)
+    splits = LabeledSplits(data, source, source.labels, held_out, names[held_out.labels], classes)
+    check_classes(splits, torch.arange(len(source)))
+    return splits
 
 
-def check_classes(labelled: LabeledSplits, readable: Tensor) -> None:
-    """Make sure that the readable training images are of two classes at least.
+def check_classes(splits: LabeledSplits, readable: Tensor) -> None:
+    """Check that the readable training images have at least two classes.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
-    if len(labelled.labels[readable].unique()) < 2:
+    if len(splits.labels[readable].unique()) < 2:
         raise UserError(
-            "TODO",
-            f"All training images of '{labelled.data}' that can be read have the same label; a"
-            " read-out needs two classes.",
+            "no-labels",
+            f"All {len(readable):,} readable training images of '{splits.data}' have the same"
+            " label; a read-out needs two classes.",
         )
 
 
 def general_options(config: TransferConfig) -> PretrainConfig:
-    """The options that reading, order, views and schedule know, as pretraining has them."""
-    theirs = {field.name for field in fields(PretrainConfig)}
-    shared = {f.name: getattr(config, f.name) for f in fields(config) if f.name in theirs}
-    return PretrainConfig(**shared, ir_epochs=0)
+    """Return a configuration of pretraining with the options that read-outs share with it."""
+    shared = {field.name for field in fields(PretrainConfig)} & {f.name for f in fields(config)}
+    return PretrainConfig(**{name: getattr(config, name) for name in shared}, ir_epochs=0)
 
 
 def take_encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
-    """A copy of an encoder, or the one of a run folder or weights file, and where it was found."""
+    """Return a copy of an encoder, or the encoder of a run folder or weights file, and its path."""
     if isinstance(weights, Encoder):
         return copy.deepcopy(weights), None
     return load_encoder(Path(weights)), Path(weights)
 
 
-_SIZES = ("image_size", "eval_crop")  # what the weights' own views lend to others
-
-
 def resolve_transfer(
     config: TransferConfig, encoder: Encoder, path: Path | None, source: Source
 ) -> TransferConfig:
-    """The configuration without None: layers, batch, drops, and views that the weights know."""
+    """Return the configuration without None: layers, batch, drops, and the views of the weights."""
     views = config.views
     if path is not None and (learned := load_views(path)):
-        sizes = {name: getattr(views, name) or getattr(learned, name) for name in _SIZES}
+        sizes = {
+            name: getattr(views, name) or getattr(learned, name)
+            for name in ("image_size", "eval_crop")
+        }
         views = learned if views == ViewConfig() else replace(views, **sizes)
     general = resolve_defaults(
         replace(general_options(config), views=views, drops=(), ir_epochs=0),
@@ -129,10 +127,40 @@ def resolve_transfer(
         views=general.views,
         layers=config.layers or tuple(encoder.layers),
         batch_size=general.batch_size,
-        drops=usual_drops(config.epochs) if config.drops is None else config.drops,
+        drops=default_drops(config.epochs) if config.drops is None else config.drops,
     )
 
 
-def usual_drops(epochs: int) -> tuple[float, ...]:
-    """Where the reference's ResNets have them: after 30 and 60 of 70 epochs."""
-    return tuple(round(epochs * share / 7, 2) for share in (3, 6))
+def evaluation_views(
+    source: Source,
+    views: ViewConfig,
+    pixels: Tensor | None,
+    *,
+    ten_crop: bool,
+    workers: int,
+    device: torch.device,
+    index: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every readable image of a source once, the last partial batch included.
+
+    Args:
+        source: the images.
+        views: size and crop of a view.
+        pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
+        ten_crop: ten views of an image instead of the center crop.
+        workers: processes that decode images that are not in memory.
+        device: where views are made of pixels in memory.
+        index: int64 [n], which of the pixels to take. Default: all.
+
+    Yields:
+        (index int64 [B], images [B, 3, S, S] or [B, 10, 3, S, S]).
+    """
+    batch = max(1, _BATCH // (10 if ten_crop else 1))
+    if pixels is None:
+        yield from evaluation_batches(
+            source, views, batch=batch, workers=workers, ten_crop=ten_crop
+        )
+        return
+    make_views = ten_crop_views if ten_crop else evaluation_view
+    for part in (torch.arange(len(pixels)) if index is None else index).split(batch):
+        yield part, make_views(pixels[part].to(device), views)

@@ -1,23 +1,21 @@
-"""One table of results: what was measured of a run, by which protocol, on what.
+"""Read and append to ``RUN/results.json``: every number measured of a run, in order of measuring.
 
-``RUN/results.json`` holds ``{"results": [entry, ...]}`` in the order of measuring (of a weights
-file ``FILE.safetensors`` it is ``FILE/results.json``). An entry::
+The file holds ``{"results": [entry, ...]}`` (``FILE/results.json`` of a weights file
+``FILE.safetensors``). An entry::
 
-    {"measure": "knn",               what kind of number
-     "protocol": "...",              exact words; other words are another protocol
-     "values": {"knn1": 0.41},       numbers; shares of 1 where they are accuracies
-     "intervals": {"knn1": 0.01},    half of the 95 % intervals, where there are some
+    {"measure": "knn",               kind of number
+     "protocol": {...},              fields of :mod:`.protocols`; a sentence in earlier versions
+     "values": {"knn1": 0.41},       numbers; accuracies in 0-1
+     "intervals": {"knn1": 0.01},    half widths of 95 % intervals, where known
      "data": URI, "fingerprint": of the split measured, "images": its size,
-     "training_fingerprint", "training_images": of the split learned from, or asked,
-     "asked": how many of the images were measured, "known": how many training images were there,
-     "left_out": {...: images}, "capped": {"200": neighbors that voted in their place},
-     "dataset": a well-known name or absent, "weights_digest" and perhaps "step": of what,
+     "training_fingerprint", "training_images": of the training split,
+     "asked": images measured, "known": training images used,
+     "left_out": {...: images}, "capped": {"200": neighbors that voted instead},
+     "dataset": a well-known name or absent, "weights_digest" and perhaps "step": of the weights,
      "when": UTC, "version": of this package}
 
-Of these, measure, protocol, data and values must be there.
-
-``localagg demo`` and ``localagg transfer`` write a results.json of another shape into folders of
-their own. Such a file is refused in one sentence, when reading and when appending, and never
+Only measure, protocol, data and values are required. ``localagg demo`` and ``localagg transfer``
+write a results.json of another form into folders of their own; such a file is reported and never
 overwritten.
 """
 
@@ -31,8 +29,7 @@ from .. import __version__
 from ..errors import UserError
 
 _FILE = "results.json"
-_WAIT = 60  # seconds for another process to end its line
-_NEEDED = ("measure", "protocol", "data")
+_LOCK_SECONDS = 60
 _OPTIONAL = {
     **dict.fromkeys(("fingerprint", "training_fingerprint", "dataset", "weights_digest"), str),
     **dict.fromkeys(("when", "version"), str),
@@ -41,98 +38,94 @@ _OPTIONAL = {
 }
 
 
-def results_file(run: Path) -> Path:
-    """Where the results of a run folder, or of a weights file, stand."""
-    return (run.with_suffix("") if run.is_file() else run) / _FILE
-
-
 def append_result(run: Path, entry: dict[str, Any]) -> None:
-    """Add what was measured. Two processes that add at once lose nothing; a kill leaves it whole.
+    """Append an entry, atomically; processes that append at the same time lose nothing.
 
     Args:
         run: run folder, or weights file.
-        entry: as above; "when" and "version" are added where they are missing.
+        entry: as above; missing "when" and "version" are added.
 
     Raises:
-        UserError: no such run, or its results.json is damaged, of another shape, or locked by
-            another process for a minute; it is left as it is.
-        ValueError: an entry without measure, protocol, data or values, or with a value that is no
-            finite number.
+        UserError: no such run; its results.json is damaged, of another form, or locked by another
+            process for a minute. The file is left as it is.
+        ValueError: a required field is missing, or a value is not a finite number.
     """
     from filelock import FileLock, Timeout
 
     from ..checkpoint import write_json
 
-    if not run.exists():
-        raise UserError("TODO", f"There is no run folder or weights file '{run}'.")
+    file = _results_path(run)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"when": when, "version": __version__, **entry}
-    if why := _fault(entry):
-        raise ValueError(f"not a result: {why}")
-    file = results_file(run)
+    if fault := _find_fault(entry):
+        raise ValueError(f"not a result: {fault}")
     file.parent.mkdir(exist_ok=True)
     try:
-        with FileLock(file.with_name(f".{_FILE}.lock"), timeout=_WAIT):
+        with FileLock(file.with_name(f".{_FILE}.lock"), timeout=_LOCK_SECONDS):
             write_json(file, {"results": [*read_results(run), entry]})
     except Timeout:
         raise UserError(
-            "TODO",
-            f"'{file}' has been locked by another process for {_WAIT} s; measure again when it has"
-            " ended.",
+            "busy",
+            f"Another process has locked '{file}' for {_LOCK_SECONDS} s; wait until it has ended,"
+            " then measure again.",
         ) from None
 
 
 def read_results(run: Path) -> list[dict[str, Any]]:
-    """All entries of a run, oldest first; none where nothing was measured yet.
+    """Return all entries of a run, oldest first; none if nothing was measured yet.
 
     Raises:
-        UserError: no such run, or its results.json is damaged or of another shape.
+        UserError: no such run, or its results.json is damaged or of another form.
     """
-    if not run.exists():
-        raise UserError("TODO", f"There is no run folder or weights file '{run}'.")
-    file = results_file(run)
+    file = _results_path(run)
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            "TODO", f"'{file}' is damaged ({error}); mend it, or move it away and measure again."
-        ) from None
+        raise _damaged(file, str(error)) from None
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
         raise UserError(
-            "TODO",
-            f"'{file}' is no list of measurements of a run, but what another command (such as demo"
-            " or transfer) wrote; name the run folder itself.",
+            "mismatch",
+            f"'{file}' is not a list of measurements of a run, but the result of another command"
+            " (such as demo or transfer); name the run folder itself.",
         )
     for number, entry in enumerate(found["results"], 1):
-        if why := _fault(entry):
-            raise UserError(
-                "TODO",
-                f"'{file}' is damaged (entry {number} has {why}); mend it, or move it away and"
-                " measure again.",
-            )
+        if fault := _find_fault(entry):
+            raise _damaged(file, f"entry {number}: {fault}")
     return found["results"]
 
 
-def _fault(entry: Any) -> str | None:
-    """What is wrong with an entry, or None."""
+def _results_path(run: Path) -> Path:
+    if not run.exists():
+        raise UserError("not-found", f"There is no run folder or weights file '{run}'.")
+    return (run.with_suffix("") if run.is_file() else run) / _FILE
+
+
+def _damaged(file: Path, fault: str) -> UserError:
+    return UserError(
+        "damaged", f"'{file}' is damaged ({fault}); repair it, or move it away and measure again."
+    )
+
+
+def _find_fault(entry: Any) -> str | None:
+    """Return the first fault of an entry, or None."""
     if not isinstance(entry, dict):
-        return "no names"
-    for name in _NEEDED:
-        if not (isinstance(entry.get(name), str) and entry[name]):
-            return f"no '{name}'"
+        return "not an object"
+    for name, kinds in (("measure", str), ("protocol", (str, dict)), ("data", str)):
+        if not (isinstance(entry.get(name), kinds) and entry[name]):
+            return f"no valid '{name}'"
     for name, kind in _OPTIONAL.items():
         if not isinstance(entry.get(name), (kind, type(None))):
-            return f"a '{name}' of another kind"
+            return f"invalid '{name}'"
     values = entry.get("values")
     if not isinstance(values, dict) or not values:
         return "no 'values'"
     intervals = entry.get("intervals") or {}
     if unknown := set(intervals) - set(values):
-        return f"an interval of '{min(unknown)}', which is no value"
+        return f"an interval without a value: '{min(unknown)}'"
     for name, value in (*values.items(), *intervals.items()):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            return f"a value '{name}' that is no finite number"
+            return f"'{name}' is not a finite number"
     return None

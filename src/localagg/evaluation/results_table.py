@@ -1,16 +1,24 @@
 """Compare the results of several runs with each other and with published numbers."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .published import PUBLISHED, Published
+from .protocols import describe_protocol
+from .published import PUBLISHED, PublishedNumber
 from .results_file import read_results
 
+_MAX_COLUMNS = 6  # a wider table is transposed
+# Fields that two numbers must share, beside their images, to stand in one column.
+_COUNTS = ("images", "asked", "training_images", "known")
+_SHARED = ("measure", "protocol", "dataset", "training_fingerprint", *_COUNTS)
+_COLUMN_FIELDS = (*_SHARED, "data", "fingerprint")
 
-class _Row(NamedTuple):
-    """Weights of a run, or a published number."""
+
+class _RowKey(NamedTuple):
+    """A run, one of its weights, or a published number."""
 
     name: str
     weights: str | None
@@ -18,58 +26,63 @@ class _Row(NamedTuple):
 
 
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
-    """Runs side by side, and the published numbers of the same protocols and data.
+    """Compare runs, and published numbers of the same protocols and data.
 
-    A column is one number under one protocol on the same images, those measured and those of
-    training (by fingerprint and count), so that unlike numbers never share one. A row is a run; one
-    that was measured with several weights has a row of each. Of a number measured again the last
-    one counts.
+    A column is one number under one protocol on the same measured and training images (by
+    fingerprint and count). A row is a run, or one of several weights of a run. The last of repeated
+    measurements counts.
 
     Returns:
         {"columns": [{"measure", "protocol", "data", "dataset", "images", "fingerprint",
         "training_images", "training_fingerprint", "asked", "known", "name"}], "rows": [{"run",
         "weights": or None, "published": bool, "source": or None, "values": [number or None, one a
-        column], "intervals": [likewise, half of the 95 % interval]}], "notes": [str]}.
+        column], "intervals": [half width of the 95 % interval or None]}], "notes": [str]}.
 
     Raises:
         UserError: none of the runs has results, or one cannot be read.
     """
-    kinds: dict[tuple, dict[str, Any]] = {}
     columns: dict[tuple, dict[str, Any]] = {}
-    cells: dict[_Row, dict[tuple, tuple[float, float | None]]] = {}
+    cells: dict[_RowKey, dict[tuple, tuple[float, float | None]]] = {}
     notes = []
     for run in runs:
         entries = read_results(run)
         if not entries:
             notes.append(f"{run} has no results yet; measure it with localagg knn {run}.")
+        several = len({_weights_name(entry) for entry in entries}) > 1
         for entry in entries:
-            row = cells.setdefault(_row(run, entry, entries), {})
+            key = _RowKey(str(run), _weights_name(entry) if several else None, None)
+            row = cells.setdefault(key, {})
             for name, value in entry["values"].items():
-                kind, key = _kind(entry), (*_kind(entry), name)
-                kinds.setdefault(kind, {field: entry.get(field) for field in _SHOWN})
-                columns.setdefault(key, {**kinds[kind], "name": name})
-                row[key] = value, (entry.get("intervals") or {}).get(name)
+                column = (*_comparison_key(entry), name)
+                shown = {field: entry.get(field) for field in _COLUMN_FIELDS}
+                columns.setdefault(column, {**shown, "name": name})
+                row[column] = value, (entry.get("intervals") or {}).get(name)
     if not columns:
         raise UserError(
-            "TODO",
-            f"Nothing was measured of {', '.join(map(str, runs))} yet; begin with localagg knn RUN.",
+            "not-found",
+            f"No results of {', '.join(map(str, runs))} yet; measure a run with localagg knn RUN.",
         )
     measured = [*cells]
     for number in PUBLISHED:
-        beside = [key for key, column in columns.items() if _stands_in(number, column)]
-        row = _Row(number.name, None, number.source)
-        if beside:
-            cells.setdefault(row, {}).update(dict.fromkeys(beside, (number.number, None)))
-        elif any(_of_same_kind(number, column) for column in columns.values()):
-            notes.append(_elsewhere(number))
+        same_number = [key for key, column in columns.items() if _is_same_number(number, column)]
+        same = [key for key in same_number if columns[key]["protocol"] == number.protocol]
+        if same:
+            row = cells.setdefault(_RowKey(number.name, None, number.source), {})
+            row.update(dict.fromkeys(same, (number.number, None)))
+        elif same_number:
+            notes.append(
+                f"Published under another protocol, not comparable: {number.name} {number.value}"
+                f" {number.number:.1%} on {number.dataset} ({number.source}:"
+                f" {describe_protocol(number.protocol)})."
+            )
     rows = [
         {
             "run": row.name,
             "weights": row.weights,
             "published": row not in measured,
             "source": row.source,
-            "values": [found.get(key, _NOTHING)[0] for key in columns],
-            "intervals": [found.get(key, _NOTHING)[1] for key in columns],
+            "values": [found.get(key, (None, None))[0] for key in columns],
+            "intervals": [found.get(key, (None, None))[1] for key in columns],
         }
         for row, found in cells.items()
     ]
@@ -77,65 +90,55 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What :func:`compare` found, to print: a table for each protocol and data.
+    """Return the result of :func:`compare` to print: a table for each protocol and data.
 
     Returns:
-        (title, columns, rows) of each; accuracies and other shares of 1 in percent. More numbers
-        than runs, and than a line has room for, go down the page, each run in a column.
+        (title, columns, rows) of each; numbers up to 1 in percent. A table of more numbers than
+        runs, and than fit a line, is transposed.
     """
     groups: dict[tuple, list[int]] = {}
     for number, column in enumerate(comparison["columns"]):
-        kind = tuple(value for name, value in column.items() if name != "name")
-        groups.setdefault(kind, []).append(number)
+        groups.setdefault((*_comparison_key(column), column["data"]), []).append(number)
     found = []
     for numbers in groups.values():
-        column = comparison["columns"][numbers[0]]
-        named = f" ({column['dataset']})" if column["dataset"] else ""
-        title = (
-            f"{column['measure']} on {column['data']}{named}{_counts(column)}: {column['protocol']}"
-        )
         rows = []
         for row in comparison["rows"]:
             shown = [(row["values"][n], row["intervals"][n]) for n in numbers]
             if any(value is not None for value, _ in shown):
-                rows.append([_row_name(row), *(_shown(*cell) for cell in shown)])
+                rows.append([_row_name(row), *(_format_number(*cell) for cell in shown)])
         columns = ["", *(comparison["columns"][n]["name"] for n in numbers)]
-        if len(numbers) > max(_ACROSS, len(rows)):
+        if len(numbers) > max(_MAX_COLUMNS, len(rows)):
             columns, *rows = (list(line) for line in zip(columns, *rows, strict=True))
-        found.append((title, columns, rows))
+        found.append((_title(comparison["columns"][numbers[0]]), columns, rows))
     return found
 
 
-def _row(run: Path, entry: dict[str, Any], entries: list[dict[str, Any]]) -> _Row:
-    """The row of an entry; it names the weights where the run was measured with several."""
-    digests = {_weights(other) for other in entries}
-    return _Row(str(run), _weights(entry) if len(digests) > 1 else None, None)
+def _comparison_key(entry: dict[str, Any]) -> tuple:
+    """Return the fields that two numbers must share to be compared, hashable."""
+    images = entry.get("fingerprint") or entry["data"]
+    return images, *(json.dumps(entry.get(name), sort_keys=True) for name in _SHARED)
 
 
-def _weights(entry: dict[str, Any]) -> str | None:
-    """What tells weights of a run apart, in words."""
+def _weights_name(entry: dict[str, Any]) -> str | None:
     if (step := entry.get("step")) is not None:
         return f"step {step:,}"
     digest = entry.get("weights_digest")
     return None if digest is None else f"weights {digest[:8]}"
 
 
-_ACROSS = 6  # numbers that stand beside each other in a line
-_NOTHING = (None, None)
-# What two numbers must share to be compared, beside their images themselves.
-_COUNTS = ("images", "asked", "training_images", "known")
-_SHARED = ("measure", "protocol", "dataset", "training_fingerprint", *_COUNTS)
-_SHOWN = (*_SHARED, "data", "fingerprint")
+def _is_same_number(number: PublishedNumber, column: dict[str, Any]) -> bool:
+    same = (number.measure, number.dataset, number.value)
+    return same == (column["measure"], column["dataset"], column["name"])
 
 
-def _kind(entry: dict[str, Any]) -> tuple:
-    """What two numbers must share to be compared."""
-    images = entry.get("fingerprint") or entry["data"]
-    return images, *(entry.get(name) for name in _SHARED)
+def _title(column: dict[str, Any]) -> str:
+    named = f" ({column['dataset']})" if column["dataset"] else ""
+    counts = f"{column['measure']} on {column['data']}{named}{_format_counts(column)}"
+    return f"{counts}: {describe_protocol(column['protocol'])}"
 
 
-def _counts(column: dict[str, Any]) -> str:
-    """How many images were measured, and how many others were learned from."""
+def _format_counts(column: dict[str, Any]) -> str:
+    """Return the numbers of images measured and of training images used."""
     images, asked, training = (column[name] for name in ("images", "asked", "training_images"))
     words = ""
     if images is not None:
@@ -147,29 +150,13 @@ def _counts(column: dict[str, Any]) -> str:
     return words
 
 
-def _of_same_kind(number: Published, column: dict[str, Any]) -> bool:
-    same = (number.measure, number.dataset, number.value)
-    return same == (column["measure"], column["dataset"], column["name"])
-
-
-def _stands_in(number: Published, column: dict[str, Any]) -> bool:
-    return _of_same_kind(number, column) and number.protocol == column["protocol"]
-
-
-def _elsewhere(number: Published) -> str:
-    return (
-        f"Published under another protocol, not to be compared: {number.name} {number.value}"
-        f" {number.number:.1%} on {number.dataset} ({number.source}: {number.protocol})."
-    )
-
-
 def _row_name(row: dict[str, Any]) -> str:
     if row["published"]:
         return f"{row['run']} (published: {row['source']})"
     return row["run"] if row["weights"] is None else f"{row['run']}, {row['weights']}"
 
 
-def _shown(value: float | None, interval: float | None) -> str:
+def _format_number(value: float | None, interval: float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, int):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import PretrainConfig, ViewConfig
 from ..data.images.augment import Augment
-from ..data.loading.cropping import EvaluationCrops, TrainingCrops
+from ..data.loading.cropping import evaluation_crops, training_crops
 from ..data.loading.scan import require_readable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
@@ -63,12 +63,12 @@ def _views(
     source: Source, views: ViewConfig, index: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
     """(index of the readable images [n], their views [n, columns, 3, S, S] in 0-1, failed)."""
-    (index, measured), failed = EvaluationCrops(source, views, [index], ten_crop=False)[0]
+    (index, measured), failed = evaluation_crops(source, views, False, index)
     columns = [measured.float() / 255]
     if len(index):
         augment = Augment(views, seed, cropped=True)
         for epoch in range(_COLUMNS - 1):
-            batch, _ = TrainingCrops(source, views, seed, epoch, [index])[0]
+            batch, _ = training_crops(source, views, seed, epoch, index)
             columns.append(augment(batch.images, epoch, batch.index, batch.uniforms))
     return index, torch.stack(columns, dim=1), failed
 

@@ -1,5 +1,6 @@
 """How long an epoch of a recipe takes on this machine, from a few seconds of its own steps."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -9,9 +10,9 @@ import torch
 
 from ..config import PretrainConfig, require_resolved
 from ..data.images.augment import Augment, view_uniforms
-from ..data.loading.cropping import TrainingBatch, TrainingCrops
+from ..data.loading.cropping import TrainingBatch, training_crops
 from ..data.loading.scan import typical_side
-from ..data.loading.workers import iterate_in_workers
+from ..data.loading.workers import map_in_workers
 from ..data.sources.open import Source, open_images
 from ..engine.counter_rng import ORDER, permutation
 from ..recipes.defaults import resolve_defaults
@@ -86,8 +87,8 @@ def _reading(config: PretrainConfig, source: Source) -> float:
     order = permutation(len(source), config.seed, ORDER, 0)
     chunks, workers = list(order.split(_FEWEST)), config.workers
     started, timed, done = time.perf_counter(), 0.0, 0
-    crops = TrainingCrops(source, config.views, 0, 0, chunks)
-    for batch, failed in iterate_in_workers(crops, workers):
+    crop = functools.partial(training_crops, source, config.views, 0, 0)
+    for batch, failed in map_in_workers(crop, chunks, workers):
         if timed == 0.0 and len(chunks) > 1:  # not timed: the workers have started
             started, timed = time.perf_counter(), 1e-9
             continue

@@ -10,23 +10,21 @@ from scipy.stats import binom, chisquare, ks_2samp
 from torchvision.transforms import v2
 
 from localagg.config import ViewConfig
-from localagg.data.images import augment as module
 from localagg.data.images.augment import (
     Augment,
-    Boxes,
     ViewDraws,
     brightness,
-    central_boxes,
     color_jitter,
     contrast,
-    crop_boxes,
     evaluation_view,
     hue,
+    random_views,
     resample,
     saturation,
     view_draws,
     view_uniforms,
 )
+from localagg.data.images.crops import Boxes, crop_boxes
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import open_images
 
@@ -97,25 +95,18 @@ def test_each_sample_has_its_own_order_of_jitter(images):
     assert torch.equal(untouched, views)
 
 
-def test_gray_views_skip_what_would_not_change_them(images, monkeypatch):
-    asked = []
-
-    def spied(number, operation):
-        return lambda x, factor: asked.extend([number] * len(x)) or operation(x, factor)
-
-    spies = [spied(i, call) for i, call in enumerate((brightness, contrast, saturation, hue))]
-    monkeypatch.setattr(module.color_jitter, "__defaults__", (spies,))
-    augment, index = Augment(replace(CONFIG, gray=0.5), 0), torch.arange(12)
-    gray = view_draws(augment.config, view_uniforms(0, 0, index)).gray
-    views = augment(images, 0, index)
-    assert [asked.count(number) for number in range(4)] == [12, 12, *[int((~gray).sum())] * 2]
-    assert 0 < gray.sum() < 12
-    assert (views.amax(dim=1) - views.amin(dim=1)).amax(dim=(1, 2))[gray].max() == 0
-    monkeypatch.setattr(module, "_spared", lambda chosen: chosen)
-    torch.testing.assert_close(views, augment(images, 0, index), atol=1e-6, rtol=0)
-    monkeypatch.undo()
+def test_gray_views_skip_saturation_and_hue(images):
+    """Which would change nothing but their rounding: to the bit, they are not applied."""
+    index = torch.arange(12)
+    draws = view_draws(replace(CONFIG, gray=0.5), view_uniforms(0, 0, index))
+    views = random_views(images, draws, CONFIG)
+    assert 0 < draws.gray.sum() < 12
+    assert (views.amax(dim=1) - views.amin(dim=1)).amax(dim=(1, 2))[draws.gray].max() == 0
+    plain = random_views(images, draws, replace(CONFIG, jitter=(0.4, 0.4, 0.0, 0.0)))
+    assert [torch.equal(*pair) for pair in zip(views, plain, strict=True)] == draws.gray.tolist()
     for i in range(12):  # the same bits in any company
-        assert torch.equal(augment(images[i : i + 1], 0, index[i : i + 1])[0], views[i])
+        alone = ViewDraws(*(drawn[i : i + 1] for drawn in draws))
+        assert torch.equal(random_views(images[i : i + 1], alone, CONFIG)[0], views[i])
 
 
 # --- Whole views with forced parameters -----------------------------------------------------------
@@ -154,39 +145,34 @@ def oracle_view(image, box, chosen, i, size):
 
 @pytest.mark.parametrize("size", [32, 112])
 @pytest.mark.parametrize("cropped", [False, True])
-def test_forced_views_are_torchvisions_to_a_level(images, monkeypatch, size, cropped):
-    """112 is worked through image by image, 32 in runs."""
+def test_forced_views_are_torchvisions_to_a_level(images, size, cropped):
+    """Views of 112 pixels are made one at a time, those of 32 in chunks."""
     count = 48
-    chosen = forced(count)
-    monkeypatch.setattr(module, "view_draws", lambda *keys: chosen)
-    config = ViewConfig(image_size=size)
+    draws, config = forced(count), ViewConfig(image_size=size)
     many = images.repeat(4, 1, 1, 1)
-    box = crop_boxes(config, chosen.crop, torch.tensor(48), torch.tensor(48))
-    if cropped:  # as workers send them: uint8
-        sides = [tuple(int(side[i]) for side in box) for i in range(count)]
-        given = [
-            V.resized_crop(image, *b, [size, size], antialias=True)
-            for image, b in zip(many, sides, strict=True)
-        ]
-        found = Augment(config, 0, cropped=True)(torch.stack(given), 0, torch.arange(count))
-        whole = Boxes(*(torch.tensor([side] * count) for side in (0, 0, size, size)))
-        many, box = torch.stack(given), whole
-    else:
-        found = Augment(config, 0)(many, 0, torch.arange(count))
+    box = crop_boxes(config, draws.crop, torch.tensor(48), torch.tensor(48))
+    if cropped:  # uint8, by workers
+        many = torch.stack([
+            V.resized_crop(
+                image, *(int(side[i]) for side in box), size=[size, size], antialias=True
+            )
+            for i, image in enumerate(many)
+        ])  # fmt: skip
+        box = Boxes(*(torch.tensor([side] * count) for side in (0, 0, size, size)))
+    found = random_views(many, draws, config, cropped=cropped)
     for i in range(count):
-        expected = oracle_view(many[i].float() / 255, box, chosen, i, size)
+        expected = oracle_view(many[i].float() / 255, box, draws, i, size)
         assert ((found[i] - expected).abs() * 255).max() < 0.1
         levels = [(view * 255).round() for view in (found[i], expected)]
         assert (levels[0] - levels[1]).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("large", "run"), [(1, 1), (2**30, 2**30), (2**30, 7 * 3 * 32 * 32)])
-def test_views_do_not_depend_on_the_runs_of_a_batch(images, monkeypatch, large, run):
+@pytest.mark.parametrize(("alone", "chunk"), [(1, 1), (2**30, 2**30), (2**30, 7 * 3 * 32 * 32)])
+def test_views_do_not_depend_on_the_chunks_of_a_batch(images, alone, chunk):
     index = torch.arange(12)
-    expected = Augment(CONFIG, 3)(images, 5, index)
-    monkeypatch.setattr(module, "_LARGE", large)
-    monkeypatch.setattr(module, "_RUN", run)
-    torch.testing.assert_close(Augment(CONFIG, 3)(images, 5, index), expected, atol=2e-6, rtol=0)
+    draws = view_draws(CONFIG, view_uniforms(3, 5, index))
+    found = random_views(images, draws, CONFIG, alone_above=alone, chunk_values=chunk)
+    torch.testing.assert_close(found, Augment(CONFIG, 3)(images, 5, index), atol=2e-6, rtol=0)
 
 
 # --- Distributions --------------------------------------------------------------------------------
@@ -285,7 +271,3 @@ def test_the_measured_view_is_the_resized_center(images):
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     whole = evaluation_view(images, ViewConfig(image_size=48, eval_crop=1.0))
     assert torch.equal(whole, images.float() / 255)
-    assert [float(v) for v in central_boxes(0.5, torch.tensor(10.0), torch.tensor(21.0))] == [
-        2.0, 8.0, 5.0, 5.0,
-    ]  # fmt: skip
-    assert Boxes._fields == ("top", "left", "height", "width")

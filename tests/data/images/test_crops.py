@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 from scipy.stats import binom, ks_2samp
 from torchvision.transforms import v2
@@ -12,7 +11,6 @@ from localagg.config import ViewConfig
 from localagg.data.images.augment import view_draws, view_uniforms
 from localagg.data.images.crops import crop_boxes, evaluation_boxes
 from localagg.engine.counter_rng import uniform
-from localagg.errors import UserError
 
 SIZES = np.random.RandomState(0).randint(2, 900, size=(300, 2))
 
@@ -144,10 +142,3 @@ def test_a_hundred_tries_find_what_ten_do_not():
     first = sum(distorted(tries, 100, 300, (0.43, 1.0)) is not None for tries in crop.tolist())
     assert first < 0.75 * len(crop)
     assert fit.float().mean() > 0.9
-
-
-def test_wrong_words_are_refused():
-    with pytest.raises(UserError, match="--augmentation is 'Reference'"):
-        ViewConfig(augmentation="Reference")
-    with pytest.raises(UserError, match="--crop is 'random'"):
-        ViewConfig(crop="random")

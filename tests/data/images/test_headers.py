@@ -1,4 +1,4 @@
-"""What the header scan tells of a file's end, format by format; only decoding tells the rest."""
+"""The header scan finds truncated files, format by format; other damage shows when decoding."""
 
 import io
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from localagg.data.images.headers import HEAD, FileEnds, read_ends, read_header
-from localagg.data.loading.scan import HeaderScan
+from localagg.data.images.decode import decode
+from localagg.data.images.headers import HEAD, read_ends, read_header
+from localagg.data.loading.scan import scan_headers
 from localagg.data.sources.open import open_images
 
 PHOTO = Image.fromarray(load_sample_images().images[0][100:228, 200:360])
@@ -71,26 +72,34 @@ if features.check("avif"):
     WHOLE["AVIF"] = encoded(PHOTO, "AVIF", quality=100, subsampling="4:4:4")
 
 
-def is_cut(source, index):
-    ends = read_ends(source, index)
-    assert isinstance(ends, FileEnds)
-    return read_header(source, index, ends)[1]
+def header(source, index):
+    return read_header(source, index, read_ends(source, index))
 
 
 @pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE)
-def test_the_scan_knows_where_an_image_ends(data, stored):
+def test_the_scan_finds_truncated_images(data, stored):
     lengths = [len(data) // 10, len(data) // 2, len(data) * 9 // 10, len(data) - 1, len(data)]
     source = stored(*(data[:length] for length in lengths))
-    assert not is_cut(source, 4)
-    failed = HeaderScan(source, 0, 256)[0].unreadable.keys()
+    found, end_is_missing, _ = header(source, 4)
+    assert (found.height, found.width) == tuple(decode(data).shape[1:])
+    assert found.decoded == (found.format in ("TIFF", "PPM", "JPEG2000", "AVIF"))
+    assert not end_is_missing
+    failed = scan_headers(source, range(5)).unreadable.keys()
     last_is_no_pixel = data[:4] in (b"\x89PNG", b"GIF8")
     assert failed == ({0, 1, 2} if last_is_no_pixel else {0, 1, 2, 3})
 
 
-def test_most_are_longer_than_what_is_read_of_them():
+def test_most_examples_are_longer_than_the_bytes_read():
     assert sum(len(data) > HEAD for data in WHOLE.values()) > len(WHOLE) // 2
 
 
-def test_what_follows_the_pixels_does_not_count(stored):
+def test_bytes_after_the_pixels_are_ignored(stored):
     source = stored(WHOLE["JPEG2000"] + BOX, WHOLE["PPM"] + b"\n", WHOLE["TIFF"] + b"more")
-    assert not any(is_cut(source, index) for index in range(3))
+    assert not any(header(source, index)[1] for index in range(3))
+
+
+def test_an_end_that_is_missing_although_all_pixels_are_there_is_told(stored):
+    source = stored(WHOLE["PNG"][:-1], WHOLE["JPEG"] + b"more")
+    for index in range(2):
+        found, end_is_missing, _ = header(source, index)
+        assert (found.decoded, end_is_missing) == (True, True)

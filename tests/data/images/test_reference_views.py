@@ -9,10 +9,10 @@ import torch
 import torchvision.transforms.v2.functional as V
 
 from localagg.config import ViewConfig, override
-from localagg.data.images import augment
 from localagg.data.images.augment import (
     Augment,
     evaluation_view,
+    random_views,
     ten_crop_views,
     view_draws,
     view_uniforms,
@@ -172,16 +172,15 @@ def test_zero_switches_everything_off(images):
     assert torch.equal((gray[:, :1] * 255).round(), grayscale((views * 255).round()))
 
 
-def test_forced_views_are_the_formulas_one_after_the_other(images, monkeypatch):
+def test_forced_views_are_the_formulas_one_after_the_other(images):
     """Every order of the jitter, each image alone: none of 24 views differs by a level."""
     orders = torch.tensor(list(itertools.permutations(range(4))))
     drawn = view_draws(CONFIG, view_uniforms(0, 0, torch.arange(24)))
     chosen = drawn._replace(
         gray=torch.arange(24) % 5 == 0, flip=torch.arange(24) % 2 == 0, order=orders
     )
-    monkeypatch.setattr(augment, "view_draws", lambda *keys: chosen)
     many = images.repeat(2, 1, 1, 1)
-    found = Augment(CONFIG, 0)(many, 0, torch.arange(24)) * 255
+    found = random_views(many, chosen, CONFIG) * 255
     box = crop_boxes(CONFIG, chosen.crop, torch.tensor(48), torch.tensor(48))
     for i in range(24):
         view = resample(many[i : i + 1], Boxes(*(side[i : i + 1] for side in box)), 32)

@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from expect import user_error
 
 from localagg.data import open_images
 from localagg.data.inspect.inspect_dataset import inspect
 from localagg.data.pack.pack_dataset import pack
-from localagg.data.sources import arrow_tables
-from localagg.errors import UserError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 IMAGES = [b"zero", b"one" * 99, b"", b"three"]
@@ -88,13 +87,14 @@ def test_labels_of_every_kind(tmp_path, labels, feature, expected, classes):
     assert (source.labels.tolist() if source.labels is not None else None) == expected
 
 
-def test_labels_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"Record 1 of '.*' has no label in 'label'"):
+def test_missing_and_invalid_labels_raise(tmp_path):
+    with user_error("no-labels", "Record 1", tmp_path):
         open_images(save(tmp_path / "s", [0, None, 1, 1], names))
-    for label in (-2, 3):  # datasets would not write them
-        column = pa.chunked_array([[0, 1], [label, 1]])
-        with pytest.raises(UserError, match=f"Record 2 of 'u' has the label {label}, .* 3 classes"):
-            arrow_tables._labels("u", "label", column, {"names": ["a", "b", "c"]})
+    save(tmp_path / "t", [0, 1, 2, 1], names)
+    info = tmp_path / "t" / "dataset_info.json"  # datasets would not write label 2 of two classes
+    info.write_text(info.read_text().replace('"c"', "").replace('"b",', '"b"'))
+    with user_error("damaged", "Record 2", "label 2", "to 1"):
+        open_images(tmp_path / "t")
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -136,25 +136,25 @@ def test_a_column_of_paths_that_are_no_text_is_not_followed(tmp_path):
     assert contents(open_images(tmp_path / "t.parquet")) == [(b"a", None), (b"", None)]
 
 
-def test_files_without_records_are_passed_over(tmp_path):
+def test_files_without_records_are_skipped(tmp_path):
     table = pa.table({"image": [b"a", b"b"]})
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "0.parquet")
-    with pytest.raises(UserError, match=r"holds no records in 0\.parquet"):
+    with user_error("no-images", "0.parquet"):
         open_images(tmp_path)
     pyarrow.parquet.write_table(table, tmp_path / "1.parquet")
     assert contents(open_images(tmp_path)) == [(b"a", None), (b"b", None)]
 
 
-def test_files_that_do_not_fit_together_are_told_once(tmp_path, capfd):
+def test_files_with_different_columns_are_reported_once(tmp_path, capfd):
     """Not by ``datasets`` too, on stderr."""
     pyarrow.parquet.write_table(pa.table({"image": [b"a"]}), tmp_path / "0.parquet")
     pyarrow.parquet.write_table(pa.table({"other": [b"a"]}), tmp_path / "1.parquet")
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
+    with user_error("damaged", tmp_path):
         open_images(tmp_path)
     assert capfd.readouterr().err == ""
 
 
-def test_the_fingerprint_knows_sizes_labels_and_order(tmp_path):
+def test_the_fingerprint_covers_sizes_labels_and_order(tmp_path):
     images = [bytes([i % 7]) * (i % 50) for i in range(1000)]
     labels = [i % 3 for i in range(1000)]
     first = open_images(save(tmp_path / "0", labels, names, images)).fingerprint()
@@ -174,20 +174,20 @@ def test_the_fingerprint_knows_sizes_labels_and_order(tmp_path):
 # --- Damage ---------------------------------------------------------------------------------------
 
 
-def test_an_arrow_file_cut_off_anywhere_is_refused_by_name(tmp_path):
+def test_an_arrow_file_cut_off_anywhere_is_named(tmp_path):
     save(tmp_path / "s", [0, 1, 2, 0], names)
     (path,) = (tmp_path / "s").glob("*.arrow")
     whole = path.read_bytes()
     for size in range(0, len(whole), 61):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=f"'{path}' is damaged .*; copy or pack it again"):
+        with user_error("damaged", path):
             open_images(tmp_path / "s")
     path.unlink()
-    with pytest.raises(UserError, match=r"data-00000-of-00001.arrow"):
+    with user_error("damaged", path):
         open_images(tmp_path / "s")
 
 
-def test_an_arrow_file_cut_off_between_two_batches_is_refused(tmp_path):
+def test_an_arrow_file_cut_off_between_two_batches_raises(tmp_path):
     """To Arrow it is whole."""
     save(tmp_path / "s", images=[b"image"] * 2500)
     (path,) = (tmp_path / "s").glob("*.arrow")
@@ -199,11 +199,11 @@ def test_an_arrow_file_cut_off_between_two_batches_is_refused(tmp_path):
     with pa.memory_map(str(path)) as file:
         found = pa.ipc.open_stream(file).read_all()
     assert 0 < len(found) < 2500
-    with pytest.raises(UserError, match=f"cut off at byte {at:,}"):
+    with user_error("damaged", f"byte {at:,}"):
         open_images(tmp_path / "s")
 
 
-def test_a_parquet_file_cut_off_anywhere_is_refused(tmp_path):
+def test_a_parquet_file_cut_off_anywhere_is_named(tmp_path):
     table = pa.table({"image": [{"bytes": image, "path": None} for image in IMAGES]})
     pyarrow.parquet.write_table(table, tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()
@@ -211,29 +211,29 @@ def test_a_parquet_file_cut_off_anywhere_is_refused(tmp_path):
     for size in range(0, len(whole), len(whole) // 9):
         path = tmp_path / f"{size}.parquet"
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=rf"{size}.parquet' cannot be read as Parquet: \w"):
+        with user_error("damaged", path):
             open_images(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "value"),
     [
-        ("state.json", "{}", "state.json' cannot be read .*'_data_files' is missing"),
-        ("state.json", '{"_data_files": []}', "names no files of data"),
-        ("state.json", '{"_data_files": [3]}', "names no files of data"),
-        ("state.json", "[" * 100_000, "state.json' cannot be read"),
-        ("dataset_info.json", "no", "dataset_info.json' cannot be read"),
-        ("dataset_info.json", '{"features": 3}', "'features' is no dict"),
+        ("state.json", "{}", "'_data_files'"),
+        ("state.json", '{"_data_files": []}', "state.json"),
+        ("state.json", '{"_data_files": [3]}', "state.json"),
+        ("state.json", "[" * 100_000, "state.json"),
+        ("dataset_info.json", "no", "dataset_info.json"),
+        ("dataset_info.json", '{"features": 3}', "'features'"),
     ],
 )
-def test_damaged_descriptions_are_refused(tmp_path, name, content, message):
+def test_damaged_descriptions_raise(tmp_path, name, content, value):
     save(tmp_path / "s")
     (tmp_path / "s" / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with user_error("damaged", tmp_path / "s" / name, value):
         open_images(tmp_path / "s")
 
 
-def test_changed_saved_datasets_are_read_as_pyarrow_does_or_refused():
-    tally = fuzz.fuzz(fuzz.TARGETS["saved_dataset"](), range(800), seed=1)
+def test_changed_saved_datasets_are_read_as_pyarrow_does_or_raise():
+    tally = fuzz.fuzz(fuzz.TARGETS["saved_dataset"](), range(500), seed=1)
     assert tally.findings == []
     assert min(tally.outcomes[kind] for kind in ("right", "refused", "other values")) > 10

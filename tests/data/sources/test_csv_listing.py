@@ -6,11 +6,11 @@ import pickle
 import shutil
 
 import pytest
+from expect import user_error
 
 from localagg.data import open_evaluation, open_images
 from localagg.data.inspect.inspect_dataset import inspect
 from localagg.data.sources.csv_listing import PLACES_FOLDER
-from localagg.errors import UserError
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def test_the_lines_are_the_order_and_the_numbers_the_labels(tree):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
-def test_the_root_is_the_csvs_folder_unless_named(tree):
+def test_the_root_is_the_folder_of_the_csv_by_default(tree):
     beside = open_images(write(tree / "images" / "a.csv", *LINES))
     elsewhere = open_images(f"{write(tree / 'a.csv', *LINES)}:{tree / 'images'}")
     assert beside.fingerprint() == elsewhere.fingerprint()
-    with pytest.raises(UserError, match=r"None of the first 3 images .* as .*a.csv:ROOT"):
+    with user_error("not-found", "first 3 images", tree / "a.csv", "temple/01.jpg"):
         open_images(tree / "a.csv")
-    with pytest.raises(UserError, match=r"image root '.*none' .* is not a folder"):
+    with user_error("not-found", tree / "none"):
         open_images(f"{tree / 'a.csv'}:{tree / 'none'}")
 
 
@@ -73,7 +73,7 @@ def test_names_with_blanks_and_other_bytes_than_text(tree):
 
 @pytest.mark.parametrize("separator", [",", "\t", " ", ", "])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-def test_what_pythons_csv_writes_is_read(tree, separator, quoting):
+def test_output_of_pythons_csv_is_read(tree, separator, quoting):
     """Names with every separator and with quotes; of the minimal way some lines only are quoted."""
     names = ["a b.jpg", "c,d.jpg", "e\tf.jpg", 'g"h.jpg', '"i".jpg', "7.jpg", "j, 5"]
     for name in names:
@@ -100,7 +100,7 @@ def test_a_quoted_number_behind_a_path_with_blanks(tree):
 @pytest.mark.parametrize(
     "line", ['"x.jpg 1', '"x.jpg" y 1', '"x.jpg",1,2', '"x.jpg"', '"x.jpg","z"']
 )
-def test_quotes_that_do_not_end_are_malformed(tree, line):
+def test_invalid_quotes_are_malformed(tree, line):
     assert open_images(write(tree / "images" / "a.csv", *LINES, line)).malformed == [4]
 
 
@@ -112,12 +112,12 @@ def test_a_pair_in_a_folder_is_its_splits(tree, capsys):
     assert len(open_images(uri)) == 3
     assert open_evaluation(uri).paths == ["flower/05.jpg"]
     write(tree / "lists" / "train_other.csv", *LINES)
-    with pytest.raises(UserError, match=r"two train listings, train_other.csv and train_places205"):
+    with user_error("mismatch", "train_other.csv", "train_places205.csv"):
         open_images(uri)
     assert open_evaluation(f"{tree / 'lists' / 'train_other.csv'}:{tree / 'images'}") is None
 
 
-def test_a_folder_of_images_stays_one_whatever_tables_lie_in_it(pictures, tmp_path):
+def test_a_csv_in_a_folder_of_images_is_ignored(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "p")
     write(tmp_path / "p" / "train_labels.csv", "id label")
     assert len(open_images(tmp_path / "p")) == 48
@@ -153,12 +153,12 @@ def test_a_leading_slash_means_the_root(tree, slash):
         "temple\\..\\..\\secret.jpg",
     ],
 )
-def test_paths_out_of_the_root_are_refused_by_line(tree, path):
+def test_a_path_out_of_the_root_is_unsafe(tree, path):
     (tree / "secret.jpg").write_bytes((tree / "images" / "temple" / "01.jpg").read_bytes())
     table = write(
         tree / "images" / "a.csv", *LINES, path.format(root=tree / "images") + " 1", LINES[0]
     )
-    with pytest.raises(UserError, match=r"Line 4 of '.*a.csv' leads out of the image root"):
+    with user_error("unsafe", "Line 4", table):
         open_images(table)
 
 
@@ -185,31 +185,28 @@ def test_malformed_lines_are_reported_by_number(tree, line, capsys):
     source = open_images(table)
     assert (source.paths, source.malformed) == ([x.split()[0] for x in LINES], [3])
     assert source[2].image == (tree / "images" / "temple" / "02.jpg").read_bytes()
-    said = " ".join(capsys.readouterr().err.split())
-    assert "left out line 3, not 'path label' (3 images remain)" in said
-    with pytest.raises(UserError, match=r"a.csv' has malformed lines.*: line 3; mend or remove"):
-        open_images(table, malformed="error")
+    assert "line 3, " in " ".join(capsys.readouterr().err.split())
 
 
-def test_many_malformed_lines_are_counted(tree):
+def test_many_malformed_lines_are_counted(tree, capsys):
     table = write(tree / "images" / "a.csv", *["x"] * 11, *LINES * 4)
     assert open_images(table).malformed == list(range(1, 12))
-    with pytest.raises(UserError, match="lines 1, 2, 3, 4, 5, 6, 7, 8 and 3 more;"):
-        open_images(table, malformed="error")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 3 more, " in printed
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "value"),
     [
-        ("", "is not a listing of images: 0 lines"),
-        ("name,kind\na,b\nc,d\n", r"not a listing of images: 0 lines .* 3 are not \(lines 1, 2, 3"),
-        ("temple/01.jpg 1\na,b\nc,d\n", "not a listing of images: 1 lines"),
-        ("none/a.jpg 0\nnone/b.jpg 0\n", r"None of the first 2 images .*'none/a.jpg' for example"),
+        ("", "unsupported", "0 lines"),
+        ("name,kind\na,b\nc,d\n", "unsupported", "lines 1, 2, 3"),
+        ("temple/01.jpg 1\na,b\nc,d\n", "unsupported", "1 lines"),
+        ("none/a.jpg 0\nnone/b.jpg 0\n", "not-found", "'none/a.jpg'"),
     ],
 )
-def test_a_csv_that_is_no_listing_is_refused(tree, content, message):
+def test_other_csv_files_raise(tree, content, code, value):
     (tree / "images" / "a.csv").write_text(content)
-    with pytest.raises(UserError, match=message):
+    with user_error(code, tree / "images" / "a.csv", value):
         open_images(tree / "images" / "a.csv")
 
 
@@ -222,12 +219,12 @@ def test_a_pipe_is_one_unreadable_image(tree):
     assert facts["unreadable"] == [{"name": "pipe.jpg", "reason": "Not a regular file"}]
 
 
-def test_an_image_that_is_gone_is_one_unreadable_image(tree):
+def test_a_missing_image_is_one_unreadable_image(tree):
     source = open_images(write(tree / "images" / "a.csv", *LINES))
     before = source.fingerprint()
     (tree / "images" / "flower" / "00.png").unlink()
     with pytest.raises(OSError, match=r"flower/00\.png"):
         source[1]
     assert source.fingerprint() != before
-    with pytest.raises(UserError, match=r"1 of 3 images .* are not below .*flower/00\.png"):
+    with user_error("not-found", "1 of 3 images", "flower/00.png"):
         source.stored_bytes()

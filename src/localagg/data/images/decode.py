@@ -1,13 +1,12 @@
-"""Encoded bytes to uint8 pixels. The one place that decides which decoder reads what.
+"""Decode images: encoded bytes to uint8 pixels. The one place that selects decoders.
 
-JPEG files in gray or color are decoded by simplejpeg, which takes libjpeg-turbo's own interface:
-the pixels are those of Pillow, which uses the same library by the same settings (accurate integer
-transform, smooth upsampling), in four fifths of the time. torchvision's decoder is as fast, but
-takes two seconds to load and writes libjpeg's warnings to stderr. Pillow reads all other formats
-and CMYK, and has the last word on whatever simplejpeg finds fault with, so every pixel is the same
-without simplejpeg. One fault is final: data that end before the image does, though the file's end
-is in place, are refused; libjpeg would fill in gray, and Pillow does not hear its warning. For that
-simplejpeg is asked about CMYK files too, which are rare enough to be decoded twice.
+simplejpeg decodes gray and color JPEG: it uses libjpeg-turbo with Pillow's settings (accurate
+integer transform, smooth upsampling), so the pixels are Pillow's, in four fifths of the time.
+torchvision's decoder is as fast, but takes two seconds to load and prints libjpeg's warnings.
+Pillow decodes all other formats and CMYK, and whatever simplejpeg finds damaged, so no pixel
+depends on simplejpeg. One fault is final: JPEG data that end early, although the end marker is
+there, raise an error; libjpeg would fill in gray, and Pillow hides its warning. To find these,
+simplejpeg also decodes CMYK files, which are rare.
 """
 
 import io
@@ -30,18 +29,18 @@ from ...io.console import notify
 from .crops import Boxes
 from .reference_views import resample
 
-# A picture of more pixels (half a gigabyte decoded) is refused by its header: an image bomb is a
-# small file that fills the memory. It is the limit at which Pillow itself refuses.
+# Images of more pixels (half a gigabyte decoded) raise an error by their header: an image bomb is a
+# small file that fills the memory. Pillow has the same limit.
 PIXEL_LIMIT = 178_956_970
 
-# Of Pillow's formats those that hold photographs. Others run programs (EPS: Ghostscript) or rarely
-# tested parsers, on whatever bytes a data set happens to hold.
+# Pillow's formats of photographs. Its others run programs (EPS: Ghostscript) or rarely tested
+# parsers on untrusted bytes.
 FORMATS = (
     "JPEG",
     "MPO",  # JPEG with further pictures behind the first
     "PNG",
     "WEBP",
-    "AVIF",  # where this Pillow has it
+    "AVIF",  # if this Pillow supports it
     "GIF",
     "BMP",
     "TIFF",
@@ -49,16 +48,20 @@ FORMATS = (
     "JPEG2000",
 )
 
-# Pillow's modes of JPEG files -> what simplejpeg is asked for. Of CMYK only its judgment counts:
-# Pillow knows whether it is inverted, and what color it is.
+# Pillow's modes of JPEG files -> simplejpeg's colorspace. CMYK pixels are only checked: Pillow
+# detects whether they are inverted, and converts their colors.
 JPEG_COLORS = {"RGB": "RGB", "L": "RGB", "CMYK": "CMYK"}
 
 ORIENTATION = 0x0112  # EXIF's tag
 _BITS_PER_SAMPLE = 0x0102  # TIFF's
+_JPEG_END = b"\xff\xd9"
+
+Box = Sequence[int]
+"""left, top, right, bottom in pixels."""
 
 
 class UnreadableImage(Exception):
-    """Bytes that are not a whole image; the message says why, in a few words."""
+    """Bytes that are not a whole image; the message gives the reason in a few words."""
 
 
 # Errors of a source or a decoder about one image (a damaged record is a UserError).
@@ -71,13 +74,8 @@ def read_error_reason(error: Exception) -> str:
 
 
 @cache
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-@cache
 def simplejpeg_module() -> ModuleType | None:
+    """Return simplejpeg, or None after a notice if it is not installed."""
     try:
         import simplejpeg
     except ImportError:
@@ -89,24 +87,34 @@ def simplejpeg_module() -> ModuleType | None:
     return simplejpeg
 
 
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def open_image(data: bytes) -> Image.Image:
+    """Open an image with Pillow, and read its header.
+
+    Raises:
+        UnreadableImage: not an image of :data:`FORMATS`, or more than ``PIXEL_LIMIT`` pixels.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of metadata that are not used
+            warnings.simplefilter("ignore")  # Pillow's, about metadata that are not used
             image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
-        kind = "empty file" if not data else "not an image"
-        raise UnreadableImage(kind) from None
+        raise UnreadableImage("not an image" if data else "empty file") from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f"more pixels than the limit of {PIXEL_LIMIT:,}") from None
-    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble on
+    except Exception as error:  # Pillow's parsers raise errors of any kind
         raise _unreadable(error) from None
     if image.width * image.height > PIXEL_LIMIT:
         raise UnreadableImage(
             f"{image.width:,} x {image.height:,} pixels, more than the limit of {PIXEL_LIMIT:,}"
         )
-    if image.format in ("JPEG", "MPO"):
-        simplejpeg_module()  # what it says is said by the main process, before workers start
+    if _is_jpeg(image):
+        simplejpeg_module()  # its notice is printed by the main process, before workers start
     return image
 
 
@@ -114,15 +122,19 @@ def _unreadable(error: Exception) -> UnreadableImage:
     return UnreadableImage(str(error) or type(error).__name__)
 
 
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")
+
+
 def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
-    """(height, width, format) from the header alone.
+    """Return (height, width, format) by the header.
 
     Args:
         data: encoded image, or as much of it as holds the header.
-        upright: as it will be once turned by its EXIF orientation.
+        upright: return the size after turning the image by its EXIF orientation.
 
     Raises:
-        UnreadableImage: the header is not an image's, or tells more than ``PIXEL_LIMIT`` pixels.
+        UnreadableImage: as :func:`open_image`.
     """
     image = open_image(data)
     height, width = image.height, image.width
@@ -131,25 +143,20 @@ def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
     return height, width, image.format or "?"
 
 
-def decoded_size(data: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
-    """(height, width) of what :func:`decode` gives; of a plain JPEG file in a thirtieth of the time
-    of :func:`image_size`.
-
-    Args:
-        data: encoded image.
-        upright: as for :func:`decode`.
+def decoded_size(image: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
+    """Return (height, width) after :func:`decode`, for plain JPEG 30 times as fast as image_size.
 
     Raises:
-        UnreadableImage: as :func:`image_size`.
+        UnreadableImage: as :func:`open_image`.
     """
-    if isinstance(data, Tensor):
-        return data.shape[1], data.shape[2]
-    plain = None if upright else _plain_jpeg_size(data)
-    return plain or image_size(data, upright=upright)[:2]
+    if isinstance(image, Tensor):
+        return image.shape[1], image.shape[2]
+    plain = None if upright else _plain_jpeg_size(image)
+    return plain or image_size(image, upright=upright)[:2]
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG file that simplejpeg can decode; None where Pillow has to look."""
+    """(height, width) of a JPEG file that simplejpeg can decode, or None."""
     if not data.startswith(b"\xff\xd8\xff") or (jpeg := simplejpeg_module()) is None:
         return None
     try:
@@ -161,62 +168,58 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int:
-    """How ``upright`` turns an image: EXIF's number, 1 (not at all) to 8.
+    """Return the EXIF orientation, 1 to 8; 1 leaves the image as it is.
 
     Raises:
-        UnreadableImage: the header is not an image's.
+        UnreadableImage: as :func:`open_image`.
     """
     return _orientation(open_image(data))
 
 
-def decode(data: bytes | Tensor, *, upright: bool = False) -> Tensor:
-    """All pixels.
+def decode(image: bytes | Tensor, *, upright: bool = False) -> Tensor:
+    """Decode an image; return pixels as they are.
 
-    Gray images are repeated to three channels; alpha is dropped, which shows the color beneath it;
-    of 16 bits a sample the upper 8 are kept, and of 12 where the file says that it has 12; of an
-    animation the first frame is taken; color profiles are not applied. The EXIF orientation is
-    ignored, as in the reference; TIFF's own is heeded, as Pillow does.
+    Gray becomes three equal channels. Alpha is dropped, which shows the color beneath it. The upper
+    8 bits of 16 are kept, and of 12 if the file declares 12. Of an animation the first frame is
+    decoded. Color profiles are not applied. The EXIF orientation is ignored, as in the reference;
+    Pillow applies TIFF's own.
 
     Args:
-        data: encoded image.
-        upright: turn it as its EXIF orientation says, if it has one that can be read.
+        image: encoded image, or pixels.
+        upright: turn the image by its EXIF orientation, if that can be read.
 
     Returns:
         uint8 [3, H, W], RGB.
 
     Raises:
-        UnreadableImage: not an image, truncated, of samples that have no agreed range (32 bits), or
-            of more than ``PIXEL_LIMIT`` pixels.
+        UnreadableImage: not an image, truncated, more than ``PIXEL_LIMIT`` pixels, or samples of 32
+            bits, which have no agreed range.
     """
-    if isinstance(data, Tensor):
-        return data
-    return _tensor(_pixels(data, upright)).contiguous()
-
-
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels."""
+    if isinstance(image, Tensor):
+        return image
+    return _as_tensor(_decode(image, upright)).contiguous()
 
 
 def decode_crops(
-    data: bytes | Tensor,
+    image: bytes | Tensor,
     boxes: Sequence[Box],
     size: int,
     *,
     resize: Literal["bilinear", "area"],
     upright: bool = False,
 ) -> Tensor:
-    """Crops of one image, resized. Pixels outside of a box do not show.
+    """Cut crops out of one image and resize them. Pixels outside of a box have no influence.
 
-    The image is decoded whole: stopping below the crop would save a tenth of the time, and leave
-    truncated files unnoticed.
+    The image is decoded whole: to stop below the crop would save a tenth of the time, and hide that
+    a file is truncated.
 
     Args:
-        data: encoded image.
-        boxes: what to cut out.
+        image: encoded image, or pixels.
+        boxes: the crops, in the image after turning.
         size: side of the results.
-        resize: torch's antialiased bilinear filter on levels, which is torchvision's and within one
-            level of Pillow's; or the reference's area means, truncated.
-        upright: as for :func:`decode`; boxes are of the turned image.
+        resize: "bilinear": torch's antialiased filter on levels, which is torchvision's and within
+            one level of Pillow's; "area": the reference's area means, truncated.
+        upright: as for :func:`decode`.
 
     Returns:
         uint8 [crops, 3, size, size], RGB.
@@ -224,14 +227,14 @@ def decode_crops(
     Raises:
         UnreadableImage: as :func:`decode`.
     """
-    if isinstance(data, Tensor):
-        image = data.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # the layout of decoded files
+    if isinstance(image, Tensor):  # in the layout of decoded files, so that the results are equal
+        pixels = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     else:
-        image = _tensor(_pixels(data, upright))
+        pixels = _as_tensor(_decode(image, upright))
     resized = _bilinear if resize == "bilinear" else _area
     crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
     for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
-        crop.copy_(resized(image[None, :, top:bottom, left:right], size)[0])
+        crop.copy_(resized(pixels[None, :, top:bottom, left:right], size)[0])
     return crops
 
 
@@ -244,33 +247,32 @@ def _area(crop: Tensor, size: int) -> Tensor:
     return resample(crop, Boxes(zero, zero, height, width), size)
 
 
-def _tensor(pixels: np.ndarray) -> Tensor:
+def _as_tensor(pixels: np.ndarray) -> Tensor:
     """[H, W, 3] as a tensor [3, H, W] of the same memory."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _pixels(data: bytes, upright: bool) -> np.ndarray:
-    """uint8 [H, W, 3], RGB. Truncated data is an error, never gray pixels (as libjpeg gives)."""
+def _decode(data: bytes, upright: bool) -> np.ndarray:
+    """uint8 [H, W, 3], RGB. Truncated data raise an error, and never become gray pixels."""
     image = None if not upright and _plain_jpeg_size(data) else open_image(data)
     pixels, colors = None, "RGB"
     if image is not None:
-        colors = JPEG_COLORS.get(image.mode) if image.format in ("JPEG", "MPO") else None
+        colors = JPEG_COLORS.get(image.mode) if _is_jpeg(image) else None
     if colors is not None and (jpeg := simplejpeg_module()) is not None:
         try:
             pixels = jpeg.decode_jpeg(data, colorspace=colors, strict=True)
-        except ValueError as error:  # or something odd that Pillow may put up with
-            if "premature end" in str(error).lower() and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        except ValueError as error:  # other damage may be harmless to Pillow
+            if "premature end" in str(error).lower() and data.rstrip(b"\0").endswith(_JPEG_END):
                 raise UnreadableImage("its data end before the image does") from None
-            pixels = None
     if pixels is None or colors == "CMYK":
-        pixels = np.array(_rgb(image or open_image(data)))
+        pixels = np.array(_to_rgb(image or open_image(data)))
     if upright and image is not None:
         pixels = np.ascontiguousarray(_TURNS[_orientation(image)](pixels))
     return pixels
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """By Pillow, whatever the format and mode."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode with Pillow, in any format and mode."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise UnreadableImage("32 bits a sample have no agreed range; save it with 8 or 16")
     try:
@@ -278,10 +280,10 @@ def _rgb(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")
             image.load()
         if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to white
-            upper = np.asarray(image) >> (_bits(image) - 8)
+            upper = np.asarray(image) >> (_sample_bits(image) - 8)
             return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
-        if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-            image = ImageChops.invert(image)  # Pillow takes all to be inverted, as Adobe's are
+        if image.mode == "CMYK" and _is_jpeg(image) and "adobe" not in image.info:
+            image = ImageChops.invert(image)  # Pillow assumes Adobe's convention, inverted values
         if image.mode in ("P", "PA", "RGBa"):  # alpha of a palette, or multiplied into the color
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -289,15 +291,15 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise _unreadable(error) from None
 
 
-def _bits(image: Image.Image) -> int:
-    """Of a sample in 16: TIFF's BitsPerSample, which may be 12; Pillow scales those of PPM."""
+def _sample_bits(image: Image.Image) -> int:
+    """Significant bits of 16-bit samples: 12 if a TIFF declares it. Pillow scales those of PPM."""
     tags: Any = getattr(image, "tag_v2", {})
     return 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read."""
-    if image.format == "TIFF":  # its own tag, by which Pillow turns it
+    """EXIF's orientation, 1 to 8; 1 if there is none that can be read."""
+    if image.format == "TIFF":  # Pillow has already turned it
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -1,7 +1,7 @@
-"""What is odd about an image that can be read: a wrong extension, broken EXIF or color profile.
+"""Find oddities of images that can be decoded: a wrong extension, broken EXIF or color profile.
 
-None of it changes the pixels that are learned from: they are decoded by their content, and EXIF and
-color profiles are ignored.
+None of them changes the pixels of training: images are decoded by their content, and EXIF and color
+profiles are ignored.
 """
 
 import io
@@ -13,27 +13,30 @@ from PIL import Image, ImageCms
 
 from ..sources.image_files import EXTENSIONS
 
-_SAME = {"MPO": "JPEG"}  # photographs with a second one inside carry the extension of JPEG
+_EXTENSION_FORMATS = {"MPO": "JPEG"}  # photographs with a second one inside are named like JPEG
 
 
-def odd_metadata(name: str, kind: str, info: dict[Any, Any]) -> str | None:
-    """The first oddity in a few words, or None.
+def odd_metadata(name: str, format: str, info: dict[Any, Any]) -> str | None:
+    """Return the first oddity in a few words, or None.
 
     Args:
-        name: of the image; what has no extension of an image is not compared.
-        kind: Pillow's name of its format.
-        info: what Pillow has read beside the pixels.
+        name: of the image; an extension that is not an image's is ignored.
+        format: Pillow's name.
+        info: Pillow's metadata.
     """
     extension = os.path.splitext(name)[1].lower()
     if extension in EXTENSIONS:
-        called = Image.registered_extensions().get(extension, kind)
-        if called != _SAME.get(kind, kind):
-            return f"it is {kind}, not {called}"
+        named = Image.registered_extensions().get(extension, format)
+        if named != _EXTENSION_FORMATS.get(format, format):
+            return f"it is {format}, not {named}"
     if "exif" in info and _broken_exif(info["exif"]):
         return "its EXIF block is broken"
     if "icc_profile" in info and _broken_profile(info["icc_profile"]):
         return "its color profile is broken"
     return None
+
+
+# The parsers below raise errors of any kind.
 
 
 def _broken_exif(data: bytes) -> bool:
@@ -43,7 +46,7 @@ def _broken_exif(data: bytes) -> bool:
             warnings.simplefilter("error")  # Pillow only warns of entries that it cannot read
             exif.load(data)
             dict(exif.items())
-    except Exception:  # whatever its parser stumbles on
+    except Exception:
         return True
     return False
 
@@ -51,16 +54,15 @@ def _broken_exif(data: bytes) -> bool:
 def _broken_profile(data: bytes | None) -> bool:
     try:
         ImageCms.ImageCmsProfile(io.BytesIO(data or b""))
-    except Exception:  # likewise
+    except Exception:
         return True
     return False
 
 
 def broken_checksum(png: bytes) -> bool:
-    """Whether a chunk's CRC is wrong. Decoding goes by zlib's own checksum, and by none for the
-    last bytes."""
+    """Return whether a CRC of a PNG file is wrong. Decoders check only zlib's own checksum."""
     try:
         Image.open(io.BytesIO(png)).verify()
-    except Exception:  # likewise
+    except Exception:
         return True
     return False

@@ -5,6 +5,7 @@ spread over the source, or of all where asked. Images are streamed and a few num
 so that a million fit anywhere.
 """
 
+import functools
 import warnings
 from collections import Counter
 from typing import Any, NamedTuple
@@ -12,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...io.console import ProgressCallback, show_progress
 from ..images.decode import JPEG_COLORS, READ_ERRORS, decode, read_error_reason, simplejpeg_module
 from ..images.headers import Header, read_ends, read_header, stored_bytes
 from ..images.metadata import broken_checksum, odd_metadata
-from ..loading.workers import iterate_in_workers
+from ..loading.workers import map_in_workers
 from ..sources.open import Source, open_images, report_other_splits, stored_splits
 from .identical_images import compare, digest, repetitions, shared
 
@@ -42,23 +42,10 @@ class _Look(NamedTuple):
     empty: bool = False
 
 
-class _Looks(Dataset):
-    """Item c is what chunk c of the images turned out to be."""
-
-    def __init__(self, source: Source, every: bool) -> None:
-        self.source = source
-        self.chunks = torch.arange(len(source)).split(_CHUNK)
-        count = len(source) if every else min(_DECODED, len(source))
-        self.whole = set(torch.linspace(0, len(source) - 1, count).long().tolist())
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> list[_Look]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata: said here in other words
-            indices = self.chunks[chunk].tolist()
-            return [_look(self.source, index, index in self.whole) for index in indices]
+def _look_at_chunk(source: Source, whole: set[int], chunk: range) -> list[_Look]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata: said here in other words
+        return [_look(source, index, index in whole) for index in chunk]
 
 
 def _look(source: Source, index: int, whole: bool) -> _Look:
@@ -78,7 +65,7 @@ def _look(source: Source, index: int, whole: bool) -> _Look:
         if whole:
             pixels, doubt = _decoded(stored_bytes(source, index, ends), header)
             odd, empty = odd or doubt, nearly_empty(pixels)
-        return found._replace(header=header, odd=odd, decoded=whole or cut, empty=empty)
+        return found._replace(header=header, odd=odd, decoded=whole or header.decoded, empty=empty)
     except READ_ERRORS as error:
         return found._replace(fault=read_error_reason(error))
 
@@ -198,7 +185,10 @@ class _Tally:
 
 def _looked_at(source: Source, workers: int, every: bool, on_progress: ProgressCallback) -> _Tally:
     tally, done = _Tally(source), 0
-    for looks in iterate_in_workers(_Looks(source, every), workers):
+    count = len(source) if every else min(_DECODED, len(source))
+    whole = set(torch.linspace(0, len(source) - 1, count).long().tolist())
+    chunks = [range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK)]
+    for looks in map_in_workers(functools.partial(_look_at_chunk, source, whole), chunks, workers):
         for look in looks:
             tally.add(look)
         done += len(looks)

@@ -4,19 +4,19 @@ Boxes use the uniform draws that ``augment`` uses for color, so workers, their n
 of batches change no pixel.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...config import ViewConfig, require_resolved
 from ..images.augment import view_draws, view_uniforms
 from ..images.crops import Boxes, crop_boxes, evaluation_boxes
 from ..images.decode import READ_ERRORS, decode_crops, decoded_size, read_error_reason
 from ..sources.source import Source
-from .workers import iterate_in_workers
+from .workers import map_in_workers
 
 
 class TrainingBatch(NamedTuple):
@@ -39,49 +39,31 @@ class LoadedBatch(NamedTuple):
     """uint8 [B, 3, S, S]: central views. Ten crops: [B, 10, 3, S, S]."""
 
 
-class TrainingCrops(Dataset):
-    """Item s is (:class:`TrainingBatch` s of an epoch, {index: reason} of unreadable images)."""
+def training_crops(
+    source: Source, views: ViewConfig, seed: int, epoch: int, index: Tensor
+) -> tuple[TrainingBatch, dict[int, str]]:
+    """Return random crops of images ``index``, and {index: reason} of unreadable ones."""
+    uniforms = view_uniforms(seed, epoch, index)
+    crop = view_draws(views, uniforms).crop
 
-    def __init__(
-        self, source: Source, views: ViewConfig, seed: int, epoch: int, chunks: list[Tensor]
-    ) -> None:
-        self.source, self.views, self.seed, self.epoch = source, views, seed, epoch
-        self.chunks = chunks
+    def boxes(rows: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
+        return [crop_boxes(views, crop[rows], height, width)]
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, step: int) -> tuple[TrainingBatch, dict[int, str]]:
-        index = self.chunks[step]
-        uniforms = view_uniforms(self.seed, self.epoch, index)
-        crop = view_draws(self.views, uniforms).crop
-
-        def boxes(rows: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
-            return [crop_boxes(self.views, crop[rows], height, width)]
-
-        rows, images, unreadable = _crop(self.source, index, self.views, boxes)
-        return TrainingBatch(index[rows], images.squeeze(1), uniforms[rows]), unreadable
+    rows, images, unreadable = _crop(source, index, views, boxes)
+    return TrainingBatch(index[rows], images.squeeze(1), uniforms[rows]), unreadable
 
 
-class EvaluationCrops(Dataset):
-    """Item s is (:class:`LoadedBatch` s of all images in order, {index: reason} of unreadable)."""
+def evaluation_crops(
+    source: Source, views: ViewConfig, ten_crop: bool, index: Tensor
+) -> tuple[LoadedBatch, dict[int, str]]:
+    """Return fixed crops of images ``index``, and {index: reason} of unreadable ones."""
 
-    def __init__(
-        self, source: Source, views: ViewConfig, chunks: list[Tensor], ten_crop: bool
-    ) -> None:
-        self.source, self.views, self.chunks, self.ten_crop = source, views, chunks, ten_crop
+    def boxes(_: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
+        return evaluation_boxes(views, height, width, ten_crop=ten_crop)
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, step: int) -> tuple[LoadedBatch, dict[int, str]]:
-        def boxes(_: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
-            return evaluation_boxes(self.views, height, width, ten_crop=self.ten_crop)
-
-        index = self.chunks[step]
-        rows, images, unreadable = _crop(self.source, index, self.views, boxes)
-        images = torch.cat([images, images.flip(4)], dim=1) if self.ten_crop else images.squeeze(1)
-        return LoadedBatch(index[rows], images), unreadable
+    rows, images, unreadable = _crop(source, index, views, boxes)
+    images = torch.cat([images, images.flip(4)], dim=1) if ten_crop else images.squeeze(1)
+    return LoadedBatch(index[rows], images), unreadable
 
 
 def evaluation_batches(
@@ -105,8 +87,9 @@ def evaluation_batches(
         ten_crop: the ten views of :func:`augment.ten_crop_views` instead.
         part: the batches to yield.
     """
-    chunks = list(torch.arange(len(source)).split(batch))[part]
-    for loaded, _ in iterate_in_workers(EvaluationCrops(source, views, chunks, ten_crop), workers):
+    crop = functools.partial(evaluation_crops, source, views, ten_crop)
+    chunks = torch.arange(len(source)).split(batch)[part]
+    for loaded, _ in map_in_workers(crop, chunks, workers):
         if len(loaded.index):
             yield loaded
 
@@ -133,15 +116,13 @@ def _crop(
     size = require_resolved(views.image_size)
     resize = "area" if views.augmentation == "reference" else "bilinear"
     kept, crops = [], []
-    if rows:
-        height, width = torch.tensor(sizes, dtype=torch.float64).unbind(dim=1)
-        corners = [box.corners() for box in boxes(torch.tensor(rows), height, width)]
-        for row, image, cut in zip(rows, stored, torch.stack(corners, dim=1).tolist(), strict=True):
-            try:
-                crops.append(decode_crops(image, cut, size, resize=resize, upright=upright))
-                kept.append(row)
-            except READ_ERRORS as error:
-                unreadable[indices[row]] = read_error_reason(error)
-    none = torch.empty(0, 1, 3, size, size, dtype=torch.uint8)
-    stacked = torch.stack(crops) if crops else none
+    height, width = torch.tensor(sizes, dtype=torch.float64).view(-1, 2).unbind(dim=1)
+    corners = [box.corners() for box in boxes(torch.tensor(rows).long(), height, width)]
+    for row, image, cut in zip(rows, stored, torch.stack(corners, dim=1).tolist(), strict=True):
+        try:
+            crops.append(decode_crops(image, cut, size, resize=resize, upright=upright))
+            kept.append(row)
+        except READ_ERRORS as error:
+            unreadable[indices[row]] = read_error_reason(error)
+    stacked = torch.stack(crops) if crops else torch.empty(0, len(corners), 3, size, size).byte()
     return torch.tensor(kept, dtype=torch.int64), stacked, unreadable

@@ -4,6 +4,7 @@ The order of an epoch is a function of (seed, epoch), so any batch can be loaded
 whole: the last N mod B images of an order are dropped, different ones each epoch.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,9 +18,9 @@ from ...io.console import ProgressCallback
 from ...io.machine import keep_freed_memory
 from ..images.augment import view_uniforms
 from ..sources.source import Source
-from .cropping import TrainingBatch, TrainingCrops
+from .cropping import TrainingBatch, training_crops
 from .scan import Memory, load_or_scan, require_readable
-from .workers import iterate_in_workers
+from .workers import map_in_workers
 
 
 class Feed:
@@ -162,8 +163,8 @@ class Feed:
                 images = self.pixels.index_select(0, index)  # copies whole images
                 yield TrainingBatch(index, images, view_uniforms(self.seed, epoch, index))
             return
-        crops = TrainingCrops(self.source, self.views, self.seed, epoch, chunks)
-        for batch, unreadable in iterate_in_workers(crops, self.workers, pin=self.pin):
+        crop = functools.partial(training_crops, self.source, self.views, self.seed, epoch)
+        for batch, unreadable in map_in_workers(crop, chunks, self.workers, pin=self.pin):
             self.unreadable.update(unreadable)
             require_readable(self.source, unreadable, self.policy)
             if len(batch.index) < size:

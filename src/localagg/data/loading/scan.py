@@ -1,18 +1,18 @@
 """Read all images into memory, or scan their headers, before training begins."""
 
+import functools
 import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...errors import UserError
 from ...io.console import ProgressCallback
-from ..images.decode import READ_ERRORS, decode, image_size, read_error_reason
+from ..images.decode import READ_ERRORS, decode, decoded_size, read_error_reason
 from ..images.headers import read_ends, read_header
 from ..sources.source import Source
-from .workers import iterate_in_workers
+from .workers import map_in_workers
 
 _NAMED = 3  # unreadable files named in a message
 
@@ -20,7 +20,7 @@ Memory = Literal["auto", "always", "never"]
 
 
 class ScannedImages(NamedTuple):
-    """All images of a source: their pixels if they fit in memory, sizes and read errors."""
+    """Images of a source: their pixels if they fit in memory, sizes and read errors."""
 
     pixels: Tensor | None
     """uint8 [N, 3, H, W], zero where unreadable; None if sizes differ or memory is too small."""
@@ -42,7 +42,7 @@ def load_or_scan(
     memory: Memory = "auto",
     memory_gb: float = 2.0,
     workers: int = 0,
-    on_progress: ProgressCallback = lambda done, of: None,
+    on_progress: ProgressCallback = lambda done, total: None,
     serial_below: int = 4096,
     chunk: int = 256,
 ) -> ScannedImages:
@@ -50,8 +50,8 @@ def load_or_scan(
 
     Args:
         source: the images.
-        upright: turn images as their EXIF orientation says.
-        memory: auto: load images of one size that fit ``memory_gb``; always: load at any size.
+        upright: turn images by their EXIF orientation.
+        memory: "auto": load images of one size that fit ``memory_gb``; "always": any number.
         memory_gb: GiB that the decoded images may take.
         workers: processes that scan headers.
         on_progress: called with (images done, images).
@@ -87,59 +87,37 @@ def load_or_scan(
     if load:
         return ScannedImages(pixels, unreadable, sizes)
     workers = 0 if total - done < serial_below else workers
-    for scanned in iterate_in_workers(HeaderScan(source, done, chunk), workers):
+    chunks = [range(first, min(first + chunk, total)) for first in range(done, total, chunk)]
+    scan = functools.partial(scan_headers, source)
+    for indices, scanned in zip(chunks, map_in_workers(scan, chunks, workers), strict=True):
         unreadable |= scanned.unreadable
         sizes |= scanned.sizes
-        done += scanned.images
-        on_progress(done, total)
+        on_progress(indices.stop, total)
     return ScannedImages(None, unreadable, sizes)
 
 
-class ScannedHeaders(NamedTuple):
-    """Sizes and read errors of a chunk of images."""
-
-    sizes: set[tuple[int, int]]
-    unreadable: dict[int, str]
-    images: int
-
-
-class HeaderScan(Dataset):
-    """Item c is the :class:`ScannedHeaders` of chunk c of the images from ``first`` on."""
-
-    def __init__(self, source: Source, first: int, chunk: int) -> None:
-        self.source = source
-        self.chunks = torch.arange(first, len(source)).split(chunk)
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> ScannedHeaders:
-        sizes, unreadable = set(), {}
-        indices = self.chunks[chunk].tolist()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata that are not used
-            for index in indices:
-                try:
-                    ends = read_ends(self.source, index)
-                    if isinstance(ends, Tensor):
-                        sizes.add((ends.shape[1], ends.shape[2]))
-                    else:
-                        sizes.add(read_header(self.source, index, ends)[0][:2])
-                except READ_ERRORS as error:
-                    unreadable[index] = read_error_reason(error)
-        return ScannedHeaders(sizes, unreadable, len(indices))
+def scan_headers(source: Source, indices: range) -> ScannedImages:
+    """Return sizes and read errors of some images by their headers, without pixels."""
+    found = ScannedImages(None, {}, set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata that are not used
+        for index in indices:
+            try:
+                ends = read_ends(source, index)
+                if isinstance(ends, Tensor):
+                    found.sizes.add((ends.shape[1], ends.shape[2]))
+                else:
+                    found.sizes.add(read_header(source, index, ends)[0][:2])
+            except READ_ERRORS as error:
+                found.unreadable[index] = read_error_reason(error)
+    return found
 
 
 def require_readable(source: Source, unreadable: dict[int, str], policy: str) -> None:
-    """Raise an error that names unreadable images, unless the policy is to skip them.
-
-    Args:
-        source: the images.
-        unreadable: {index: reason}.
-        policy: "error" or "skip"; if no image of the source is readable, both raise.
+    """Raise an error that names unreadable images {index: reason}, unless ``policy`` is "skip".
 
     Raises:
-        UserError: see above.
+        UserError: unreadable images and the policy "error"; or no image is readable.
     """
     if not unreadable or (policy == "skip" and len(unreadable) < len(source)):
         return
@@ -164,9 +142,7 @@ def typical_side(source: Source) -> int:
     sides, unreadable = [], {}
     for i in torch.linspace(0, len(source) - 1, min(64, len(source))).long().tolist():
         try:
-            image = source[i].image
-            size = image_size(image)[:2] if isinstance(image, bytes) else image.shape[1:]
-            sides.append(min(size))
+            sides.append(min(decoded_size(source[i].image)))
         except READ_ERRORS as error:
             unreadable[i] = read_error_reason(error)
     if not sides:

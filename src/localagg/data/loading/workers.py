@@ -1,16 +1,20 @@
-"""Worker processes: iterate over a dataset in order, and report a worker's death as one error."""
+"""Worker processes: map a function over inputs in order, and report a worker's death as one error."""
 
 import atexit
 import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,15 +22,30 @@ from ...errors import UserError
 from ...io.machine import keep_freed_memory
 
 _TORCH_MESSAGES = ("DataLoader worker", "Pin memory thread exited")
+T = TypeVar("T")
 
 
-def iterate_in_workers(items: Dataset, workers: int, *, pin: bool = False) -> Iterator:
-    """Yield the items of a dataset in order, made by worker processes.
+class _Results(Dataset):
+    def __init__(self, function: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
+        self.function, self.inputs = function, inputs
 
-    Each worker is up to four items ahead.
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.function(self.inputs[number])
+
+
+def map_in_workers(
+    function: Callable[[Any], T], inputs: Sequence[Any], workers: int, *, pin: bool = False
+) -> Iterator[T]:
+    """Yield ``function(input)`` of all inputs in order, computed by worker processes.
+
+    Each worker is up to four inputs ahead.
 
     Args:
-        items: a dataset with length and index.
+        function: can be pickled, or is inherited by forked workers.
+        inputs: copied to each worker at the start.
         workers: processes; 0: this one.
         pin: return tensors in page-locked memory, from which CUDA copies while it computes.
 
@@ -37,7 +56,7 @@ def iterate_in_workers(items: Dataset, workers: int, *, pin: bool = False) -> It
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about more workers than cores: workers wait for disks too
         loader = DataLoader(
-            items,
+            _Results(function, inputs),
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_initialize_worker,
@@ -45,12 +64,12 @@ def iterate_in_workers(items: Dataset, workers: int, *, pin: bool = False) -> It
             pin_memory=pin,
         )
         others = set(multiprocessing.active_children())
-        iterator = iter(loader)
+        results = iter(loader)
     started = set(multiprocessing.active_children()) - others
     at_exit = functools.partial(_kill, started)
     atexit.register(at_exit)
     with convert_worker_death(started):
-        yield from iterator
+        yield from results
     atexit.unregister(at_exit)
 
 
@@ -97,10 +116,20 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _initialize_worker(_: int) -> None:
-    """Leave Ctrl-C and a scheduler's signals to the parent process."""
+    """Leave Ctrl-C and a scheduler's signals to the parent process, and end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _skip_lost_connections
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End the worker when its parent was killed. PyTorch checks this between two items only; a
+    worker that waits for room in the pipe to a dead process would wait forever."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        while os.getppid() == parent.pid:
+            time.sleep(1)
+        os._exit(1)
 
 
 def _skip_lost_connections(

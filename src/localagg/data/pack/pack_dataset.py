@@ -48,7 +48,6 @@ def pack(
     quality: int | None = None,
     workers: int = 0,
     shard_bytes: int = 1 << 28,
-    malformed: Literal["skip", "error"] = "skip",
     verify: bool = False,
 ) -> dict[str, Any]:
     """Copy the splits train, val and test of a source into one folder; called again after a kill,
@@ -71,8 +70,6 @@ def pack(
             without metadata but the EXIF orientation.
         workers: processes that read, check and shrink; 0 does it in this one.
         shard_bytes: about how large one file may become.
-        malformed: lines of a listing that are not ``path label``: left out and named in the report,
-            or an error.
         verify: read everything back and compare hashes.
 
     Returns:
@@ -94,7 +91,7 @@ def pack(
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     shrink = _checked(format, size, quality, shard_bytes)
     check_destination(destination)
-    splits = _splits(uri, format, malformed, shrink, shard_bytes)
+    splits = _splits(uri, format, shrink, shard_bytes)
     key = {
         "data": uri,
         "format": format,
@@ -140,7 +137,6 @@ def _checked(format: str, size: int | None, quality: int | None, shard_bytes: in
 def _splits(
     uri: str,
     format: str,
-    malformed: Literal["skip", "error"],
     shrink: Shrink | None,
     shard_bytes: int,
 ) -> list[_Split]:
@@ -154,7 +150,7 @@ def _splits(
         )
     splits = []
     for name in names:
-        source = open_images(uri, name, malformed=malformed)
+        source = open_images(uri, name)
         if format != "arrow" and source.labels is not None and (source.labels < 0).any():
             bare = int((source.labels < 0).sum())
             raise UserError(

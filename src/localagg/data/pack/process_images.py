@@ -1,24 +1,20 @@
 """The images of a pack: read, checked, hashed and shrunk by workers, and gathered into files."""
 
+import functools
 import hashlib
 import io
-import multiprocessing
-import os
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, get_worker_info
 
 from ...errors import UserError
 from ...io.console import ProgressCallback
 from ...io.files import atomic_write
 from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
-from ..loading.workers import iterate_in_workers
+from ..loading.workers import map_in_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
 from .formats import Format
 from .partial_folder import PartialFolder
@@ -52,39 +48,8 @@ class _Item(NamedTuple):
     digest: bytes
 
 
-def _end_with_parent() -> None:
-    """In a worker, end when the process that packs was killed.
-
-    PyTorch's own watch sees to it only between two items, and a worker that waits for room in the
-    pipe to a dead process waits for ever.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    if (process := multiprocessing.parent_process()) is not None:
-        parent = process.pid
-        threading.Thread(target=watch, daemon=True).start()
-
-
-class _Items(Dataset):
-    """Item c is what becomes of the images of chunk c."""
-
-    watched = False  # in each worker
-
-    def __init__(self, source: Source, chunks: Sequence[range], shrink: Shrink | None) -> None:
-        self.source, self.chunks, self.shrink = source, chunks, shrink
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> list[_Item]:
-        if not self.watched and get_worker_info() is not None:
-            self.watched = True
-            _end_with_parent()
-        return [_item(self.source, index, self.shrink) for index in self.chunks[chunk]]
+def _process_chunk(source: Source, shrink: Shrink | None, chunk: range) -> list[_Item]:
+    return [_item(source, index, shrink) for index in chunk]
 
 
 def _item(source: Source, index: int, shrink: Shrink | None) -> _Item:
@@ -157,8 +122,8 @@ def pack_images(
     rows = [format.rows(len(source), number, len(files)) for number in range(len(files))]
     todo = [number for number in range(len(files)) if files[number] not in partial.finished]
     chunks = {n: [rows[n][i : i + _CHUNK] for i in range(0, len(rows[n]), _CHUNK)] for n in todo}
-    items = _Items(source, [chunk for n in todo for chunk in chunks[n]], shrink)
-    stream = iterate_in_workers(items, workers)
+    inputs = [chunk for n in todo for chunk in chunks[n]]
+    stream = map_in_workers(functools.partial(_process_chunk, source, shrink), inputs, workers)
     before = len(source) - sum(len(rows[n]) for n in todo)
     for number in todo:
         tally = _Tally(source)
@@ -223,29 +188,19 @@ class _Tally:
         }
 
 
-class _Digests(Dataset):
-    """Item c is the hashes of the images of chunk c; of a damaged one an empty hash."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.chunks = [
-            range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> list[bytes]:
-        found = []
-        for index in self.chunks[chunk]:
-            try:
-                found.append(hashlib.sha256(encoded_bytes(self.source[index].image)).digest())
-            except (OSError, UserError):
-                found.append(b"")
-        return found
+def _chunk_digests(source: Source, chunk: range) -> list[bytes]:
+    """Hashes of images; an empty one of an unreadable image."""
+    found = []
+    for index in chunk:
+        try:
+            found.append(hashlib.sha256(encoded_bytes(source[index].image)).digest())
+        except (OSError, UserError):
+            found.append(b"")
+    return found
 
 
 def digests(source: Source, workers: int) -> Iterator[bytes]:
-    """The hash of each image of a source, in order."""
-    for found in iterate_in_workers(_Digests(source), workers):
+    """Yield the hash of each image of a source, in order."""
+    chunks = [range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK)]
+    for found in map_in_workers(functools.partial(_chunk_digests, source), chunks, workers):
         yield from found

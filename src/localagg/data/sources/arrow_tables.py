@@ -1,8 +1,8 @@
-"""Tables of encoded images: saved ``datasets``, Parquet, and whatever ``datasets`` loads.
+"""Tables of encoded images: saved ``datasets``, Parquet, and data that ``datasets`` loads.
 
-All of them are Arrow files, memory-mapped: opening reads where things are, and an image is read
-when it is asked for. A saved dataset is opened without ``datasets``, whose import takes longer than
-the opening of a million records.
+All of them are memory-mapped Arrow files: opening finds the positions of the images, and an image
+is read on access. A saved dataset is opened without ``datasets``: its import takes longer than
+opening a million records, and it reads a file that is cut off between two batches as if whole.
 """
 
 import bisect
@@ -21,20 +21,14 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .source import (
-    MOST_CLASSES,
-    Sample,
-    Source,
-    Splits,
-    fingerprint,
-    read_file,
-    split_folders,
-    split_in_name,
-)
+from .image_files import read_file
+from .labels import number_labels
+from .source import Sample, Source, content_hash
+from .splits import Splits, split_folders, split_in_name
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 _compute: Any = pyarrow.compute  # its functions are made at run time, unknown to type checkers
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # how a stream of Arrow record batches ends
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # end of a stream of Arrow record batches
 
 
 class MappedTable:
@@ -50,7 +44,7 @@ class MappedTable:
         self.schema, self.column_names = self._table.schema, self._table.column_names
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all files."""
+        """Return one column of all files."""
         return self._table.column(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,16 +55,16 @@ def _mapped(file: str) -> pa.Table:
     try:
         with pa.memory_map(file) as mapped:
             size = mapped.size()
-            # A file that is cut off between two batches looks whole to Arrow.
+            # Arrow reads a file that is cut off between two batches as if whole.
             mapped.seek(max(0, size - len(_END)))
             if mapped.read(len(_END)) != _END:
                 raise ValueError(f"it is cut off at byte {size:,}")
             mapped.seek(0)
             table = pa.ipc.open_stream(mapped).read_all()
-            table.column_names  # which may be no text  # noqa: B018
+            table.column_names  # raises if they are no text  # noqa: B018
             return table
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise OSError(f"'{file}' is damaged ({_line(error)}); copy or pack it again") from None
+        raise OSError(f"'{file}' is damaged ({_reason(error)}); copy or pack it again") from None
 
 
 class TableImages(Source):
@@ -80,8 +74,8 @@ class TableImages(Source):
     column is the first named label, labels, fine_label, class or target.
 
     Args:
-        uri: what the table is called.
-        table: the table, which can be pickled: :class:`MappedTable`, or that of ``datasets``.
+        uri: the table's name for messages.
+        table: :class:`MappedTable`, or the table of ``datasets``; it can be pickled.
         features: the columns as ``datasets.Features.to_dict`` describes them; may be empty.
     """
 
@@ -94,16 +88,17 @@ class TableImages(Source):
         label = next((name for name in _LABELS if name in table.column_names), None)
         if label is not None:
             found = _labels(uri, label, table.column(label), features.get(label))
-            self.labels, self.classes = found or (None, None)
+            if found is not None:
+                self.labels, self.classes = torch.from_numpy(found[0].astype(np.int64)), found[1]
 
     def _open(self) -> None:
         chunks = [chunk for chunk in self._table.column(self._column).chunks if len(chunk)]
         self._starts = list(itertools.accumulate(map(len, chunks), initial=0))
         try:
-            self._chunks = [_parts(chunk) for chunk in chunks]
+            self._chunks = [_images_and_paths(chunk) for chunk in chunks]
         except pa.ArrowException as error:
             raise UserError(
-                "TODO", f"'{self.uri}' is damaged: {_line(error)}; make it again."
+                "damaged", f"'{self.uri}' is damaged: {_reason(error)}; make it again."
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,71 +120,65 @@ class TableImages(Source):
         image = None if images is None else images[row].as_py()
         if image is None and paths is not None and (path := paths[row].as_py()):
             image = read_file(path)
-        label = None if self.labels is None else int(self.labels[index])
-        return Sample(index, image or b"", label)
+        return Sample(index, image or b"", self.label(index))
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.source.Source`."""
+        """Return the record's number."""
         return f"record {index} of {self.uri}"
 
     def fingerprint(self) -> str:
-        """Over the sizes and labels of all images, and the bytes of 64."""
+        """Hash the sizes and labels of all images, and the bytes of 64."""
         sizes = np.concatenate([_sizes(images, paths) for images, paths in self._chunks])
-        labels = [] if self.labels is None else [self.labels.numpy()]
-        return fingerprint(self, [sizes, *labels])
+        return content_hash(self, [sizes, *([] if self.labels is None else [self.labels.numpy()])])
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.source.Source`; files that a table only names count too."""
+        """Return the size of all images in bytes, including files that the table only names."""
         total = 0
         for images, paths in self._chunks:
             sizes = _sizes(images, paths)
             total += int(sizes[sizes > 0].sum())
             if paths is not None:
                 named = paths.filter(pa.array(sizes < 0)).to_pylist()
-                total += sum(_size(path) for path in named if path)
+                total += sum(_file_size(path) for path in named if path)
         return total
 
 
-def _size(path: str) -> int:
-    """Of a file that a table names; 0 where there is none: to read it tells so."""
+def _file_size(path: str) -> int:
+    """Return a file's size in bytes; 0 for a missing file, which reading reports."""
     try:
         return os.path.getsize(path)
-    except (OSError, ValueError):  # ValueError: a NUL in it
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return 0
 
 
-def _parts(chunk: Any) -> tuple[Any, Any]:
-    """(encoded images or None, paths or None) of a piece of an image column, found to be sound.
+def _images_and_paths(chunk: Any) -> tuple[Any, Any]:
+    """Return the (encoded images or None, paths or None) of a chunk of an image column.
 
-    Reading an array whose offsets lie would be reading memory that is not its own.
+    They are validated: wrong offsets in an array would read memory outside of it.
     """
     chunk.validate()
-    images: Any = chunk
-    paths: Any = None
+    images, paths = (chunk, None) if _is_binary(chunk.type) else (None, chunk)
     if pa.types.is_struct(chunk.type):
         names = [field.name for field in chunk.type]
         images = chunk.field("bytes") if "bytes" in names else None
         paths = chunk.field("path") if "path" in names else None
         if paths is not None and not _is_text(paths.type):
             paths = None
-    elif not _is_binary(chunk.type):
-        images, paths = None, chunk
     if images is not None:
         images.validate(full=True)
-    if images is not None and not images.null_count:
-        return images, None
+        if not images.null_count:
+            return images, None
     if paths is not None:
         paths.validate(full=True)
     return images, paths
 
 
 def _sizes(images: Any, paths: Any) -> np.ndarray:
-    """Bytes of each image, int64; -1 where only its path is stored."""
+    """Return the bytes of each image, int64; -1 if only its path is stored."""
     if images is None:
         return np.full(len(paths), -1)
-    return _compute.fill_null(_compute.binary_length(images).cast(pa.int64()), -1).to_numpy(
-        zero_copy_only=False
-    )
+    lengths = _compute.binary_length(images).cast(pa.int64())
+    return _compute.fill_null(lengths, -1).to_numpy(zero_copy_only=False)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -213,70 +202,44 @@ def _image_column(uri: str, table: Any, features: dict[str, Any]) -> str:
         if _is_binary(field.type):
             return field.name
     columns = ", ".join(table.column_names)
-    raise UserError("TODO", f"'{uri}' has no column of images; its columns are {columns}.")
+    raise UserError("no-images", f"'{uri}' has no column of images; its columns are {columns}.")
 
 
 def _labels(
-    uri: str, name: str, column: pa.ChunkedArray, feature: Any
-) -> tuple[Tensor, list[str]] | None:
-    """(int64 [N], class names) of a column; None if it holds no classes, or -1 everywhere.
-
-    Numbers of a ClassLabel are kept, -1 too, which says that an image has no label; other values
-    are numbered in sorted order.
-    """
+    uri: str, name: str, column: Any, feature: Any
+) -> tuple[np.ndarray, list[str] | None] | None:
+    """Return the labels and class names of a column; None without labels."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-        kind = column.type
-    integers = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-    if not (integers or _is_text(kind)):
-        notify(f"The column '{name}' of '{uri}' holds {kind}, no classes; it is left out.")
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+        notify(f"The column '{name}' of '{uri}' has the type {kind}, not classes; it is ignored.")
         return None
     column.validate(full=True)
-    if column.null_count == len(column):
-        return None
-    if column.null_count:
-        first = _compute.index(column.is_null(), True).as_py()
-        raise UserError(
-            "TODO",
-            f"Record {first:,} of '{uri}' has no label in '{name}', but others do; give it one, or"
-            " drop the column.",
-        )
+    values = [value for value in column.unique().to_pylist() if value is not None]
+    codes = _compute.fill_null(_compute.index_in(column, value_set=pa.array(values, kind)), -1)
     names = feature.get("names") if isinstance(feature, dict) else None
-    if not isinstance(names, list):
-        names = None
-    if integers and _compute.all(_compute.equal(column.cast(pa.int64()), -1)).as_py():
-        return None  # how data sets on the Hub hide the labels of their test split
-    if names is None:
-        values = sorted(column.unique().to_pylist())
-        if len(values) > MOST_CLASSES:
-            raise UserError(
-                "TODO", f"The column '{name}' of '{uri}' has {len(values):,} classes, too many."
-            )
-        found = _compute.index_in(column, value_set=pa.array(values, kind))
-        return torch.from_numpy(found.to_numpy().astype(np.int64)), [str(v) for v in values]
-    labels = column.to_numpy().astype(np.int64)
-    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
-    if len(wrong):
-        raise UserError(
-            "TODO",
-            f"Record {wrong[0]:,} of '{uri}' has the label {labels[wrong[0]]}, but '{name}' has"
-            f" {len(names):,} classes.",
-        )
-    return torch.from_numpy(labels), [str(name) for name in names]
+    return number_labels(
+        values,
+        codes.to_numpy(),
+        lambda row: f"Record {row:,} of '{uri}'",
+        names=[str(name) for name in names] if isinstance(names, list) else None,
+        renumber=True,
+    )
 
 
 def from_datasets(uri: str, dataset: Any) -> TableImages:
-    """A whole split that ``datasets`` has loaded.
+    """Return a whole split that ``datasets`` has loaded.
 
     Raises:
-        UserError: no images in it, or labels that are none.
+        UserError: no images in it, or invalid labels.
     """
     return TableImages(uri, dataset.data, dataset.features.to_dict())
 
 
-def find_parquet(uri: str, root: Path) -> Splits | None:
-    """A Parquet file, or those under a folder or its split folders, by the split of their name."""
+def find_parquet(uri: str) -> Splits | None:
+    """Return the splits of a Parquet file, or of those in a folder or its split folders."""
+    root = Path(uri).expanduser()
     tables: dict[str, list[Path]] = {}
     if root.is_file() and root.suffix == ".parquet":
         tables["train"] = [root]
@@ -285,87 +248,83 @@ def find_parquet(uri: str, root: Path) -> Splits | None:
     for name, folder in split_folders(root).items():
         if files := sorted(folder.glob("*.parquet")):
             tables.setdefault(name, []).extend(files)
-    return Splits(list(tables), lambda split: _parquet(uri, tables[split])) if tables else None
+    return Splits(list(tables), lambda split: _open_parquet(uri, tables[split])) if tables else None
 
 
-def _parquet(uri: str, paths: list[Path]) -> TableImages:
-    """Files of one split as ``datasets`` copies them to its cache; checksums of their pages are
-    verified where they have any."""
+def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
+    """Open the files of one split through the cache of ``datasets``; verify page checksums."""
     import datasets
     from pyarrow import dataset, parquet
 
     files: Any = []
-    for path in paths:  # named one by one, before any is copied
+    for path in paths:  # reading each file's metadata first names the file that is damaged
         try:
             if parquet.read_metadata(path).num_rows:
                 files.append(str(path))
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                "TODO", f"'{path}' cannot be read as Parquet: {_line(error)}."
+                "damaged", f"'{path}' cannot be read as Parquet: {_reason(error)}."
             ) from None
     if not files:
-        raise UserError(
-            "TODO", f"'{uri}' holds no records in {paths[0].name}; is it the right file?"
-        )
+        raise UserError("no-images", f"'{uri}' has no records ({paths[0].name} is empty).")
     datasets.disable_progress_bars()
-    logger = logging.getLogger("datasets.packaged_modules.parquet")  # it tells errors a second time
-    logger.setLevel(logging.CRITICAL)
+    # datasets logs each error that it raises.
+    logging.getLogger("datasets.packaged_modules.parquet").setLevel(logging.CRITICAL)
     verified = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     try:
         table = datasets.Dataset.from_parquet(files, fragment_scan_options=verified)
         return from_datasets(uri, table)
     except UserError:
         raise
-    except Exception as error:  # whatever the readers raise where types or features are damaged
-        raise UserError("TODO", f"'{uri}' cannot be read as Parquet: {_line(error)}.") from None
+    except Exception as error:  # the readers raise many types for damaged types or features
+        raise UserError(
+            "damaged", f"'{uri}' cannot be read as Parquet: {_reason(error)}."
+        ) from None
 
 
-def find_saved_dataset(uri: str, root: Path) -> Splits | None:
-    """A folder written by ``datasets.save_to_disk``, or by ``pack``."""
+def find_saved_dataset(uri: str) -> Splits | None:
+    """Return the splits of a folder written by ``datasets.save_to_disk`` or by ``pack``."""
+    root = Path(uri).expanduser()
     if (root / "dataset_dict.json").is_file():
         splits = _field(root / "dataset_dict.json", "splits", list)
-        return Splits([str(name) for name in splits], lambda split: _saved(uri, root / split))
+        return Splits([str(name) for name in splits], lambda split: _open_saved(uri, root / split))
     if (root / "state.json").is_file():
-        return Splits(["train"], lambda _: _saved(uri, root))
+        return Splits(["train"], lambda _: _open_saved(uri, root))
     return None
 
 
-def _saved(uri: str, folder: Path) -> TableImages:
-    files = _field(folder / "state.json", "_data_files", list)
+def _open_saved(uri: str, folder: Path) -> TableImages:
+    state = folder / "state.json"
+    files = _field(state, "_data_files", list)
     names = [file.get("filename") for file in files if isinstance(file, dict)]
     names = [name for name in names if isinstance(name, str) and name]
     if not files or len(names) < len(files):
-        raise UserError(
-            "TODO", f"'{folder / 'state.json'}' names no files of data; save the data again."
-        )
+        raise UserError("damaged", f"'{state}' names no data files; save the data again.")
     features = _field(folder / "dataset_info.json", "features", dict)
     try:
-        return TableImages(uri, MappedTable([str(folder / Path(n).name) for n in names]), features)
+        table = MappedTable([str(folder / Path(name).name) for name in names])
+        return TableImages(uri, table, features)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            "TODO", f"'{uri}' cannot be read as a saved dataset: {_line(error)}."
+            "damaged", f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
         ) from None
 
 
 def _field(path: Path, name: str, kind: type) -> Any:
-    """A field of a JSON file.
-
-    Raises:
-        UserError: there is none of this type, or no such file.
-    """
+    """Return a field of a JSON file of a saved dataset, checked to be of this type."""
     try:
         value = json.loads(path.read_bytes())[name]
         if not isinstance(value, kind):
             raise TypeError(f"'{name}' is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            "TODO", f"'{path}' cannot be read as a saved dataset's: {_line(error)}; save it again."
+            "damaged", f"'{path}' cannot be read: {_reason(error)}; save the data again."
         ) from None
     return value
 
 
-def _line(error: BaseException) -> str:
-    """The reason in one line."""
+def _reason(error: BaseException) -> str:
+    """Return the reason in one line."""
     cause = error.__cause__ or error
     if isinstance(cause, KeyError):
         return f"{cause} is missing"

@@ -1,46 +1,38 @@
 """Listings: a CSV with a line ``path label`` for each image, as Places205 is distributed.
 
 Paths are relative to an image root: the folder of the CSV, or ROOT in ``FILE.csv:ROOT``. The
-archive of Places205 unpacks into a long folder that its lists leave out; the reference appends it
-to the root, so it is looked for here. The index is the order of the lines.
+archive of Places205 unpacks into a long folder that its lists omit; as in the reference, that
+folder below the root is found. The index is the order of the lines.
 """
 
 import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .source import (
-    MOST_CLASSES,
-    SPLIT_NAMES,
-    Sample,
-    Source,
-    Splits,
-    fingerprint,
-    read_file,
-    split_folders,
-)
+from .image_files import read_file
+from .labels import MAX_CLASSES
+from .source import Sample, Source, content_hash
+from .splits import SPLIT_NAMES, Splits, split_folders
 
 PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
 _LINE_LIMIT = 8192  # characters; a longer line is no path
 _DIGITS = "0123456789"
 _SEPARATORS = " \t,"
 _QUOTE = '"'
-_NAMED = 8  # line numbers in a message
-_PROBED = 64  # paths looked for before a root is said to be the wrong one
-
-Malformed = Literal["skip", "error"]
+_LISTED = 8  # line numbers in a message
+_PROBED = 64  # paths looked up to check the root
 
 
 class CsvListing(Source):
     """The images of a listing, in the order of its lines.
 
-    ``malformed`` has the numbers (from 1) of the lines that were left out.
+    ``malformed`` has the numbers (from 1) of the lines that were skipped.
     """
 
     def __init__(
@@ -54,69 +46,72 @@ class CsvListing(Source):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        assert self.labels is not None
-        image = read_file(self.root / self.paths[index])
-        return Sample(index, image, int(self.labels[index]))
+        return Sample(index, read_file(self.file(index)), self.label(index))
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.source.Source`."""
+        """Return the path relative to the root."""
         return self.paths[index]
 
     def file(self, index: int) -> Path:
-        """Return the path of the image's file."""
+        """Return the image's file."""
         return self.root / self.paths[index]
 
     def fingerprint(self) -> str:
-        """Over all paths and labels, and the bytes of 64 files."""
-        assert self.labels is not None
-        lines = zip(self.paths, self.labels.tolist(), strict=True)
-        return fingerprint(self, (f"{path}\0{label}" for path, label in lines))
+        """Hash all paths and labels, and the bytes of 64 files."""
+        lines = enumerate(self.paths)
+        return content_hash(self, (f"{path}\0{self.label(index)}" for index, path in lines))
 
     def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.source.Source`.
+        """Return the size of all files in bytes.
 
         Raises:
-            UserError: images of the listing that are not there.
+            UserError: files of the listing are missing.
         """
         total, missing = 0, []
-        for path in self.paths:
+        for index, path in enumerate(self.paths):
             try:
-                total += (self.root / path).stat().st_size
+                total += self.file(index).stat().st_size
             except OSError:
                 missing.append(path)
         if missing:
             raise UserError(
-                "TODO",
+                "not-found",
                 f"{len(missing):,} of {len(self):,} images of '{self.uri}' are not below"
-                f" '{self.root}' ({missing[0]} for example); copy them there, or list them no more.",
+                f" '{self.root}' ({missing[0]} for example); copy them there, or remove their"
+                " lines.",
             )
         return total
 
 
-def find_listing(uri: str, malformed: Malformed) -> Splits | None:
-    """``FILE.csv``, ``FILE.csv:ROOT``, ``FOLDER`` or ``FOLDER:ROOT`` (with train_*.csv inside)."""
+def find_csv_listing(uri: str) -> Splits | None:
+    """Return the splits of ``FILE.csv`` or of a ``FOLDER`` with train_*.csv; both take ``:ROOT``.
+
+    Raises:
+        UserError: two listings of one split, or the image root is not a folder.
+    """
     for place in [len(uri), *(i for i, letter in enumerate(uri) if letter == ":")]:
-        table = Path(uri[:place]).expanduser()
-        explicit = uri[place + 1 :]
+        table, explicit = Path(uri[:place]).expanduser(), uri[place + 1 :]
         if table.suffix.lower() == ".csv" and table.is_file():
-            files = {"train": table}
+            files, root = {"train": table}, table.parent
         elif table.is_dir() and uri[:place]:
-            files = _listings_of(table)
+            files, root = _split_listings(table), table
         else:
             continue
         if files:
-            beside = table if table.is_dir() else table.parent
-            root = Path(explicit).expanduser() if explicit else beside
-            return _stored(uri, files, root, malformed)
+            root = Path(explicit).expanduser() if explicit else root
+            if not root.is_dir():
+                raise UserError("not-found", f"The image root '{root}' of '{uri}' is not a folder.")
+            places = root / PLACES_FOLDER
+            return _splits(uri, files, places if places.is_dir() else root)
     return None
 
 
-def _listings_of(folder: Path) -> dict[str, Path]:
-    """train_*.csv, val_*.csv of a folder by split; none if image folders of these names are there.
+def _splits(uri: str, files: dict[str, Path], root: Path) -> Splits:
+    return Splits(list(files), lambda split: _open(uri, files[split], root))
 
-    Raises:
-        UserError: two of one split.
-    """
+
+def _split_listings(folder: Path) -> dict[str, Path]:
+    """Return a folder's train_*.csv and val_*.csv by split; none beside split folders of images."""
     found: dict[str, Path] = {}
     if split_folders(folder):
         return found
@@ -126,67 +121,49 @@ def _listings_of(folder: Path) -> dict[str, Path]:
             continue
         if split in found:
             raise UserError(
-                "TODO",
-                f"'{folder}' holds two {split} listings, {found[split].name} and {path.name}; name"
-                " one of them.",
+                "mismatch",
+                f"'{folder}' has two {split} listings, {found[split].name} and {path.name};"
+                " name one of them.",
             )
         found[split] = path
     return found
 
 
-def _stored(uri: str, files: dict[str, Path], root: Path, malformed: Malformed) -> Splits:
-    if not root.is_dir():
-        raise UserError(
-            "TODO", f"The image root '{root}' of '{uri}' is not a folder; write FILE.csv:ROOT."
-        )
-    if (root / PLACES_FOLDER).is_dir():
-        root = root / PLACES_FOLDER
-    return Splits(list(files), lambda split: read_listing(uri, files[split], root, malformed))
+def _open(uri: str, table: Path, root: Path) -> CsvListing:
+    """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma.
 
-
-def read_listing(uri: str, table: Path, root: Path, malformed: Malformed = "skip") -> CsvListing:
-    """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma. Either may stand in
-    double quotes, as Python's ``csv`` writes a path with a comma; a path without holds any blanks
-    and commas.
-
-    A path that begins with a slash is taken within the root if it lies there or if the root has its
-    first folder (Places205's own lists write ``/a/abbey/...``).
-
-    Args:
-        uri: what the listing is called.
-        table: the CSV.
-        root: folder of the images.
-        malformed: leave malformed lines out and report their numbers, or refuse them.
+    Either field may stand in double quotes, as Python's ``csv`` writes a path with a comma. A path
+    without quotes may contain blanks and commas too.
 
     Raises:
-        UserError: a path that leaves the root; no listing; malformed lines, unless they are to be
-            skipped and are fewer than the others; none of the first 64 images is there.
+        UserError: a path that leaves the root, at least as many malformed lines as good ones, or
+            none of the first 64 images exists.
     """
-    paths, labels, wrong = [], [], []
+    paths, labels, malformed = [], [], []
     try:
         with open(table, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(_short_lines(lines), 1):
                 if not line.strip():
                     continue
-                if (entry := _entry(line)) is None:
-                    wrong.append(number)
+                if (entry := _parse_line(line)) is None:
+                    malformed.append(number)
                     continue
-                paths.append(_inside(entry[0], root, table, number))
+                paths.append(_relative_path(entry[0], root, table, number))
                 labels.append(entry[1])
     except OSError as error:
-        raise UserError("TODO", f"'{table}' cannot be read: {error}.") from None
-    _report(table, wrong, len(paths), malformed)
+        raise UserError("environment", f"'{table}' cannot be read: {error}.") from None
+    _report_malformed(table, malformed, len(paths))
     if not any((root / path).is_file() for path in paths[:_PROBED]):
         raise UserError(
-            "TODO",
+            "not-found",
             f"None of the first {min(_PROBED, len(paths))} images of '{table}' is below '{root}'"
             f" ('{paths[0]}' for example); name their folder as {table}:ROOT.",
         )
-    return CsvListing(uri, root, paths, labels, wrong)
+    return CsvListing(uri, root, paths, labels, malformed)
 
 
 def _short_lines(file: TextIO) -> Iterator[str]:
-    """Lines, of which an overlong one is cut: it is malformed however it goes on."""
+    """Yield lines; an overlong line is cut and marked as malformed by a NUL."""
     while line := file.readline(_LINE_LIMIT):
         whole = line
         while not whole.endswith("\n") and (whole := file.readline(_LINE_LIMIT)):
@@ -194,11 +171,11 @@ def _short_lines(file: TextIO) -> Iterator[str]:
         yield line
 
 
-def _entry(line: str) -> tuple[str, int] | None:
-    """(path, label) of a line, or None where it is malformed."""
+def _parse_line(line: str) -> tuple[str, int] | None:
+    """Return (path, label), or None for a malformed line."""
     line = line.strip()
     if _QUOTE in (line[:1], line[-1:]):
-        path, label = _quoted(line) or ("", "")
+        path, label = _parse_quoted(line) or ("", "")
     else:
         before = line.rstrip(_DIGITS)
         label, path = line[len(before) :], before.rstrip(_SEPARATORS)
@@ -206,63 +183,59 @@ def _entry(line: str) -> tuple[str, int] | None:
             return None
     if not path or "\0" in path or not label or label.strip(_DIGITS):
         return None
-    if len(label) > len(str(MOST_CLASSES)) or int(label) >= MOST_CLASSES:
+    if len(label) > len(str(MAX_CLASSES)) or int(label) >= MAX_CLASSES:
         return None
     return path, int(label)
 
 
-def _quoted(line: str) -> list[str] | None:
-    """The two fields of a line in which one is in double quotes, by the rules of Python's ``csv``;
-    None where it has others than a path and a number."""
+def _parse_quoted(line: str) -> list[str] | None:
+    """Return the path and number of a line with quotes as Python's ``csv`` reads it, or None."""
     for separator in _SEPARATORS:
         try:
             (fields,) = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
-        except csv.Error:  # a quote that does not end, or goes on behind its end
+        except csv.Error:  # text after a closing quote, or no closing quote
             continue
         if len(fields) == 2 and not fields[1].strip(_DIGITS):
             return fields
     return None
 
 
-def _inside(path: str, root: Path, table: Path, number: int) -> str:
-    """The path relative to the root.
+def _relative_path(path: str, root: Path, table: Path, number: int) -> str:
+    """Return the path relative to the root.
+
+    A leading slash is dropped if the root has the path's first folder: Places205's own lists write
+    ``/a/abbey/...``.
 
     Raises:
-        UserError: it leads out of it.
+        UserError: the path leads out of the root.
     """
+    pure = PurePosixPath(path)
     if path.startswith("/"):
         pure = PurePosixPath("/" + path.lstrip("/"))
         if pure.is_relative_to(root.absolute()):
             pure = pure.relative_to(root.absolute())
         elif len(pure.parts) > 1 and (root / pure.parts[1]).is_dir():
             pure = pure.relative_to("/")
-    else:
-        pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in path.replace("\\", "/").split("/"):
         raise UserError(
-            "TODO",
-            f"Line {number:,} of '{table}' leads out of the image root '{root}': {path!r}; mend the"
-            f" line, or name the folder of the images as {table}:ROOT.",
+            "unsafe",
+            f"Line {number:,} of '{table}' leads out of the image root '{root}': {path!r}; correct"
+            f" the line, or name the folder of the images as {table}:ROOT.",
         )
     return str(pure)
 
 
-def _report(table: Path, wrong: list[int], good: int, malformed: Malformed) -> None:
-    """Say which lines were left out, or refuse them."""
-    if not wrong and good:
+def _report_malformed(table: Path, malformed: list[int], good: int) -> None:
+    """Print the numbers of skipped lines; raise UserError if half of all lines are malformed."""
+    if not malformed and good:
         return
-    named = ", ".join(f"{number:,}" for number in wrong[:_NAMED])
-    more = f" and {len(wrong) - _NAMED:,} more" if len(wrong) > _NAMED else ""
-    which = f"line{'s' * (len(wrong) > 1)} {named}{more}"
-    if good <= len(wrong):
+    numbers = ", ".join(f"{number:,}" for number in malformed[:_LISTED])
+    more = f" and {len(malformed) - _LISTED:,} more" if len(malformed) > _LISTED else ""
+    lines = f"line{'s' * (len(malformed) > 1)} {numbers}{more}"
+    if good <= len(malformed):
         raise UserError(
-            "TODO",
-            f"'{table}' is not a listing of images: {good:,} lines are 'path label', {len(wrong):,}"
-            f" are not{f' ({which})' if wrong else ''}.",
+            "unsupported",
+            f"'{table}' is not a listing of images: {good:,} lines are 'path label',"
+            f" {len(malformed):,} are not{f' ({lines})' if malformed else ''}.",
         )
-    if malformed == "error":
-        raise UserError(
-            "TODO",
-            f"'{table}' has malformed lines, not 'path label': {which}; mend or remove them.",
-        )
-    notify(f"{table}: left out {which}, not 'path label' ({good:,} images remain).")
+    notify(f"{table}: skipped {lines}, not 'path label' ({good:,} images remain).")

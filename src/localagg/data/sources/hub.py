@@ -1,46 +1,47 @@
 """Data sets of the Hugging Face Hub: ``hf:NAME`` or ``hf:NAME:CONFIG``.
 
-``datasets`` loads them once into its own cache; from then on they are memory-mapped Arrow, and need
-no network.
+``datasets`` loads them once into its own cache. After that they are memory-mapped Arrow files, and
+need no network.
 """
 
 from pathlib import Path
 
 from ...errors import UserError
 from .arrow_tables import from_datasets
-from .source import Splits
+from .splits import Splits
 
 PREFIX = "hf:"
 
 
-def find_hub(uri: str) -> Splits | None:
-    """None where the URI does not begin with ``hf:``.
+def find_hub_dataset(uri: str) -> Splits | None:
+    """Return the splits of a Hub data set, or None if the URI does not begin with ``hf:``.
 
     Raises:
-        UserError: there is no such data set or configuration, it cannot be had from here, or there
-            is a folder of that name.
+        UserError: no such data set or configuration, no network, or a local folder of that name.
     """
     if not uri.startswith(PREFIX):
         return None
     name, _, config = uri.removeprefix(PREFIX).partition(":")
     if not name:
-        raise UserError("TODO", f"'{uri}' names no data set; write hf:NAME or hf:NAME:CONFIG.")
-    if Path(name).exists():
-        # It would take the folder, and has been seen to cache two folders of one name as one.
         raise UserError(
-            "TODO",
-            f"'{name}' is a file or folder here, which datasets would read instead; give its"
-            " path without 'hf:', or work in another folder.",
+            "option-invalid", f"'{uri}' names no data set; write hf:NAME or hf:NAME:CONFIG."
+        )
+    if Path(name).exists():
+        # datasets would read the folder, and may use one cache for two folders of the same name.
+        raise UserError(
+            "option-invalid",
+            f"'{name}' is a local file or folder, which datasets would read instead; give its path"
+            " without 'hf:', or work in another folder.",
         )
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever the Hub's client, its transport and the readers raise
+    except Exception as error:  # the Hub's client, its transport and the readers raise many types
         raise UserError(
-            "TODO",
+            "not-found",
             f"'{uri}' cannot be loaded: {_reason(error)}; check the name (hf:NAME or"
-            " hf:NAME:CONFIG) and the network, or load it once where there is one.",
+            " hf:NAME:CONFIG) and the network, or load it once with a network.",
         ) from None
     splits = {str(split): part for split, part in dict(loaded).items()}
     return Splits(list(splits), lambda split: from_datasets(uri, splits[split]))

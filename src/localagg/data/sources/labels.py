@@ -1,83 +1,142 @@
-"""Names of classes: beside data whose format stores their numbers only, and across splits.
-
-Of ``classes-SPLIT.json`` the split comes last: the reference's program looks for ``train-*`` and
-``validation-*``.
-"""
+"""Class numbers and class names: from the labels of any source, from files, and across splits."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from .source import Source
 
-_FILE = "classes-{}.json"
-_LIMIT = 1 << 26  # bytes
-_NAMED = 5  # classes in a message
+MAX_CLASSES = 1_000_000  # a larger label is damage; bounds the lists made from labels
+# The split comes last: the reference's program reads every file named train-* or validation-*.
+_NAMES_FILE = "classes-{}.json"
+_NAMES_LIMIT = 1 << 26  # bytes
+_LISTED = 5  # classes in a message
+
+
+def number_labels(
+    values: Sequence[str | int],
+    codes: np.ndarray,
+    where: Callable[[int], str],
+    *,
+    names: list[str] | None = None,
+    renumber: bool = False,
+    partial: bool = False,
+) -> tuple[np.ndarray, list[str] | None] | None:
+    """Convert labels to class numbers 0..C-1.
+
+    Words are numbered in sorted order. Integers are class numbers already, and all -1 means that
+    the data have no labels: so data sets hide the labels of their test split.
+
+    Args:
+        values: the distinct labels, integers or words.
+        codes: int [N], each image's position in ``values``; -1 without a label.
+        where: names an image in an error by its index.
+        names: class names that belong to integers. An image may then have the label -1.
+        renumber: number integers in sorted order too, unless they have names.
+        partial: images may have no label; theirs is -1.
+
+    Returns:
+        int64 [N] and the class names, None for numbers without names; or None without labels.
+
+    Raises:
+        UserError: images without a label among others that have one, a label out of range, or
+            over a million classes.
+    """
+    integers = all(isinstance(value, int) for value in values)
+    missing = np.flatnonzero(codes < 0)
+    if len(missing) == len(codes) or (not len(missing) and integers and set(values) == {-1}):
+        return None
+    if len(missing) and not partial:
+        raise UserError(
+            "no-labels",
+            f"{where(int(missing[0]))} has no label, but other images have one; label every image"
+            " or none.",
+        )
+    if len(values) > MAX_CLASSES:
+        raise UserError(
+            "too-large",
+            f"{where(0)} and the images after it have {len(values):,} different labels; at most"
+            f" {MAX_CLASSES:,} classes are supported.",
+        )
+    if not integers or (renumber and names is None):
+        ordered = sorted(values)
+        numbers = {value: number for number, value in enumerate(ordered)}
+        found = np.array([*(numbers[value] for value in values), -1])  # code -1 is the last item
+        return found[codes], [str(value) for value in ordered]
+    labels = np.array(values, np.int64)[codes]
+    lowest, count = (0, MAX_CLASSES) if names is None else (-1, len(names))
+    wrong = np.flatnonzero((labels < lowest) | (labels >= count))
+    if len(wrong):
+        raise UserError(
+            "damaged",
+            f"{where(int(wrong[0]))} has the label {labels[wrong[0]]}; labels are class numbers"
+            f" from 0 to {count - 1:,}, or words.",
+        )
+    return labels, names
 
 
 def write_class_names(folder: Path, split: str, classes: list[str]) -> None:
-    """Keep the names of a split's classes beside its data."""
-    (folder / _FILE.format(split)).write_text(json.dumps(classes))
+    """Write the names of a split's classes beside its data."""
+    (folder / _NAMES_FILE.format(split)).write_text(json.dumps(classes))
 
 
-def class_names(folder: Path, split: str, labels: Tensor) -> list[str]:
-    """The names of a split's classes; their numbers where none are kept.
+def read_class_names(folder: Path, split: str, labels: Tensor) -> list[str]:
+    """Read the names of a split's classes; without a file, return their numbers.
 
     Args:
-        folder: where the data are.
-        split: as it is called in the names of the files.
+        folder: the data's folder.
+        split: name of the split as in the names of its files.
         labels: int64 [N], not negative.
 
     Raises:
-        UserError: the file of names is damaged, or has fewer than there are labels.
+        UserError: the file is damaged, or names fewer classes than there are labels.
     """
-    count = int(labels.max()) + 1
-    names = _read(folder / _FILE.format(split))
-    if names is None:
+    path, count = folder / _NAMES_FILE.format(split), int(labels.max()) + 1
+    try:
+        with open(path, "rb") as file:
+            names = json.loads(file.read(_NAMES_LIMIT))
+    except FileNotFoundError:
         return [str(label) for label in range(count)]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            "damaged", f"'{path}' cannot be read: {error}; remove or correct it."
+        ) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            "damaged", f"'{path}' is not a JSON list of class names; remove or correct it."
+        )
     if len(names) < count:
         raise UserError(
-            "TODO",
-            f"'{folder}' names {len(names):,} classes in its {_FILE.format('*')}, but has labels"
-            f" up to {count - 1:,}; remove that file, or name all.",
+            "mismatch",
+            f"'{path}' names {len(names):,} classes, but labels reach {count - 1:,}; remove the"
+            " file, or name all classes.",
         )
     return names
 
 
-def _read(path: Path) -> list[str] | None:
-    try:
-        with open(path, "rb") as file:
-            names = json.loads(file.read(_LIMIT))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("TODO", f"'{path}' cannot be read: {error}; remove or mend it.") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError("TODO", f"'{path}' is not a JSON list of class names; remove or mend it.")
-    return names
-
-
 def held_out_to_training_labels(data: str, source: Source, held_out: Source) -> Tensor:
-    """Held-out labels to training labels, by class name: int64 [held-out classes].
+    """Return the training label of each held-out class by its name: int64 [held-out classes].
 
-    A name that no held-out image has may be missing in training; it becomes -1.
+    A class without held-out images may be missing in training; its entry is -1.
 
     Raises:
-        UserError: held-out images of classes that the training images do not have.
+        UserError: held-out images of classes that the training images lack.
     """
     number = {name: label for label, name in enumerate(source.classes or ())}
     names = held_out.classes or []
     used = set() if held_out.labels is None else set(held_out.labels.unique().tolist())
     unknown = [name for label, name in enumerate(names) if name not in number and label in used]
     if unknown:
-        more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        more = f" and {len(unknown) - _LISTED:,} more" if len(unknown) > _LISTED else ""
         raise UserError(
-            "TODO",
+            "mismatch",
             f"The held-out images of '{data}' have classes that the training images lack:"
-            f" {', '.join(unknown[:_NAMED])}{more}; rename them or take them out (pretraining can"
-            " also do without: --eval-every 0).",
+            f" {', '.join(unknown[:_LISTED])}{more}; rename or remove them, or pretrain with"
+            " --eval-every 0.",
         )
     return torch.tensor([number.get(name, -1) for name in names])

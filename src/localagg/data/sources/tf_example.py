@@ -1,25 +1,54 @@
-"""``tf.train.Example`` without TensorFlow: the protobuf wire format, as far as an image needs it.
+"""``tf.train.Example`` without TensorFlow: images of the reference's files, by protobuf.
 
-An Example is ``features = 1``, that is a map ``feature = 1`` from ``key = 1`` to ``value = 2``, a
-Feature of which one list is set: ``bytes_list = 1``, ``float_list = 2`` or ``int64_list = 3``, each
-with ``value = 1``. The reference stores ``images`` (bytes), ``labels`` and ``index`` (int64).
+The reference stores the features ``images`` (bytes), ``labels`` and ``index`` (int64).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
-_KEYS = (b"images", b"labels", b"index")
-_NAMED = 8  # other features named in a message
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError
+
+_LISTED = 8  # other features named in a message
+
+# TensorFlow declares ``feature`` as a map; in bytes that is a repeated message of key and value.
+# A repeated message keeps the order of the features, so that the reference's bytes can be written.
+_DESCRIPTOR = """
+name: "localagg_example.proto" package: "localagg" syntax: "proto3"
+message_type { name: "BytesList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL oneof_index: 0
+    type: TYPE_MESSAGE type_name: ".localagg.BytesList" }
+  field { name: "float_list" number: 2 label: LABEL_OPTIONAL oneof_index: 0
+    type: TYPE_MESSAGE type_name: ".localagg.FloatList" }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL oneof_index: 0
+    type: TYPE_MESSAGE type_name: ".localagg.Int64List" } }
+message_type { name: "Entry"
+  field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "value" number: 2 label: LABEL_OPTIONAL
+    type: TYPE_MESSAGE type_name: ".localagg.Feature" } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED
+    type: TYPE_MESSAGE type_name: ".localagg.Entry" } }
+message_type { name: "Example"
+  field { name: "features" number: 1 label: LABEL_OPTIONAL
+    type: TYPE_MESSAGE type_name: ".localagg.Features" } }
+"""
+_pool = descriptor_pool.DescriptorPool()
+_pool.Add(text_format.Parse(_DESCRIPTOR, descriptor_pb2.FileDescriptorProto()))
+_Example: Any = message_factory.GetMessageClass(_pool.FindMessageTypeByName("localagg.Example"))
 
 
 class BadExample(ValueError):
-    """Bytes that are not an Example of an image; the message says why, in a few words."""
+    """The bytes are not an Example of an image; the message gives the reason in a few words."""
 
 
 class ImageExample(NamedTuple):
-    """What the reference stores of an image."""
+    """An image as the reference stores it."""
 
     image: bytes
     label: int | None
@@ -29,165 +58,42 @@ class ImageExample(NamedTuple):
 def parse_example(data: bytes | memoryview) -> ImageExample:
     """Read an image, its label and its index from a serialized ``tf.train.Example``.
 
-    Other features and unknown fields are passed over; of repeated features the last one counts, as
-    protobuf has it. Nothing longer than ``data`` is ever allocated.
+    Other features are ignored. The last of repeated features counts, and a feature without a list
+    does not exist, as in TensorFlow.
 
     Raises:
-        BadExample: not an Example, no image, or not exactly one value where one is due.
+        BadExample: not an Example, no image, or not exactly one value of a feature.
     """
-    found: dict[bytes, memoryview] = {}
-    others: list[str] = []
-    for features in _messages(memoryview(data), 1):
-        for entry in _messages(features, 1):
-            key, value = _key_and_value(entry)
-            if key in _KEYS:
-                found[key] = value
-            elif len(others) < _NAMED:
-                others.append(key.decode()[:40])
-    image = _one(found[b"images"], _BYTES_LIST, "images") if b"images" in found else None
+    try:
+        entries = _Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise BadExample(f"not a tf.train.Example ({error})") from None
+    features = {entry.key: entry.value for entry in entries}
+    image = _single_value(features, "images", "bytes_list")
     if image is None:
-        names = ", ".join(map(repr, others)) or "none"
-        raise BadExample(f"no feature 'images' (its other features: {names})")
-    return ImageExample(bytes(_view(image)), _integer(found, b"labels"), _integer(found, b"index"))
+        names = ", ".join(repr(name[:40]) for name in [*features][:_LISTED]) or "none"
+        raise BadExample(f"no feature 'images' (its features: {names})")
+    label = _single_value(features, "labels", "int64_list")
+    return ImageExample(image, label, _single_value(features, "index", "int64_list"))
+
+
+def _single_value(features: dict[str, Any], name: str, kind: str) -> Any:
+    if (feature := features.get(name)) is None:
+        return None
+    values = getattr(feature, kind).value
+    if len(values) == 1:
+        return values[0]
+    if feature.WhichOneof("kind") is None:
+        return None
+    raise BadExample(f"feature '{name}' does not hold exactly one value")
 
 
 def write_example(image: bytes, label: int | None, index: int | None) -> bytes:
-    """Serialize an image as the reference's files hold it: labels, index, images, in this order."""
-    entries = [
-        _entry(key, _INT64_LIST, _delimited(1, _varint(value)))  # a packed list of one
-        for key, value in ((b"labels", label), (b"index", index))
-        if value is not None
-    ]
-    entries.append(_entry(b"images", _BYTES_LIST, _delimited(1, image)))
-    return _delimited(1, b"".join(entries))
-
-
-# --- Reading --------------------------------------------------------------------------------------
-
-
-def _key_and_value(entry: memoryview) -> tuple[bytes, memoryview]:
-    key, values = b"", []
-    for field, kind, content in _fields(entry):
-        if (field, kind) == (1, _BYTES):
-            key = bytes(_view(content))
-        elif (field, kind) == (2, _BYTES):
-            values.append(_view(content))
-    try:
-        key.decode()
-    except UnicodeDecodeError:
-        raise BadExample("the name of a feature is not UTF-8") from None
-    # protobuf merges a message that is repeated, which is to concatenate it
-    return key, values[0] if len(values) == 1 else memoryview(b"".join(values))
-
-
-def _integer(found: dict[bytes, memoryview], key: bytes) -> int | None:
-    if key not in found:
-        return None
-    value = _one(found[key], _INT64_LIST, key.decode())
-    if not isinstance(value, int):
-        return None
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _one(feature: memoryview, wanted: int, name: str) -> int | memoryview | None:
-    """The only value of a feature's list, None where no list is set.
-
-    Of several lists the last one set counts (they are a oneof).
-    """
-    lists: list[tuple[int, memoryview]] = []
-    for field, kind, content in _fields(feature):
-        if kind == _BYTES and field in (_BYTES_LIST, _FLOAT_LIST, _INT64_LIST):
-            if lists and lists[-1][0] != field:
-                lists.clear()
-            lists.append((field, _view(content)))
-    if not lists:
-        return None
-    values = (value for field, part in lists if field == wanted for value in _list(part, wanted))
-    first = next(values, None)
-    if first is None or next(values, None) is not None:
-        raise BadExample(f"feature '{name}' does not hold exactly one value")
-    return first
-
-
-def _list(data: memoryview, wanted: int) -> Iterator[int | memoryview]:
-    for field, kind, content in _fields(data):
-        if field != 1:
-            continue
-        if (wanted, kind) in ((_BYTES_LIST, _BYTES), (_INT64_LIST, _VARINT)):
-            yield content
-        elif wanted == _INT64_LIST and kind == _BYTES:  # packed
-            packed, place = _view(content), 0
-            while place < len(packed):
-                value, place = _read_varint(packed, place)
-                yield value
-
-
-def _messages(data: memoryview, wanted: int) -> Iterator[memoryview]:
-    for field, kind, content in _fields(data):
-        if field == wanted and kind == _BYTES:
-            yield _view(content)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(field number, wire type, content) of every field: an integer, or a view of its bytes."""
-    place = 0
-    while place < len(data):
-        key, place = _read_varint(data, place)
-        field, kind = key >> 3, key & 7
-        if not 0 < field < 1 << 29:
-            raise BadExample("not a protobuf message (a field's number is out of range)")
-        if kind == _VARINT:
-            value, place = _read_varint(data, place)
-            yield field, kind, value
-            continue
-        if kind == _BYTES:
-            length, place = _read_varint(data, place)
-        elif kind in (_FIXED64, _FIXED32):
-            length = 8 if kind == _FIXED64 else 4
-        else:
-            raise BadExample(f"not a protobuf message (a field is of wire type {kind})")
-        if length > len(data) - place:
-            raise BadExample("a field is longer than its record")
-        yield field, kind, data[place : place + length]
-        place += length
-
-
-def _read_varint(data: memoryview, place: int) -> tuple[int, int]:
-    """(value, place behind it) of an unsigned 64-bit integer of at most ten bytes."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= len(data):
-            raise BadExample("a number is cut off")
-        octet = data[place]
-        place += 1
-        value |= (octet & 0x7F) << shift
-        if octet < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, place
-    raise BadExample("a number is longer than ten bytes")
-
-
-def _view(content: int | memoryview) -> memoryview:
-    assert isinstance(content, memoryview)
-    return content
-
-
-# --- Writing --------------------------------------------------------------------------------------
-
-
-def _varint(value: int) -> bytes:
-    value &= 0xFFFFFFFFFFFFFFFF
-    octets = bytearray()
-    while value > 0x7F:
-        octets.append(value & 0x7F | 0x80)
-        value >>= 7
-    octets.append(value)
-    return bytes(octets)
-
-
-def _delimited(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | _BYTES) + _varint(len(content)) + content
-
-
-def _entry(key: bytes, kind: int, values: bytes) -> bytes:
-    feature = _delimited(2, _delimited(kind, values))
-    return _delimited(1, _delimited(1, key) + feature)
+    """Serialize an image with its features in the reference's order: labels, index, images."""
+    example = _Example()
+    features = example.features.feature
+    for key, value in (("labels", label), ("index", index)):
+        if value is not None:
+            features.add(key=key).value.int64_list.value.append(value)
+    features.add(key="images").value.bytes_list.value.append(image)
+    return example.SerializeToString()

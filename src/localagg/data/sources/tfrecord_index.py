@@ -1,119 +1,71 @@
 """TFRecord framing, and the index that makes a folder of such files randomly accessible.
 
-The index is built by reading everything once, checksums verified, and kept (see ``index_cache``).
+The index is built by reading everything once with verified checksums, and cached.
 """
 
 import os
 import re
 import struct
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ...errors import UserError
-from ...io.console import show_progress
 from ...io.crc32c import masked_crc32c
-from .index_cache import Columns, cached_columns
-from .source import MOST_CLASSES
+from .file_index import POSITIONS, Columns, cached_index, damaged, scan_files
+from .labels import number_labels
 from .tf_example import BadExample, ImageExample, parse_example
 
-RECORD_LIMIT = 1 << 28  # bytes; an image's record that claims more is damage, not data
+RECORD_LIMIT = 1 << 28  # bytes; a larger length of an image's record is damage
 _NAME = re.compile(r"(train|validation)-(\d{1,9})-(?:of-)?(\d{1,9})(?:\.tfrecords?)?")
 _VERSION = 2
-_SHOW_EVERY = 256  # records
-_COLUMNS = {
-    **{"file": "int32", "offset": "int64", "length": "int64", "crc": "uint32"},
-    **{"start": "int32", "size": "int32"},
-}
+_DTYPES = {**POSITIONS, "crc": "uint32"}  # the stored checksum of the record's data
 
 
-class TFRecordIndex(NamedTuple):
-    """Where the images of a split are, in the order of their index."""
-
-    files: list[str]
-    """Names of the split's files."""
-    file: np.ndarray
-    """int32 [N], which of them."""
-    offset: np.ndarray
-    """int64 [N], bytes to the record's start."""
-    length: np.ndarray
-    """int64 [N], bytes of the record's data."""
-    crc: np.ndarray
-    """uint32 [N], the stored checksum of the record's data."""
-    start: np.ndarray
-    """int32 [N], where in the record's data the image begins; -1 where it lies there in pieces."""
-    size: np.ndarray
-    """int32 [N], bytes of the image."""
-    label: np.ndarray | None
-    """int64 [N], or None where the files store no labels."""
-
-
-# --- Records ------------------------------------------------------------------------------------------
+# --- Records --------------------------------------------------------------------------------------
 
 
 def frame(data: bytes) -> bytes:
-    """A record around ``data``: length, checksum, data, checksum."""
-    return _header(len(data)) + data + struct.pack("<I", masked_crc32c(data))
+    """Return a record: length, checksum of the length, data, checksum of the data."""
+    length = struct.pack("<Q", len(data))
+    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return length + next(checks) + data + next(checks)
 
 
-def _header(length: int) -> bytes:
-    packed = struct.pack("<Q", length)
-    return packed + struct.pack("<I", masked_crc32c(packed))
+def read_record(file: int, path: str | Path, offset: int, length: int = 0) -> tuple[bytes, int]:
+    """Read the record at ``offset`` of an open file: its data and their stored checksum.
 
-
-def read_record(file: BinaryIO, path: Path, offset: int) -> tuple[memoryview, int]:
-    """The record at ``offset``, where the file stands: its data, and the stored checksum of it.
-
-    Both checksums are verified, and lengths before anything is allocated.
+    Both checksums are verified, and the length is checked before anything is allocated. The
+    expected ``length``, if it is right, saves a second read.
 
     Raises:
-        UserError: damaged or cut off there.
+        UserError: the file is damaged or cut off there.
     """
-    size = os.fstat(file.fileno()).st_size
-    header = file.read(12)
-    if len(header) < 12:
-        raise _damaged(path, offset, "the file ends inside the record's header")
-    length, check = struct.unpack("<QI", header)
-    if masked_crc32c(header[:8]) != check:
-        what = "the checksum of the record's length is wrong"
-        raise _damaged(path, offset, what if offset else f"{what}, or it is no plain TFRecord file")
+    record = os.pread(file, length + 16, offset)
+    if len(record) < 12:
+        raise damaged(path, offset, "the file ends inside the record's header")
+    length, check = struct.unpack_from("<QI", record)
+    if masked_crc32c(record[:8]) != check:
+        reason = "the checksum of the record's length is wrong"
+        raise damaged(
+            path, offset, reason if offset else f"{reason}, or it is no plain TFRecord file"
+        )
     if length > RECORD_LIMIT:
-        raise _damaged(path, offset, f"a record of {length:,} bytes is no image")
-    if offset + 16 + length > size:
-        raise _damaged(path, offset, "the file ends inside the record")
-    data = file.read(length + 4)
-    if len(data) < length + 4:
-        raise _damaged(path, offset, "the file ends inside the record")
-    content = memoryview(data)[:length]
-    stored = int.from_bytes(data[length:], "little")
-    if masked_crc32c(content) != stored:
-        raise _damaged(path, offset, "the checksum of the record's data is wrong")
-    return content, stored
+        raise damaged(path, offset, f"a record of {length:,} bytes is no image")
+    if len(record) != length + 16:
+        fits = offset + length + 16 <= os.fstat(file).st_size
+        record = os.pread(file, length + 16, offset) if fits else b""
+    if len(record) < length + 16:
+        raise damaged(path, offset, "the file ends inside the record")
+    data, stored = record[12:-4], int.from_bytes(record[-4:], "little")
+    if masked_crc32c(data) != stored:
+        raise damaged(path, offset, "the checksum of the record's data is wrong")
+    return data, stored
 
 
-def read_image(path: Path, index: TFRecordIndex, row: int) -> bytes | None:
-    """The image of a row, if its record is what was indexed: one read, and both checksums, but no
-    parsing. None where the record is another or damaged, or the image does not lie there in one
-    piece; :func:`read_record` says what is the matter.
-    """
-    offset, length = int(index.offset[row]), int(index.length[row])
-    start, size, crc = int(index.start[row]), int(index.size[row]), int(index.crc[row])
-    file = os.open(path, os.O_RDONLY)
-    try:
-        record = os.pread(file, length + 16, offset)
-    finally:
-        os.close(file)
-    data = record[12:-4]
-    whole = len(data) == length and record[:12] == _header(length)
-    whole = whole and masked_crc32c(data) == crc == int.from_bytes(record[-4:], "little")
-    return data[start : start + size] if whole and start >= 0 else None
-
-
-def read_example(data: memoryview, path: Path, offset: int) -> ImageExample:
-    """The image in a record's data.
+def read_example(data: bytes, path: str | Path, offset: int) -> ImageExample:
+    """Parse the image in a record's data.
 
     Raises:
         UserError: the record holds something else.
@@ -122,24 +74,18 @@ def read_example(data: memoryview, path: Path, offset: int) -> ImageExample:
         return parse_example(data)
     except BadExample as error:
         raise UserError(
-            "TODO",
-            f"'{path}' holds at byte {offset:,} a record that is not an image of the reference's"
+            "unsupported",
+            f"'{path}' has at byte {offset:,} a record that is not an image of the reference's"
             f" files: {error}.",
         ) from None
 
 
-def _damaged(path: Path, offset: int, what: str) -> UserError:
-    return UserError(
-        "TODO", f"'{path}' is damaged at byte {offset:,}: {what}; copy or pack this file again."
-    )
-
-
-def _scan(path: Path) -> Iterator[tuple[int, memoryview, int]]:
-    """(offset, data, checksum) of every record of a file."""
-    with open(path, "rb", buffering=1 << 20) as file:
+def _records(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (offset, data, checksum) of every record of a file."""
+    with open(path, "rb") as file:
         size, offset = os.fstat(file.fileno()).st_size, 0
         while offset < size:
-            data, checksum = read_record(file, path, offset)
+            data, checksum = read_record(file.fileno(), path, offset)
             yield offset, data, checksum
             offset += 16 + len(data)
 
@@ -148,10 +94,10 @@ def _scan(path: Path) -> Iterator[tuple[int, memoryview, int]]:
 
 
 def files_by_split(folder: Path) -> dict[str, list[str]]:
-    """Names of the TFRecord files in a folder by their prefix, in the order of their numbers.
+    """Return the names of a folder's TFRecord files by their prefix, in the order of their numbers.
 
     Raises:
-        UserError: files of two packings, or a file of the numbered ones is missing.
+        UserError: files of two packings, or a missing file.
     """
     found: dict[str, list[tuple[int, int, str]]] = {}
     with os.scandir(folder) as entries:
@@ -165,142 +111,84 @@ def files_by_split(folder: Path) -> dict[str, list[str]]:
         numbers = [number for number, _, _ in files]
         if len(counts) > 1 or len(set(numbers)) < len(numbers):
             raise UserError(
-                "TODO",
-                f"'{folder}' holds {prefix} files of two packings ({files[0][2]} and"
+                "mismatch",
+                f"'{folder}' has {prefix} files of two packings ({files[0][2]} and"
                 f" {files[-1][2]}, for example); keep those of one.",
             )
-        # Places205's files may be one more than their name says; fewer they never are.
+        # Places205 may have one file more than the names say, never fewer.
         absent = next((n for n, number in enumerate(numbers) if n != number), len(numbers))
         if absent < max(counts.pop(), max(numbers)):
             raise UserError(
-                "TODO",
+                "not-found",
                 f"'{folder}' lacks number {absent} of its {prefix} files (it has {files[0][2]} and"
                 f" {len(files) - 1:,} more); copy it there.",
             )
     return {prefix: [name for _, _, name in files] for prefix, files in sorted(found.items())}
 
 
-# --- Building -------------------------------------------------------------------------------------
+# --- Index ----------------------------------------------------------------------------------------
 
 
-def build_index(folder: Path, files: list[str]) -> TFRecordIndex:
-    """Read every record of the files, in order.
+def open_index(folder: Path, prefix: str, files: list[str]) -> Columns:
+    """Return the index of a split in the order of the images: cached, or built if files changed.
 
     Raises:
         UserError: damage, with file and offset; stored indices that are not 0..N-1; labels that
             only some records have, or that are no class numbers.
     """
-    columns = {name: array("q") for name in (*_COLUMNS, "index", "label")}
-    lacking = {"index": array("q"), "label": array("q")}  # rows without
-    of = sum((folder / name).stat().st_size for name in files)
-    done = 0
-    with show_progress(f"indexing {files[0].split('-')[0]} of {folder.name}") as show:
-        for number, name in enumerate(files):
-            for offset, data, checksum in _scan(folder / name):
-                example = read_example(data, folder / name, offset)
-                for feature, rows in lacking.items():
-                    if getattr(example, feature) is None:
-                        rows.append(len(columns["file"]))
-                start = bytes(data).find(example.image)  # -1 where it was joined from pieces
-                place = number, offset, len(data), checksum, start, len(example.image)
-                stored = example.index or 0, example.label or 0
-                for column, value in zip(columns.values(), (*place, *stored), strict=True):
-                    column.append(value)
-                done += 16 + len(data)
-                if len(columns["file"]) % _SHOW_EVERY == 0:
-                    show(done, of)
-    arrays = {name: np.frombuffer(column, np.int64) for name, column in columns.items()}
-    places: Any = {name: arrays[name].astype(kind) for name, kind in _COLUMNS.items()}
-    index = TFRecordIndex(files, **places, label=arrays["label"])
-    index = index._replace(label=_labels(folder, index, lacking["label"]))
-    return _in_order(folder, index, arrays["index"], lacking["index"])
+
+    def valid(found: Columns) -> bool:
+        return bool(found["offset"].min() >= 0)
+
+    return cached_index(
+        folder, prefix, files, _VERSION, lambda: build_index(folder, files), _DTYPES, valid
+    )
 
 
-def _where(folder: Path, index: TFRecordIndex, row: Any) -> str:
-    return f"'{folder / index.files[index.file[row]]}' at byte {index.offset[row]:,}"
+def build_index(folder: Path, files: list[str]) -> Columns:
+    """Read every record of the files; return the columns of the index."""
+
+    def scan(path: Path) -> Iterator[tuple[int, ...]]:
+        for offset, data, crc in _records(path):
+            _, label, index = read_example(data, path, offset)
+            labeled, indexed = label is not None, index is not None
+            yield offset, len(data), crc, index or 0, indexed, label or 0, labeled
+
+    names = ("offset", "length", "crc", "index", "indexed", "label", "labeled")
+    columns = scan_files(folder, files, scan, names)
+
+    def where(row: int) -> str:
+        path = folder / files[columns["file"][row]]
+        return f"The record of '{path}' at byte {columns['offset'][row]:,}"
+
+    values, codes = np.unique(columns["label"], return_inverse=True)
+    codes[columns["labeled"] == 0] = -1
+    found = {name: columns[name].astype(dtype) for name, dtype in _DTYPES.items()}
+    if labels := number_labels(values.tolist(), codes, where):
+        found["label"] = labels[0]
+    order = _order(columns["index"], columns["indexed"] == 1, where)
+    return {name: column[order] for name, column in found.items()}
 
 
-def _labels(folder: Path, index: TFRecordIndex, lacking: array) -> np.ndarray | None:
-    label = index.label
-    assert label is not None
-    if len(lacking) == len(label) or bool((label == -1).all()):
-        return None  # the reference reads a label that is not there as -1
-    if len(lacking):
+def _order(stored: np.ndarray, known: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+    """Return the records in the order of their stored indices, which must be 0..N-1 or absent."""
+    if not known.any():
+        return np.arange(len(stored))
+    if not known.all():
+        row = int(np.argmin(known))
         raise UserError(
-            "TODO",
-            f"{_where(folder, index, lacking[0])} stores no label, but other records do; pack the"
-            " data again, with or without labels.",
-        )
-    wrong = np.flatnonzero((label < 0) | (label >= MOST_CLASSES))
-    if len(wrong):
-        raise UserError(
-            "TODO",
-            f"{_where(folder, index, wrong[0])} stores the label {label[wrong[0]]}; labels are"
-            f" class numbers from 0 to {MOST_CLASSES - 1:,}.",
-        )
-    return label
-
-
-def _in_order(
-    folder: Path, index: TFRecordIndex, stored: np.ndarray, lacking: array
-) -> TFRecordIndex:
-    """The index sorted by what the records say is their index, which must be 0..N-1."""
-    if len(lacking) == len(stored):
-        return index  # packed without: the order of the records
-    if len(lacking):
-        raise UserError(
-            "TODO",
-            f"{_where(folder, index, lacking[0])} stores no index, but other records do; pack the"
-            " data again.",
+            "damaged",
+            f"{where(row)} stores no index, but other records do; pack the data again.",
         )
     order = np.argsort(stored, kind="stable")
     wrong = np.flatnonzero(stored[order] != np.arange(len(stored)))
     if len(wrong):
-        row, due = order[wrong[0]], int(wrong[0])
-        what = "a second time" if 0 <= stored[row] < due else f"but no record stores {due}"
+        row, due = int(order[wrong[0]]), int(wrong[0])
+        reason = "a second time" if 0 <= stored[row] < due else f"but no record stores {due}"
         raise UserError(
-            "TODO",
-            f"{_where(folder, index, row)} stores the index {stored[row]} {what}; the"
-            f" {len(stored):,} records of {index.files[0].split('-')[0]} must hold 0 to"
-            f" {len(stored) - 1:,}, each once (a file may be missing, or of another packing).",
+            "mismatch",
+            f"{where(row)} stores the index {stored[row]} {reason}; the {len(stored):,} records of"
+            f" the split must store 0 to {len(stored) - 1:,}, each once (a file may be missing, or"
+            " be of another packing).",
         )
-    columns: Any = {
-        name: column[order]
-        for name, column in index._asdict().items()
-        if isinstance(column, np.ndarray)
-    }
-    return index._replace(**columns)
-
-
-# --- Cache ----------------------------------------------------------------------------------------
-
-
-def cached_index(folder: Path, prefix: str, files: list[str]) -> TFRecordIndex:
-    """The index of a split: from its cache if the files did not change, else built and cached.
-
-    Raises:
-        UserError: as :func:`build_index`.
-    """
-
-    def build() -> Columns:
-        columns = build_index(folder, files)._asdict()
-        return {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
-
-    def valid(found: Columns) -> bool:
-        kinds = {**_COLUMNS, "label": "int64"} if "label" in found else _COLUMNS
-        shapes = {column.shape for column in found.values()}
-        if {n: str(c.dtype) for n, c in found.items()} != kinds or len(shapes) != 1:
-            return False
-        file, offset = found["file"], found["offset"]
-        return not len(file) or bool(
-            0 <= file.min() <= file.max() < len(files)
-            and min(offset.min(), found["size"].min(), found["start"].min() + 1) >= 0
-            and (found["start"].astype("int64") + found["size"] <= found["length"]).all()
-        )
-
-    try:
-        columns = cached_columns(folder, prefix, files, _VERSION, build, valid)
-    except OSError as error:
-        raise UserError("TODO", f"The TFRecords in '{folder}' cannot be read: {error}.") from None
-    arrays: Any = {"label": None, **columns}
-    return TFRecordIndex(files, **arrays)
+    return order

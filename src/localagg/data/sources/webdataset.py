@@ -1,9 +1,8 @@
-"""WebDataset tars as a source with random access, and written.
+"""WebDataset tars: a source with random access, and the writer of ``pack``.
 
-A sample is an image and perhaps its label, ``KEY.jpg`` and ``KEY.cls``, side by side in a tar; see
-``tar_index``. A label is the number or the word in ``.cls``, else the field ``label``, ``cls``,
-``class`` or ``target`` of ``.json``, else the ``.txt`` (unless more than half of these differ,
-which makes them captions).
+A sample is an image and perhaps its label, ``KEY.jpg`` and ``KEY.cls``; see ``tar_index``. The
+label is the number or word in ``.cls``, else the field ``label``, ``cls``, ``class`` or ``target``
+of ``.json``, else the ``.txt``, unless more than half of these differ: then they are captions.
 """
 
 import glob
@@ -16,106 +15,91 @@ from collections.abc import Iterable
 from pathlib import Path
 from zlib import crc32
 
-import torch
-from torch import Tensor
-
 from ...errors import UserError
-from .image_folder import EXTENSIONS
-from .labels import class_names
-from .source import ImageRecord, Sample, Source, Splits, fingerprint, split_folders, split_in_name
-from .tar_index import BLOCK, TarIndex, cached_index, damaged, member_name
+from .file_index import IndexedFiles, damaged
+from .image_files import EXTENSIONS
+from .source import ImageRecord, Sample, content_hash
+from .splits import Splits, split_folders, split_in_name
+from .tar_index import BLOCK, member_name, open_index
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST_FILES = 1_000_000
-# Others are their format's name.
+_MAX_FILES = 1_000_000
+# Extensions that differ from the format's name.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 
-class WebDataset(Source):
-    """The images of tars, in the order of the files' names and of their members.
-
-    Holds no open file, so worker processes can share it.
-    """
-
-    def __init__(self, uri: str, folder: Path, split: str, index: TarIndex) -> None:
-        self.uri, self.folder, self._index = uri, folder, index
-        self.labels: Tensor | None = None
-        self.classes: list[str] | None = None
-        if index.label is not None:
-            self.labels = torch.from_numpy(index.label.copy())
-            self.classes = index.classes or class_names(folder, split, self.labels)
-
-    def __len__(self) -> int:
-        return len(self._index.file)
+class WebDataset(IndexedFiles):
+    """The images of tars, in the order of the files' names and of their members."""
 
     def __getitem__(self, index: int) -> Sample:
-        """See :class:`~localagg.data.sources.source.Source`.
+        """Read an image.
 
         Raises:
             UserError: the file was damaged or replaced since the index was built.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        columns = self._index
-        path = os.path.join(self.folder, columns.files[columns.file[index]])
-        start, length = int(columns.offset[index]), int(columns.length[index])
-        file = os.open(path, os.O_RDONLY)
-        try:
-            header = _read(file, BLOCK, start - BLOCK)
-            image = _read(file, length, start)
-        finally:
-            os.close(file)
-        if crc32(header) != columns.header[index] or len(image) < length:
-            raise damaged(Path(path), start - BLOCK, "it has changed since it was opened")
-        label = None if self.labels is None else int(self.labels[index])
-        return Sample(index, image, label)
+        path, start, length = self.position(index)
+        with open(path, "rb") as file:
+            file.seek(start - BLOCK)
+            header, image = file.read(BLOCK), file.read(length)
+        if crc32(header) != self.index["header"][index] or len(image) < length:
+            raise damaged(path, start - BLOCK, "it has changed since it was opened")
+        return Sample(index, image, self.label(index))
 
     def name(self, index: int) -> str:
-        """See :class:`~localagg.data.sources.source.Source`."""
-        file = self._index.files[self._index.file[index]]
-        return f"{member_name(self._index, index)} of {Path(file).name}"
+        """Return the names of the member and of its tar."""
+        return f"{member_name(self.index, index)} of {os.path.basename(self.position(index)[0])}"
 
     def fingerprint(self) -> str:
-        """Over the sizes, labels and names of all images, and the bytes of 64."""
-        names = [self._index.name_end, self._index.names]
-        labels = [] if self.labels is None else [self.labels.numpy()]
-        return fingerprint(self, [self._index.length, *names, *labels])
-
-    def stored_bytes(self) -> int:
-        """See :class:`~localagg.data.sources.source.Source`."""
-        return int(self._index.length.sum())
-
-
-def _read(file: int, size: int, offset: int) -> bytes:
-    """As many bytes as there are: one read may return fewer than were asked for."""
-    data = os.pread(file, size, offset)
-    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
-        data += more
-    return data
+        """Hash the sizes, labels and names of all images, and the bytes of 64."""
+        facts = [self.index[name] for name in ("length", "name_end", "names")]
+        return content_hash(self, facts if self.labels is None else [*facts, self.labels.numpy()])
 
 
 # --- Finding --------------------------------------------------------------------------------------
 
 
-def find_tars(uri: str, root: Path) -> Splits | None:
-    """A tar, or those in a folder or its split folders, by the split of their name.
+def find_tars(uri: str) -> Splits | None:
+    """Return the splits of a tar, a pattern, or the tars in a folder or its split folders.
 
-    A folder that holds images or other folders too is not meant: archives are often left beside
-    what was unpacked from them.
+    Patterns contain ``*``, ``?``, ``[...]`` or WebDataset's ``{000..012}``. If all files that a
+    pattern names are of one split, that split is "train", as for a single file.
+
+    A folder that has images or other folders too is no folder of tars: archives are often kept
+    beside the files unpacked from them.
+
+    Raises:
+        UserError: a pattern without a tar, or a missing tar of a range.
     """
+    root = Path(uri).expanduser()
     if root.is_file():
-        return _stored(uri, {"train": [root]}) if root.suffix == ".tar" else None
+        return _splits(uri, {"train": [root]}) if root.suffix == ".tar" else None
     tars: dict[str, list[Path]] = {}
-    for name, folder in split_folders(root).items():
-        if files := _tars_alone(folder):
-            tars[name] = files
-    for path in () if tars else _tars_alone(root):
+    if root.is_dir():
+        for name, folder in split_folders(root).items():
+            if files := _tars_alone(folder):
+                tars[name] = files
+        return _splits(uri, tars or _by_split(_tars_alone(root)))
+    if uri.endswith(".tar") and (glob.has_magic(uri) or _BRACES.search(uri)):
+        paths: list[Path] = []
+        for pattern in _expand(str(root)):
+            found = [Path(path) for path in sorted(glob.glob(pattern))] or [Path(pattern)]
+            if not found[0].is_file():
+                raise UserError("not-found", f"No tar '{pattern}' ('{uri}').")
+            paths += found
+        tars = _by_split(paths)
+        return _splits(uri, tars if len(tars) > 1 else {"train": paths})
+    return None
+
+
+def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
+    tars: dict[str, list[Path]] = {}
+    for path in paths:
         tars.setdefault(split_in_name(path.stem), []).append(path)
-    return _stored(uri, tars) if tars else None
+    return tars
 
 
 def _tars_alone(folder: Path) -> list[Path]:
-    """The tars of a folder, in order; none if images or folders lie beside them."""
+    """Return the sorted tars of a folder; none if images or folders lie beside them."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -129,50 +113,25 @@ def _tars_alone(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def find_tar_pattern(uri: str) -> Splits | None:
-    """Tars by a pattern: ``*``, ``?``, ``[...]``, or WebDataset's ``{000..012}``.
-
-    Where all of them are of one split they are "train", as a single named file is.
-
-    Raises:
-        UserError: no such tar, or one of a range is missing.
-    """
-    if not uri.endswith(".tar") or not (glob.has_magic(uri) or _BRACES.search(uri)):
-        return None
-    if Path(uri).expanduser().exists():
-        return None
-    paths: list[Path] = []
-    for pattern in _expanded(str(Path(uri).expanduser())):
-        found = [Path(path) for path in sorted(glob.glob(pattern))] or [Path(pattern)]
-        if not found[0].is_file():
-            raise UserError("TODO", f"There is no tar '{pattern}' ('{uri}').")
-        paths += found
-    tars: dict[str, list[Path]] = {}
-    for path in paths:
-        tars.setdefault(split_in_name(path.stem), []).append(path)
-    return _stored(uri, tars if len(tars) > 1 else {"train": paths})
-
-
-def _expanded(pattern: str) -> list[str]:
-    """A pattern with its ranges written out."""
+def _expand(pattern: str) -> list[str]:
+    """Return the patterns of a pattern with ranges."""
     if (match := _BRACES.search(pattern)) is None:
         return [pattern]
     first, last = int(match[1]), int(match[2])
-    if not 0 <= last - first < _MOST_FILES:
+    if not 0 <= last - first < _MAX_FILES:
         raise UserError(
-            "TODO", f"The range {match[0]} of '{pattern}' names no tars; write {{000..012}}."
+            "option-invalid", f"The range {match[0]} of '{pattern}' is empty; write {{000..012}}."
         )
-    width = len(match[1])
-    before, after = pattern[: match.start()], pattern[match.end() :]
+    before, after, width = pattern[: match.start()], pattern[match.end() :], len(match[1])
     return [
         whole
         for number in range(first, last + 1)
-        for whole in _expanded(f"{before}{number:0{width}d}{after}")
+        for whole in _expand(f"{before}{number:0{width}d}{after}")
     ]
 
 
-def _stored(uri: str, tars: dict[str, list[Path]]) -> Splits:
-    return Splits(list(tars), lambda split: _open(uri, split, tars[split]))
+def _splits(uri: str, tars: dict[str, list[Path]]) -> Splits | None:
+    return Splits(list(tars), lambda split: _open(uri, split, tars[split])) if tars else None
 
 
 def _open(uri: str, split: str, paths: list[Path]) -> WebDataset:
@@ -181,16 +140,17 @@ def _open(uri: str, split: str, paths: list[Path]) -> WebDataset:
         folder = folder.parent
     files = [path.relative_to(folder).as_posix() for path in paths]
     digest = hashlib.sha256("\0".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    return WebDataset(uri, folder, split, cached_index(folder, f"tar-{split}-{digest}", files))
+    index = open_index(folder, f"tar-{split}-{digest}", files)
+    return WebDataset(uri, folder, split, files, index)
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
 def write_tar(path: Path, records: Iterable[ImageRecord]) -> None:
-    """Write one tar: of each record ``INDEX.jpg`` (or .png, ...) and, where labeled, ``INDEX.cls``.
+    """Write one tar: ``INDEX.jpg`` (or .png, ...) of each record and, with a label, ``INDEX.cls``.
 
-    Its bytes depend on the records alone.
+    The bytes depend on the records alone.
     """
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for record in records:
@@ -198,7 +158,7 @@ def write_tar(path: Path, records: Iterable[ImageRecord]) -> None:
             _add(tar, f"{key}.{_extension(record)}", record.image)
             if record.label is not None:
                 _add(tar, f"{key}.cls", str(record.label).encode())
-            tar.members.clear()  # type: ignore[attr-defined] - tarfile would keep them all
+            tar.members.clear()  # type: ignore[attr-defined] - tarfile keeps them all
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -208,7 +168,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _extension(record: ImageRecord) -> str:
-    """By the image's format; of what is no image, its file's own."""
+    """Return the extension of the image's format, else that of its file, else jpg."""
     found = _EXTENSIONS.get(record.format, record.format.lower())
     if "." + found in EXTENSIONS:
         return found

@@ -1,0 +1,181 @@
+"""Write the Parquet table of embeddings, resuming after a kill.
+
+While it is written, ``.FILE.parts`` holds ``job.json``, facts about the table, and ``batches.bin``
+with a record of each finished batch: batch number, number of images n, checksum, n indices (int64)
+and n embeddings. The same job resumes after the last record in front of any damage. Records of
+another job (other weights, images, layer, ...) are deleted with a notice: they are of no use, and
+an error would only ask the user to delete them.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import write_json
+from ..errors import Interrupted, UserError
+from ..io.console import notify
+from ..io.crc32c import crc32c
+from ..io.files import atomic_write
+from ..io.run_lock import lock_run
+from .table import table_schema
+
+_HEAD_BYTES = 24  # batch number, number of images and checksum, as int64
+GROUP_ROWS, GROUP_BYTES = 16_384, 64 * 2**20  # of a row group, which is held in memory at once
+
+
+@contextlib.contextmanager
+def open_writer(out: Path, facts: dict[str, Any]) -> Iterator["TableWriter"]:
+    """Lock a table that is to be written, and resume if the same job was interrupted.
+
+    Args:
+        out: the file to write; it appears when complete.
+        facts: JSON values about the table; see :func:`~localagg.embeddings.table.table_schema`.
+
+    Raises:
+        UserError: another process writes the same file.
+        Interrupted: Ctrl-C; finished batches are kept.
+    """
+    folder = out.with_name(f".{out.name}.parts")
+    with lock_run(folder):
+        writer = TableWriter(out, folder, facts)
+        try:
+            yield writer
+        except KeyboardInterrupt:
+            done, total = writer.images_done, facts["images"]
+            raise Interrupted(
+                f"Stopped after {done:,} of {total:,} images; the same command resumes."
+            ) from None
+        finally:
+            if writer.finished or not writer.batches_done:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class TableWriter:
+    """A table that is being written; made by :func:`open_writer`.
+
+    ``batches_done`` and ``images_done`` count the finished batches and their images, unreadable
+    ones included.
+    """
+
+    def __init__(self, out: Path, folder: Path, facts: dict[str, Any]) -> None:
+        self.out, self.facts = out, json.loads(json.dumps(facts))  # as they are read back
+        self.batches_done = self.rows = 0
+        self.finished = False
+        self._records, job, size = folder / "batches.bin", folder / "job.json", 0
+        if changed := self._changed_fact(job):
+            if self._records.exists():
+                notify(f"The unfinished '{out}' had another {changed}; starting anew.")
+            self._records.unlink(missing_ok=True)
+            write_json(job, self.facts)
+        self._records.touch()
+        for batch, index, values in self._read():
+            self.batches_done, self.rows = batch + 1, self.rows + len(index)
+            size += _HEAD_BYTES + index.nbytes + values.nbytes
+        os.truncate(self._records, size)
+        if size:
+            notify(f"Resuming '{out}' after {self.images_done:,} of {facts['images']:,} images.")
+
+    @property
+    def images_done(self) -> int:
+        return min(self.batches_done * self.facts["batch"], self.facts["images"])
+
+    def write(self, batch: int, index: np.ndarray, values: np.ndarray) -> None:
+        """Write a batch. Batches come in order; those without a readable image are skipped.
+
+        Args:
+            batch: its number.
+            index: int64 [n].
+            values: [n, F] of the table's dtype.
+
+        Raises:
+            UserError: full disk or no permission.
+        """
+        numbers, data = np.array([batch, len(index)]), index.tobytes() + values.tobytes()
+        head = np.append(numbers, crc32c(numbers.tobytes() + data))
+        with self._convert_write_errors(), open(self._records, "ab") as file:
+            file.write(head.tobytes() + data)
+        self.batches_done, self.rows = batch + 1, self.rows + len(index)
+
+    def finish(self, columns: Callable[[list[int]], dict[str, list[str | None]]]) -> None:
+        """Write the table.
+
+        Args:
+            columns: returns the columns ``path`` and, with labels, ``label`` of indices.
+
+        Raises:
+            UserError: no rows, damaged records, full disk or no permission.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.rows:
+            self.finished = True
+            raise UserError(
+                "unreadable-images",
+                f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
+                " read; check them by localagg inspect.",
+            )
+        schema, records, written = table_schema(self.facts), self._read(), 0
+        row_bytes = self.facts["dim"] * np.dtype(self.facts["dtype"]).itemsize
+        batches = min(GROUP_ROWS, GROUP_BYTES // row_bytes) // self.facts["batch"]
+        # Plain pages that every reader knows; a dictionary of floats saves nothing.
+        options: Any = {"use_dictionary": ["label"], "write_page_checksum": True}
+        with self._convert_write_errors(), atomic_write(self.out) as temporary:
+            with pq.ParquetWriter(temporary, schema, **options) as writer:
+                while group := list(itertools.islice(records, max(1, batches))):
+                    index = np.concatenate([index for _, index, _ in group])
+                    values = np.concatenate([values for _, _, values in group]).ravel()
+                    lists = pa.FixedSizeListArray.from_arrays(pa.array(values), self.facts["dim"])
+                    named = columns(index.tolist())
+                    writer.write_table(
+                        pa.table({**named, "index": index, "embedding": lists}, schema)
+                    )
+                    written += len(index)
+            if written != self.rows:
+                raise UserError(
+                    "damaged",
+                    f"'{self._records}' was damaged on the disk; the same command computes the"
+                    " damaged batches again.",
+                )
+        self.finished = True
+
+    def _changed_fact(self, job: Path) -> str | None:
+        """Return the first fact that differs from the job on disk, or None for the same job."""
+        try:
+            before = json.loads(job.read_text())
+        except (OSError, ValueError):
+            return "job"
+        names = [name for name in {**self.facts, **before} if name != "weights"]  # they may move
+        return next((n for n in names if before.get(n) != self.facts.get(n)), None)
+
+    def _read(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield (batch number, index [n], values [n, F]) of the records in front of any damage."""
+        dim, dtype = self.facts["dim"], np.dtype(self.facts["dtype"])
+        with open(self._records, "rb") as file:
+            while len(head := file.read(_HEAD_BYTES)) == _HEAD_BYTES:
+                batch, count, checksum = np.frombuffer(head, np.int64).tolist()
+                if not 0 < count <= self.facts["batch"]:
+                    return
+                data = file.read(count * (8 + dim * dtype.itemsize))
+                if crc32c(head[:16] + data) != checksum:
+                    return
+                index = np.frombuffer(data, np.int64, count)
+                yield batch, index, np.frombuffer(data, dtype, offset=8 * count).reshape(count, dim)
+
+    @contextlib.contextmanager
+    def _convert_write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                "environment",
+                f"'{self.out}' cannot be written ({error.strerror or error}); free disk space or"
+                " fix its folder's permissions, then the same command resumes.",
+            ) from None
