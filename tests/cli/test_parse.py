@@ -108,7 +108,7 @@ def test_help_shows_groups_plain_types_and_the_values_of_the_base(capsys):
     assert "[4 5]" in plain
     assert "No training, 100 %." in plain
     assert "--mode {fast,exact} Speed or exactness. [exact]" in plain
-    assert "None" not in plain.replace("None: the default", "")
+    assert "None" not in plain.replace("None restores", "")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "pretrain digits", "pretrain res18_LA"])

@@ -100,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=about,
-            epilog="Values in brackets hold if the option is not given. None: the default.",
+            epilog="Values in brackets hold without the option. None restores the default.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,

@@ -72,7 +72,7 @@ def run(options: Transfer) -> dict[str, Any]:
     ]
     print_table(["layer", *columns], rows)
     print(f"{result['seconds']:.0f} s. {describe_protocol(result['protocol'])}")
-    folder = options.run or result["run"]  # None: the encoder came from Python
+    folder = options.run or result["run"]  # None for an encoder from Python
     # A resumed read-out may have been killed before its results were added.
     if folder is not None and not (options.resume and is_recorded(Path(folder), result)):
         record_readouts(Path(folder), result)
