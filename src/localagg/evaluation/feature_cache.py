@@ -147,7 +147,7 @@ class FeatureExtractor:
             "version": __version__,
             "weights": weights_digest(self.encoder),
             "images": images,
-            "compat": self.compat or self.encoder.compat,
+            "compat": self.compat,
             "precision": str(precision),
             "device": device,
             "augmentation": self.views.augmentation,
