@@ -100,7 +100,7 @@ def test_progress_is_reported_chunk_by_chunk(pictures, monkeypatch):
 
 SLOW = """
 import sys, time
-import localagg.data.inspect.inspect_dataset as module
+import localagg.data.inspect.inspect_image as module
 from localagg.cli import main
 original = module.inspect_image
 def slow(*arguments, **options):

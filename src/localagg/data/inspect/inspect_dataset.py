@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from ...io.console import ProgressCallback, show_progress
-from ..loading.map_images import map_images, split_range
+from ..loading.workers import map_in_workers
 from ..sources.open import Source, open_images, report_other_splits, stored_splits
 from .identical_images import digest_candidates, summarize_duplicates, summarize_shared
-from .inspect_image import inspect_image
+from .inspect_image import inspect_chunk
 
 _NAMED = 5  # images of each problem in the printed table; the JSON has all
 
@@ -85,8 +85,8 @@ def _inspect_images(
     problems: dict[str, list[dict[str, str]]] = {"odd": [], "unreadable": []}
     decoded = 0
     sampled = frozenset(torch.linspace(0, count - 1, samples).long().tolist())
-    inspect_one = partial(inspect_image, decode_always=sampled)
-    for images in map_images(inspect_one, source, split_range(range(count), chunk), workers):
+    chunks = [range(i, min(i + chunk, count)) for i in range(0, count, chunk)]
+    for images in map_in_workers(partial(inspect_chunk, source, sampled), chunks, workers):
         for image in images:
             name = source.name(image.index)
             sizes[image.index] = image.size

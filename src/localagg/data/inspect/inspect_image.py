@@ -33,14 +33,15 @@ class InspectedImage(NamedTuple):
     nearly_empty: bool = False
 
 
-def inspect_image(source: Source, index: int, decode_always: frozenset[int]) -> InspectedImage:
-    """Inspect an image; decode it if listed in ``decode_always``, or if it looks suspicious."""
+def inspect_chunk(source: Source, sampled: frozenset[int], chunk: range) -> list[InspectedImage]:
+    """Inspect images; decode those that are sampled or look suspicious."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata: reported as oddities
-        return _inspect(source, index, index in decode_always)
+        return [inspect_image(source, index, index in sampled) for index in chunk]
 
 
-def _inspect(source: Source, index: int, whole: bool) -> InspectedImage:
+def inspect_image(source: Source, index: int, whole: bool) -> InspectedImage:
+    """Inspect an image; decode it if asked (``whole``) or if it looks suspicious."""
     found = InspectedImage(index)
     try:
         ends = read_ends(source, index)
@@ -60,7 +61,7 @@ def _inspect(source: Source, index: int, whole: bool) -> InspectedImage:
             pixels, damage = _decode_strictly(stored_bytes(source, index, ends), header)
             oddity, empty = oddity or damage, is_nearly_empty(pixels)
         return found._replace(
-            header=header, oddity=oddity, decoded=whole or cut, nearly_empty=empty
+            header=header, oddity=oddity, decoded=whole or header.decoded, nearly_empty=empty
         )
     except READ_ERRORS as error:
         return found._replace(error=read_error_reason(error))

@@ -22,7 +22,7 @@ from ..images.decode import (
     orientation,
     read_error_reason,
 )
-from ..loading.map_images import map_images, split_range
+from ..loading.workers import map_in_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
 from .formats import PackFormat
 from .partial_folder import PartialFolder
@@ -55,6 +55,17 @@ class ProcessedImage(NamedTuple):
     """Whether not even its bytes could be read."""
     shrunk: bool
     sha256: bytes
+
+
+def split_into_chunks(images: range, size: int = _CHUNK) -> list[range]:
+    """Split image indices into the chunks that a worker takes at a time."""
+    return [images[i : i + size] for i in range(0, len(images), size)]
+
+
+def _process_chunk(
+    source: Source, shrink: ShrinkOptions | None, chunk: range
+) -> list[ProcessedImage]:
+    return [process_image(source, index, shrink) for index in chunk]
 
 
 def process_image(source: Source, index: int, shrink: ShrinkOptions | None) -> ProcessedImage:
@@ -122,9 +133,9 @@ def pack_images(
     """
     rows = {name: format.rows(len(source), n, len(files)) for n, name in enumerate(files)}
     rows = {name: images for name, images in rows.items() if name not in partial.finished}
-    chunks = {name: split_range(images, _CHUNK) for name, images in rows.items()}
-    process = functools.partial(process_image, shrink=shrink)
-    results = map_images(process, source, list(chain(*chunks.values())), workers)
+    chunks = {name: split_into_chunks(images) for name, images in rows.items()}
+    process = functools.partial(_process_chunk, source, shrink)
+    results = map_in_workers(process, list(chain(*chunks.values())), workers)
     done = len(source) - sum(map(len, rows.values()))
     for name in rows:
         path = partial.folder / name
@@ -183,10 +194,13 @@ class FileSummary:
 
 def hash_images(source: Source, workers: int) -> Iterator[bytes]:
     """Yield the SHA-256 of each image of a source in order; empty if it cannot be read."""
-    for digests in map_images(
-        _hash_image, source, split_range(range(len(source)), _CHUNK), workers
-    ):
+    chunks = split_into_chunks(range(len(source)))
+    for digests in map_in_workers(functools.partial(_hash_chunk, source), chunks, workers):
         yield from digests
+
+
+def _hash_chunk(source: Source, chunk: range) -> list[bytes]:
+    return [_hash_image(source, index) for index in chunk]
 
 
 def _hash_image(source: Source, index: int) -> bytes:
