@@ -12,7 +12,7 @@ simplejpeg also decodes CMYK files, which are rare.
 import io
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -33,20 +33,9 @@ from .reference_views import resample
 # small file that fills the memory. Pillow has the same limit.
 PIXEL_LIMIT = 178_956_970
 
-# Pillow's formats of photographs. Its others run programs (EPS: Ghostscript) or rarely tested
-# parsers on untrusted bytes.
-FORMATS = (
-    "JPEG",
-    "MPO",  # JPEG with further pictures behind the first
-    "PNG",
-    "WEBP",
-    "AVIF",  # if this Pillow supports it
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-)
+# Pillow's formats of photographs (MPO: JPEG with further pictures behind the first). Its others run
+# programs (EPS: Ghostscript) or rarely tested parsers on untrusted bytes.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 # Pillow's modes of JPEG files -> simplejpeg's colorspace. CMYK pixels are only checked: Pillow
 # detects whether they are inverted, and converts their colors.
@@ -80,9 +69,7 @@ def simplejpeg_module() -> ModuleType | None:
         import simplejpeg
     except ImportError:
         if get_worker_info() is None:  # workers inherit the answer, or keep silent
-            notify(
-                "simplejpeg is not installed; Pillow decodes JPEG files, at four fifths the speed."
-            )
+            notify("simplejpeg is not installed; Pillow decodes JPEG at four fifths the speed.")
         return None
     return simplejpeg
 
@@ -90,7 +77,7 @@ def simplejpeg_module() -> ModuleType | None:
 @cache
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -127,11 +114,7 @@ def _is_jpeg(image: Image.Image) -> bool:
 
 
 def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
-    """Return (height, width, format) by the header.
-
-    Args:
-        data: encoded image, or as much of it as holds the header.
-        upright: return the size after turning the image by its EXIF orientation.
+    """Return (height, width, format) by the header; ``upright``: after the EXIF orientation.
 
     Raises:
         UnreadableImage: as :func:`open_image`.
@@ -144,11 +127,7 @@ def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
 
 
 def decoded_size(image: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
-    """Return (height, width) after :func:`decode`, for plain JPEG 30 times as fast as image_size.
-
-    Raises:
-        UnreadableImage: as :func:`open_image`.
-    """
+    """Return (height, width) after :func:`decode`; 30 times as fast for plain JPEG files."""
     if isinstance(image, Tensor):
         return image.shape[1], image.shape[2]
     plain = None if upright else _plain_jpeg_size(image)
@@ -168,11 +147,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 leaves the image as it is.
-
-    Raises:
-        UnreadableImage: as :func:`open_image`.
-    """
+    """Return the EXIF orientation, 1 to 8; 1 leaves the image as it is."""
     return _orientation(open_image(data))
 
 
@@ -219,32 +194,25 @@ def decode_crops(
         size: side of the results.
         resize: "bilinear": torch's antialiased filter on levels, which is torchvision's and within
             one level of Pillow's; "area": the reference's area means, truncated.
-        upright: as for :func:`decode`.
+        upright: as for :func:`decode`, which raises the same errors.
 
     Returns:
         uint8 [crops, 3, size, size], RGB.
-
-    Raises:
-        UnreadableImage: as :func:`decode`.
     """
     if isinstance(image, Tensor):  # in the layout of decoded files, so that the results are equal
         pixels = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     else:
         pixels = _as_tensor(_decode(image, upright))
-    resized = _bilinear if resize == "bilinear" else _area
     crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
     for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
-        crop.copy_(resized(pixels[None, :, top:bottom, left:right], size)[0])
+        part = pixels[None, :, top:bottom, left:right]
+        if resize == "bilinear":
+            resized = interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+        else:
+            zero, height, width = (torch.tensor([side]) for side in (0, *part.shape[2:]))
+            resized = resample(part, Boxes(zero, zero, height, width), size)
+        crop.copy_(resized[0])
     return crops
-
-
-def _bilinear(crop: Tensor, size: int) -> Tensor:
-    return interpolate(crop, size=(size, size), mode="bilinear", antialias=True)
-
-
-def _area(crop: Tensor, size: int) -> Tensor:
-    zero, height, width = (torch.tensor([side]) for side in (0, *crop.shape[2:]))
-    return resample(crop, Boxes(zero, zero, height, width), size)
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
@@ -267,7 +235,9 @@ def _decode(data: bytes, upright: bool) -> np.ndarray:
     if pixels is None or colors == "CMYK":
         pixels = np.array(_to_rgb(image or open_image(data)))
     if upright and image is not None:
-        pixels = np.ascontiguousarray(_TURNS[_orientation(image)](pixels))
+        turn = _orientation(image)
+        pixels = np.flip(pixels, _TURNS[turn])
+        pixels = np.ascontiguousarray(pixels.swapaxes(0, 1) if turn > 4 else pixels)
     return pixels
 
 
@@ -308,13 +278,5 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda pixels: pixels,
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: np.rot90(pixels),
-}
+# EXIF orientation -> axes to reverse; above 4, height and width are exchanged afterwards.
+_TURNS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (0,), 7: (0, 1), 8: (1,)}
