@@ -97,7 +97,7 @@ def test_places_listing_is_what_was_packed_from_it(folder, expected, capsys):
             assert hashlib.sha256(source[i].image).hexdigest() == record["sha256"]
         assert due == {}
         assert source.malformed == ([6] if split == "train" else [])
-    assert "line 6" in " ".join(capsys.readouterr().err.split())
+    assert "lines 6 " in " ".join(capsys.readouterr().err.split())
     single = open_images(f"{root / 'csv' / 'train_places205.csv'}:{root}")
     assert single.fingerprint() == open_images(f"{root / 'csv'}:{root}").fingerprint()
 

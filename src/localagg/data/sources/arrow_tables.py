@@ -97,12 +97,11 @@ class TableImages(Source):
         try:
             self._chunks = [_images_and_paths(chunk) for chunk in chunks]
         except pa.ArrowException as error:
-            raise UserError(
-                "damaged", f"'{self.uri}' is damaged: {_reason(error)}; make it again."
-            ) from None
+            message = f"'{self.uri}' is damaged: {_reason(error)}; make it again."
+            raise UserError("damaged", message) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_chunks", "_starts")}
+        return {k: v for k, v in vars(self).items() if k not in ("_chunks", "_starts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -229,11 +228,7 @@ def _labels(
 
 
 def from_datasets(uri: str, dataset: Any) -> TableImages:
-    """Return a whole split that ``datasets`` has loaded.
-
-    Raises:
-        UserError: no images in it, or invalid labels.
-    """
+    """Return the images of a whole split that ``datasets`` has loaded."""
     return TableImages(uri, dataset.data, dataset.features.to_dict())
 
 
@@ -262,9 +257,8 @@ def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
             if parquet.read_metadata(path).num_rows:
                 files.append(str(path))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                "damaged", f"'{path}' cannot be read as Parquet: {_reason(error)}."
-            ) from None
+            message = f"'{path}' cannot be read as Parquet: {_reason(error)}."
+            raise UserError("damaged", message) from None
     if not files:
         raise UserError("no-images", f"'{uri}' has no records ({paths[0].name} is empty).")
     datasets.disable_progress_bars()
@@ -277,9 +271,8 @@ def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
     except UserError:
         raise
     except Exception as error:  # the readers raise many types for damaged types or features
-        raise UserError(
-            "damaged", f"'{uri}' cannot be read as Parquet: {_reason(error)}."
-        ) from None
+        message = f"'{uri}' cannot be read as Parquet: {_reason(error)}."
+        raise UserError("damaged", message) from None
 
 
 def find_saved_dataset(uri: str) -> Splits | None:
@@ -305,9 +298,8 @@ def _open_saved(uri: str, folder: Path) -> TableImages:
         table = MappedTable([str(folder / Path(name).name) for name in names])
         return TableImages(uri, table, features)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            "damaged", f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
-        ) from None
+        message = f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
+        raise UserError("damaged", message) from None
 
 
 def _field(path: Path, name: str, kind: type) -> Any:
@@ -317,9 +309,8 @@ def _field(path: Path, name: str, kind: type) -> Any:
         if not isinstance(value, kind):
             raise TypeError(f"'{name}' is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            "damaged", f"'{path}' cannot be read: {_reason(error)}; save the data again."
-        ) from None
+        message = f"Cannot read '{path}': {_reason(error)}; save the data again."
+        raise UserError("damaged", message) from None
     return value
 
 
