@@ -36,7 +36,7 @@ class Knn:
 def run(options: Knn) -> dict[str, Any]:
     """Measure, print the tables and add them to the run's results.json."""
     from ..evaluation.measure_run import measure_run
-    from ..evaluation.record_results import record_knn
+    from ..evaluation.results.record_results import record_knn
     from ..io.console import print_table
 
     folder = Path(options.run)

@@ -20,7 +20,7 @@ class Results:
 
 def run(options: Results) -> dict[str, Any]:
     """Print the tables."""
-    from ..evaluation.results_table import compare, tables
+    from ..evaluation.results.results_table import compare, tables
     from ..io.console import notify, print_table
 
     result = compare([Path(run) for run in options.runs])

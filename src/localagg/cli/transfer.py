@@ -54,8 +54,8 @@ class Transfer:
 
 def run(options: Transfer) -> dict[str, Any]:
     """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
-    from ..evaluation.protocols import describe_protocol
-    from ..evaluation.record_results import is_recorded, record_readouts
+    from ..evaluation.results.protocols import describe_protocol
+    from ..evaluation.results.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
     if options.resume is not None:
@@ -132,7 +132,7 @@ def _weights_and_data(options: Transfer) -> tuple[Path, str]:
 
 def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
-    from ..evaluation.record_results import record_low_shot, subset_name
+    from ..evaluation.results.record_results import record_low_shot, subset_name
     from ..io.console import print_table
 
     config, typed = options.options, options.typed

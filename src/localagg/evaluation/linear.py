@@ -32,8 +32,8 @@ from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .linear_heads import cross_entropies
 from .linear_probe import LinearProbe
-from .protocols import describe_protocol, linear_protocol
 from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder
+from .results.protocols import describe_protocol, linear_protocol
 
 
 def transfer(

@@ -25,10 +25,10 @@ from ..io.console import notify
 from ..models import Encoder
 from .linear import read_out
 from .logistic_regression import shuffle_within_classes
-from .protocols import linear_protocol, logistic_protocol
 from .quick_readout import OPTIONS as QUICK_OPTIONS
 from .quick_readout import FrozenFeatures, cache_features
 from .readout_inputs import open_labeled, take_encoder
+from .results.protocols import linear_protocol, logistic_protocol
 
 OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
 """Names of the options of :class:`TransferConfig` and its views that have an effect here."""
@@ -134,15 +134,12 @@ def low_shot_accuracy(
     """Measure accuracy from few labels: mean and 95 % interval over draws of the labeled images.
 
     Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: the whole
-    network with one head on the last of these layers, by SGD under random views, as
-    :func:`.linear.transfer` with ``finetune``. The interval is Student's t over the seeds: it shows
-    the effect of the draw, not that of the held-out images.
+    network with one head on the last of these layers, by :func:`.linear.transfer`. The interval is
+    Student's t over the seeds: it shows the effect of the draw, not of the held-out images.
 
     Args:
-        config: options of the read-outs; the seeds count from ``config.seed``.
-        weights: as for :func:`.linear.transfer`.
-        data: as for :func:`.linear.transfer`.
-        out: folder to make, for results.json. Default: only cached features are written.
+        config, weights, data: as for :func:`.linear.transfer`; seeds count from ``config.seed``.
+        out: folder to make, for results.json. Default: none.
         few: fractions of the training images; see :func:`draw_fraction`.
         per_class: numbers of images of each class; see :func:`draw_per_class`.
         seeds: number of draws of each subset.
@@ -170,33 +167,21 @@ def low_shot_accuracy(
     splits = open_labeled(data)
     layers = config.layers or (encoder.layers[-1],)
     frozen = cache_features(replace(config, layers=layers), encoder, path, splits)
-    protocols = {"linear": logistic_protocol(frozen.config, ten_crop=False)}
-    tuning = None
-    if finetune:
-        tuning = replace(
-            config,
-            layers=require_resolved(frozen.config.layers)[-1:],
-            views=frozen.config.views,
-            finetune=True,
-            epochs=finetune_epochs,
-            ten_crop=False,
-            eval_every=0,
-        )
-        protocols["finetuned"] = linear_protocol(tuning)
-    numbers = range(config.seed, config.seed + seeds)
-    index, names = frozen.training.index, splits.source.classes or []
+    tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
+    numbers, index = range(config.seed, config.seed + seeds), frozen.training.index
+    labels, names = splits.labels[index], splits.source.classes or []
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
-    drawn = [
-        {seed: draw(splits.labels[index], index, part, seed, names) for seed in numbers}
-        for part in parts
-    ]
+    drawn = [{seed: draw(labels, index, part, seed, names) for seed in numbers} for part in parts]
     results = {
         "subsets": [
             {**part, **_measure(frozen, subset, encoder, path, tuning)}
             for part, subset in zip(parts, drawn, strict=True)
         ],
         "seeds": list(numbers),
-        "protocol": protocols,
+        "protocol": {
+            "linear": logistic_protocol(frozen.config, ten_crop=False),
+            **({"finetuned": linear_protocol(tuning)} if tuning else {}),
+        },
         "data": data,
         "run": None if path is None else str(path),
         "weights_digest": digest,
@@ -209,6 +194,15 @@ def low_shot_accuracy(
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "results.json", results)
     return results
+
+
+def _tuning_config(config: TransferConfig, resolved: TransferConfig, epochs: int) -> TransferConfig:
+    """Return the options of fine-tuning: one head on the last layer, measured once, at the end."""
+    layers = require_resolved(resolved.layers)[-1:]
+    once = {"ten_crop": False, "eval_every": 0}
+    return replace(
+        config, layers=layers, views=resolved.views, finetune=True, epochs=epochs, **once
+    )
 
 
 def _measure(

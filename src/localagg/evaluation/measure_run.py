@@ -33,7 +33,7 @@ from ..recipes.defaults import resolve_defaults
 from .cluster_metrics import cluster_scores
 from .knn import VOTES, knn_accuracy, retrieval_scores
 from .knn_queries import EmbeddedQueries, QuerySelection, embed_queries, select_queries
-from .protocols import BANK, TRAINING_IMAGES
+from .results.protocols import BANK, TRAINING_IMAGES
 
 MEASUREMENTS: dict[str, Callable[[EmbeddedQueries, Sequence[int]], dict[str, Any]]] = {
     "accuracy": lambda embedded, k: knn_accuracy(**embedded._asdict(), k=k),
@@ -57,13 +57,12 @@ def measure_run(
 
     Args:
         run: run folder, or weights file (then only against embeddings).
-        data: data URI. None: the run's own.
+        data: data URI. Default: that of the run.
         against: reference set: "bank", the run's memory bank; "embeddings", of the training split.
         k: numbers of neighbors.
         workers: processes that decode.
-        retrieval: also measure precision@k and mAP; see :func:`.knn.retrieval_scores`.
-        clusters: also compare k-means of the reference set with its classes; see
-            :func:`.cluster_metrics.cluster_scores`.
+        retrieval: also return :func:`.knn.retrieval_scores`.
+        clusters: also return :func:`.cluster_metrics.cluster_scores` of the reference set.
 
     Returns:
         {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
@@ -91,11 +90,10 @@ def measure_run(
         notify(note)
     requested = {"accuracy": True, "retrieval": retrieval, "clusters": clusters}
     scores = {name: MEASUREMENTS[name](embedded, k) for name, wanted in requested.items() if wanted}
+    for name in scores.keys() - {"clusters"}:
+        scores[name] = selection.prefixed(scores[name])
     return {
-        **{
-            name: found if name == "clusters" else selection.prefixed(found)
-            for name, found in scores.items()
-        },
+        **scores,
         "asked": len(embedded.queries),
         "known": len(embedded.bank),
         "held_out": selection.held_out is not None,
@@ -127,8 +125,8 @@ def _select_and_embed(
         selection,
         encoder,
         bank.to(fabric.device),
-        config.views,
         size=len(source),
+        views=config.views,
         workers=workers,
         autocast=fabric.autocast,
     )

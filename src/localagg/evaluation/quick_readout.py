@@ -25,7 +25,6 @@ from ..models import Encoder
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, hash_images
 from .linear_heads import accuracies
 from .logistic_regression import LogisticHead, fit_logistic_head
-from .protocols import logistic_protocol
 from .readout_inputs import (
     LabeledSplits,
     check_classes,
@@ -34,6 +33,7 @@ from .readout_inputs import (
     resolve_transfer,
     take_encoder,
 )
+from .results.protocols import logistic_protocol
 
 OPTIONS = frozenset(
     {
@@ -115,17 +115,13 @@ def quick_readout(
 ) -> dict[str, Any]:
     """Fit linear heads to an encoder's layers by logistic regression and measure them.
 
-    The strength of the L2 penalty is chosen within the training images (see
-    :func:`.logistic_regression.fit_logistic_head`); held-out labels are used once, at the end.
-    Features are standardized by the training images, so that a strength means the same on every
-    layer; the heads act on raw features.
+    See :func:`.logistic_regression.fit_logistic_head`; held-out labels are used once, at the end.
 
     Args:
         config: only :data:`OPTIONS` have an effect.
         weights: run folder, weights file or encoder, as for :func:`.linear.transfer`.
         data: data URI with labels, and a held-out split.
-        out: folder to make, for heads.safetensors (as of :func:`.linear.transfer`) and
-            results.json. Default: only cached features are written.
+        out: folder to make, for heads.safetensors and results.json. Default: none.
         ten_crop: measure ten crops too.
 
     Returns:
@@ -134,7 +130,7 @@ def quick_readout(
         "left_out": {layer: GiB} of layers that do not fit the cache.
 
     Raises:
-        UserError: as :func:`.linear.transfer`; or named layers, or all, do not fit ``cache_gb``.
+        UserError: as :func:`.linear.transfer` and :func:`cache_features`.
     """
     started = time.monotonic()
     run = None if out is None else Path(out)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ...errors import UserError
 from .protocols import describe_protocol
 from .published import PUBLISHED, PublishedNumber
 from .results_file import read_results
@@ -33,10 +33,9 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
     measurements counts.
 
     Returns:
-        {"columns": [{"measure", "protocol", "data", "dataset", "images", "fingerprint",
-        "training_images", "training_fingerprint", "asked", "known", "name"}], "rows": [{"run",
-        "weights": or None, "published": bool, "source": or None, "values": [number or None, one a
-        column], "intervals": [half width of the 95 % interval or None]}], "notes": [str]}.
+        {"columns": [{"name", and fields of an entry}], "rows": [{"run", "weights": or None,
+        "published": bool, "source": or None, "values": [number or None, one a column], "intervals":
+        [half width of the 95 % interval or None]}], "notes": [str]}.
 
     Raises:
         UserError: none of the runs has results, or one cannot be read.
