@@ -25,17 +25,8 @@ from localagg.data.images.augment import (
     view_uniforms,
 )
 from localagg.data.images.crops import Boxes, crop_boxes
-from localagg.data.images.decode import decode
-from localagg.data.sources.open import open_images
 
 CONFIG = ViewConfig(image_size=32, eval_crop=0.875)
-
-
-@pytest.fixture(scope="module")
-def images(pictures):
-    """Photographs uint8 [12, 3, 48, 48]."""
-    source = open_images(pictures)
-    return torch.stack([V.resize(decode(source[i].image), [48, 48]) for i in range(12)])
 
 
 @pytest.mark.parametrize("size", [16, 48, 61])
