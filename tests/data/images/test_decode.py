@@ -172,7 +172,7 @@ def test_cmyk_without_adobes_marker_is_not_inverted(cmyk_jpeg):
 
 
 def ycck(data):
-    """What says that the first three components are YCbCr."""
+    """The same file, with its first three components declared as YCbCr."""
     start, length = adobe(data)
     return data[: start + length - 1] + b"\2" + data[start + length :]
 
@@ -331,7 +331,7 @@ def test_orientation_that_cannot_be_read_counts_as_none(photo, exif):
         assert torch.equal(decode(data, upright=True), decode(data))
 
 
-# --- Unreadable images ------------------------------------------------------------------------------
+# --- Unreadable images ----------------------------------------------------------------------------
 
 
 def png(size, depth, color, rows):
