@@ -90,7 +90,7 @@ def aggregate(first, last, close_BK, temperature, eps, loss_B, weight_BK):
             near += weight[c] if close[c] else np.float32(0)
             far += np.float32(0) if close[c] else weight[c]
         share, rest = near / (near + far), far / (near + far)
-        # Of a share near 1 the rest is exact, and 1 - share is not.
+        # The rest of a share near 1 is exact, and 1 - share is not.
         loss_B[i] = -math.log(share + eps) if share < 0.5 else -math.log1p(eps - rest)
         scale = 1 / (temperature * (share + eps) * (near + far))
         near_scale, far_scale = np.float32(-rest * scale), np.float32(share * scale)
