@@ -130,12 +130,7 @@ class FeatureExtractor:
         return images * self.sizes[layer] * self.dtypes[layer].itemsize
 
     def facts(self, images: str, pixels: Tensor | None) -> dict[str, dict[str, Any]]:
-        """Return everything that each layer's features depend on, {layer: facts}.
-
-        Args:
-            images: digest of :func:`hash_images`.
-            pixels: the decoded images, if they are in memory.
-        """
+        """Return {layer: everything that its features depend on}; ``images`` is their digest."""
         size, crop = self.views.image_size, self.views.eval_crop
         # Batches in memory are resized without rounding, single files by Pillow to whole levels.
         unresized = pixels is not None and crop == 1 and tuple(pixels.shape[2:]) == (size, size)
@@ -199,11 +194,11 @@ class FeatureCache:
             extractor: computes them, of all its layers.
             source: the images.
             pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
-            index: int64 [n], which of ``pixels`` are images. Default: all.
+            index: int64 [n], which of ``pixels`` are readable. Default: all.
             digest: of :func:`hash_images`, if known.
 
         Returns:
-            The features; None if they exceed the budget, or half of the free disk space.
+            None if the features exceed the budget, or half of the free disk space.
 
         Raises:
             UserError: the folder cannot be written, or no image can be read.

@@ -72,18 +72,10 @@ class SourceSubset(Source):
 
 
 def draw_fraction(labels: Tensor, index: Tensor, fraction: float, seed: int) -> Tensor:
-    """Draw a stratified fraction of images, as a function of (seed, fraction, images).
+    """Draw a stratified fraction in (0, 1] of images ``index``, int64 [n], with labels int64 [n].
 
-    Each class contributes its share, rounded half up, and at least one image.
-
-    Args:
-        labels: int64 [n], of the images.
-        index: int64 [n], the images to draw from.
-        fraction: in 0-1, above 0.
-        seed: random seed.
-
-    Returns:
-        int64, the images drawn, increasing.
+    Each class contributes its share, rounded half up, and at least one image. The draw, int64 and
+    increasing, is a function of (seed, fraction, images).
     """
     place, count = shuffle_within_classes(labels, index, seed, repr(float(fraction)))
     wanted = (count * fraction + 0.5).floor().clamp(min=1)
@@ -133,26 +125,22 @@ def low_shot_accuracy(
 ) -> dict[str, Any]:
     """Measure accuracy from few labels: mean and 95 % interval over draws of the labeled images.
 
-    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: the whole
-    network with one head on the last of these layers, by :func:`.linear.transfer`. The interval is
-    Student's t over the seeds: it shows the effect of the draw, not of the held-out images.
+    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: the network with
+    a head on the last of these layers, after ``finetune_epochs`` of :func:`.linear.transfer`. The
+    interval is Student's t over seeds: the effect of the draw, not of the held-out images.
 
     Args:
-        config, weights, data: as for :func:`.linear.transfer`; seeds count from ``config.seed``.
-        out: folder to make, for results.json. Default: none.
+        config, weights, data, out: as for :func:`.linear.transfer`.
         few: fractions of the training images; see :func:`draw_fraction`.
         per_class: numbers of images of each class; see :func:`draw_per_class`.
-        seeds: number of draws of each subset.
-        finetune: measure the fine-tuned network too.
-        finetune_epochs: epochs of fine-tuning over the subset.
+        seeds: number of draws of each subset, seeded from ``config.seed`` on.
         draw: as :func:`draw_subset`.
 
     Returns:
-        {"subsets": [{"few": fraction or "per_class": number, "images": labeled images, "linear":
-        {layer: {"top1": M, "top5": M}}, "finetuned": as "linear", of one layer}], "seeds": [...],
-        "protocol": {"linear", "finetuned": fields of :mod:`.protocols`}, "data", "run",
-        "weights_digest", "measured", "unreadable", "classes", "seconds"}, where M is {"mean",
-        "interval": half its width, None of one seed, "values": one a seed}.
+        {"subsets": [{"few" or "per_class", "images": labeled images, "linear": {layer: {"top1": M,
+        "top5": M}}, "finetuned": as "linear"}], "seeds", "protocol": {"linear", "finetuned"}, and
+        fields of :func:`.linear.transfer`}; M is {"mean", "interval": half its width or None,
+        "values": one a seed}.
 
     Raises:
         UserError: as :func:`.linear.transfer`; or subsets that cannot be drawn.
@@ -163,25 +151,19 @@ def low_shot_accuracy(
     if run is not None:
         check_new(run)
     encoder, path = take_encoder(weights)
-    digest = weights_digest(encoder)
-    splits = open_labeled(data)
+    digest, splits = weights_digest(encoder), open_labeled(data)
     layers = config.layers or (encoder.layers[-1],)
     frozen = cache_features(replace(config, layers=layers), encoder, path, splits)
     tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
-    numbers, index = range(config.seed, config.seed + seeds), frozen.training.index
-    labels, names = splits.labels[index], splits.source.classes or []
+    numbers = range(config.seed, config.seed + seeds)
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
-    drawn = [{seed: draw(labels, index, part, seed, names) for seed in numbers} for part in parts]
+    drawn = [_draw_all(draw, frozen, part, numbers) for part in parts]  # before hours of training
+    measured = [_measure(frozen, subset, encoder, path, tuning) for subset in drawn]
     results = {
-        "subsets": [
-            {**part, **_measure(frozen, subset, encoder, path, tuning)}
-            for part, subset in zip(parts, drawn, strict=True)
-        ],
+        "subsets": [part | found for part, found in zip(parts, measured, strict=True)],
         "seeds": list(numbers),
-        "protocol": {
-            "linear": logistic_protocol(frozen.config, ten_crop=False),
-            **({"finetuned": linear_protocol(tuning)} if tuning else {}),
-        },
+        "protocol": {"linear": logistic_protocol(frozen.config, ten_crop=False)}
+        | ({"finetuned": linear_protocol(tuning)} if tuning else {}),
         "data": data,
         "run": None if path is None else str(path),
         "weights_digest": digest,
@@ -194,6 +176,15 @@ def low_shot_accuracy(
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "results.json", results)
     return results
+
+
+def _draw_all(
+    draw: Callable[..., Tensor], frozen: FrozenFeatures, part: dict[str, Any], seeds: Sequence[int]
+) -> dict[int, Tensor]:
+    """Return {seed: images of a part}."""
+    index, splits = frozen.training.index, frozen.splits
+    labels, names = splits.labels[index], splits.source.classes or []
+    return {seed: draw(labels, index, part, seed, names) for seed in seeds}
 
 
 def _tuning_config(config: TransferConfig, resolved: TransferConfig, epochs: int) -> TransferConfig:

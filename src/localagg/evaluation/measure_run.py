@@ -58,17 +58,16 @@ def measure_run(
     Args:
         run: run folder, or weights file (then only against embeddings).
         data: data URI. Default: that of the run.
-        against: reference set: "bank", the run's memory bank; "embeddings", of the training split.
+        against: "bank": the run's memory bank; "embeddings": new ones of the training split.
         k: numbers of neighbors.
         workers: processes that decode.
-        retrieval: also return :func:`.knn.retrieval_scores`.
-        clusters: also return :func:`.cluster_metrics.cluster_scores` of the reference set.
+        retrieval, clusters: also measure these; see :data:`MEASUREMENTS`.
 
     Returns:
         {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
-        queries are held-out images, "capped": {k: the lower number that votes}, "against", "data",
-        "run", "weights_digest", "left_out": {"known", "asking": {"unreadable", "unlabelled",
-        "alone": images}}, "notes": sentences}, and "retrieval", "clusters" where requested.
+        queries are held-out images, "capped": {k: number that votes}, "against", "data", "run",
+        "weights_digest", "left_out": {"known", "asking": {reason: images}}, "notes": sentences},
+        and "retrieval", "clusters" where requested.
 
     Raises:
         UserError: no usable labels, no bank of these images, or no such run.
@@ -80,9 +79,7 @@ def measure_run(
     facts = read_run(run)[1] if run.is_dir() else {}
     data = data or facts.get("data")
     if data is None:
-        raise UserError(
-            "option-missing", f"'{run}' is a weights file; name the images with --data."
-        )
+        raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, workers)
     available = len(embedded.bank) - (selection.held_out is None)
     notes = [*selection.notes, *_count_notes(selection, k, available)]

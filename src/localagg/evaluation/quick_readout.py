@@ -118,9 +118,7 @@ def quick_readout(
     See :func:`.logistic_regression.fit_logistic_head`; held-out labels are used once, at the end.
 
     Args:
-        config: only :data:`OPTIONS` have an effect.
-        weights: run folder, weights file or encoder, as for :func:`.linear.transfer`.
-        data: data URI with labels, and a held-out split.
+        config, weights, data: as for :func:`.linear.transfer`; only :data:`OPTIONS` matter.
         out: folder to make, for heads.safetensors and results.json. Default: none.
         ten_crop: measure ten crops too.
 
@@ -173,11 +171,7 @@ def cache_features(
 ) -> FrozenFeatures:
     """Return the features of both splits under the center crop, from the cache where possible.
 
-    Args:
-        config: options as the user set them.
-        encoder: a copy.
-        path: file or run of the encoder.
-        splits: the images.
+    ``config`` holds the options as the user set them; ``encoder`` is a copy, found at ``path``.
 
     Raises:
         UserError: named layers, or all, do not fit ``cache_gb``; unreadable images, unless they are

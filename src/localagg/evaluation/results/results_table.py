@@ -28,9 +28,8 @@ class _RowKey(NamedTuple):
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """Compare runs, and published numbers of the same protocols and data.
 
-    A column is one number under one protocol on the same measured and training images (by
-    fingerprint and count). A row is a run, or one of several weights of a run. The last of repeated
-    measurements counts.
+    A column is one number under one protocol on the same images (by fingerprint and count). A row
+    is a run, or one of several weights of a run. The last of repeated measurements counts.
 
     Returns:
         {"columns": [{"name", and fields of an entry}], "rows": [{"run", "weights": or None,
