@@ -29,8 +29,6 @@ class Knn:
     """Also measure NMI, ARI and accuracy of k-means, one cluster a class, over 5 seeds."""
     workers: int = 2
     """Number of decoding processes, used if the images do not fit in memory."""
-    json: str | None = None
-    """Also write the result to this file."""
 
 
 def run(options: Knn) -> dict[str, Any]:

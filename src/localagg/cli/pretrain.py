@@ -37,8 +37,6 @@ class Pretrain:
     under torchrun or srun."""
     rank_timeout: float = 600.0
     """Seconds without a heartbeat of a process after which all processes end."""
-    json: str | None = None
-    """Also write the result to this file."""
     typed: frozenset[str] = internal(frozenset())
     words: tuple[str, ...] = internal(())
 

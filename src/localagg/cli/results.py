@@ -14,8 +14,6 @@ class Results:
 
     runs: tuple[str, ...] = positional("RUN")
     """Run folders or weights files."""
-    json: str | None = None
-    """Also write the table to this file."""
 
 
 def run(options: Results) -> dict[str, Any]:

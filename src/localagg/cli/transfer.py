@@ -37,8 +37,6 @@ class Transfer:
     """Read-out recipe of the reference program, such as trans_res18_LA or plc_trans_res18_LA."""
     config: str | None = None
     """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
-    json: str | None = None
-    """Also write the result to this file."""
     typed: frozenset[str] = internal(frozenset())
     words: tuple[str, ...] = internal(())
 
