@@ -123,37 +123,32 @@ def low_shot_accuracy(
     finetune_epochs: int = 10,
     draw: Callable[..., Tensor] = draw_subset,
 ) -> dict[str, Any]:
-    """Measure accuracy from few labels: mean and 95 % interval over draws of the labeled images.
+    """Measure accuracy from few labels: mean and 95 % interval over draws of the images.
 
-    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: the network with
-    a head on the last of these layers, after ``finetune_epochs`` of :func:`.linear.transfer`. The
-    interval is Student's t over seeds: the effect of the draw, not of the held-out images.
+    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: a head on the
+    last of them, after ``finetune_epochs`` of :func:`.linear.transfer`. The interval is Student's t
+    over seeds.
 
     Args:
         config, weights, data, out: as for :func:`.linear.transfer`.
-        few: fractions of the training images; see :func:`draw_fraction`.
-        per_class: numbers of images of each class; see :func:`draw_per_class`.
-        seeds: number of draws of each subset, seeded from ``config.seed`` on.
-        draw: as :func:`draw_subset`.
+        few, per_class: subsets; see :func:`draw_fraction` and :func:`draw_per_class`.
+        seeds: number of draws of each subset by ``draw``, seeded from ``config.seed`` on.
 
     Returns:
         {"subsets": [{"few" or "per_class", "images": labeled images, "linear": {layer: {"top1": M,
         "top5": M}}, "finetuned": as "linear"}], "seeds", "protocol": {"linear", "finetuned"}, and
-        fields of :func:`.linear.transfer`}; M is {"mean", "interval": half its width or None,
-        "values": one a seed}.
+        fields of :func:`.linear.transfer`}; M: {"mean", "interval": half width or None, "values"}.
 
     Raises:
         UserError: as :func:`.linear.transfer`; or subsets that cannot be drawn.
     """
     started = time.monotonic()
     _check(few, per_class, seeds, finetune_epochs)
-    run = None if out is None else Path(out)
-    if run is not None:
+    if run := None if out is None else Path(out):
         check_new(run)
     encoder, path = take_encoder(weights)
-    digest, splits = weights_digest(encoder), open_labeled(data)
-    layers = config.layers or (encoder.layers[-1],)
-    frozen = cache_features(replace(config, layers=layers), encoder, path, splits)
+    digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
+    frozen = cache_features(replace(config, layers=layers), encoder, path, open_labeled(data))
     tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
     numbers = range(config.seed, config.seed + seeds)
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
@@ -169,7 +164,7 @@ def low_shot_accuracy(
         "weights_digest": digest,
         "measured": len(frozen.held_out.index),
         "unreadable": frozen.unreadable,
-        "classes": splits.classes,
+        "classes": frozen.splits.classes,
         "seconds": round(time.monotonic() - started, 2),
     }
     if run is not None:
