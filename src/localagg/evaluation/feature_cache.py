@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import weights_digest, write_json
 from ..config import ViewConfig, require_resolved
-from ..data.images.decode import READ_ERRORS, image_size
+from ..data.images.decode import READ_ERRORS, open_image
 from ..data.sources.open import Source
 from ..errors import UserError
 from ..io.console import show_progress
@@ -56,7 +56,7 @@ def hash_images(source: Source) -> tuple[str, dict[int, str]]:
                 image = source[i].image
                 data = image if isinstance(image, bytes) else image.numpy().tobytes()
                 if isinstance(image, bytes):
-                    image_size(image)
+                    open_image(image)
             except READ_ERRORS as error:
                 failed[i] = str(error) or type(error).__name__
             digest.update(len(data).to_bytes(8, "little") + data)

@@ -113,25 +113,19 @@ def _is_jpeg(image: Image.Image) -> bool:
     return image.format in ("JPEG", "MPO")
 
 
-def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int, str]:
-    """Return (height, width, format) by the header; ``upright``: after the EXIF orientation.
+def decoded_size(image: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
+    """Return (height, width) after :func:`decode`, by the header.
 
     Raises:
         UnreadableImage: as :func:`open_image`.
     """
-    image = open_image(data)
-    height, width = image.height, image.width
-    if upright and _orientation(image) > 4:
-        height, width = width, height
-    return height, width, image.format or "?"
-
-
-def decoded_size(image: bytes | Tensor, *, upright: bool = False) -> tuple[int, int]:
-    """Return (height, width) after :func:`decode`; 30 times as fast for plain JPEG files."""
     if isinstance(image, Tensor):
         return image.shape[1], image.shape[2]
-    plain = None if upright else _plain_jpeg_size(image)
-    return plain or image_size(image, upright=upright)[:2]
+    if not upright and (plain := _plain_jpeg_size(image)):
+        return plain  # in a thirtieth of Pillow's time
+    opened = open_image(image)
+    exchanged = upright and orientation(opened) > 4
+    return (opened.width, opened.height) if exchanged else (opened.height, opened.width)
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -144,11 +138,6 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     plain = colors in ("Gray", "YCbCr", "RGB") and height * width <= PIXEL_LIMIT
     return (height, width) if plain else None
-
-
-def orientation(data: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 leaves the image as it is."""
-    return _orientation(open_image(data))
 
 
 def decode(image: bytes | Tensor, *, upright: bool = False) -> Tensor:
@@ -235,7 +224,7 @@ def _decode(data: bytes, upright: bool) -> np.ndarray:
     if pixels is None or colors == "CMYK":
         pixels = np.array(_to_rgb(image or open_image(data)))
     if upright and image is not None:
-        turn = _orientation(image)
+        turn = orientation(image)
         pixels = np.flip(pixels, _TURNS[turn])
         pixels = np.ascontiguousarray(pixels.swapaxes(0, 1) if turn > 4 else pixels)
     return pixels
@@ -267,15 +256,15 @@ def _sample_bits(image: Image.Image) -> int:
     return 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if there is none that can be read."""
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (leave as is) if there is none that can be read."""
     if image.format == "TIFF":  # Pillow has already turned it
         return 1
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        number = image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, OSError, LookupError, TypeError, struct.error):
         return 1
-    return orientation if orientation in _TURNS else 1
+    return number if number in _TURNS else 1
 
 
 # EXIF orientation -> axes to reverse; above 4, height and width are exchanged afterwards.

@@ -18,7 +18,7 @@ from ..images.decode import (
     ORIENTATION,
     READ_ERRORS,
     decode,
-    image_size,
+    open_image,
     orientation,
     read_error_reason,
 )
@@ -76,7 +76,7 @@ def process_image(source: Source, index: int, shrink: ShrinkOptions | None) -> P
     try:
         sample = source[index]
         image, label, lost = encoded_bytes(sample.image), sample.label, False
-        format = image_size(image)[2]
+        format = open_image(image).format or "?"
         pixels = decode(image)
         if shrink and (smaller := _shrink(pixels.permute(1, 2, 0).numpy(), shrink, image)):
             image, format, shrunk = smaller, "JPEG", True
@@ -96,7 +96,7 @@ def _shrink(pixels: np.ndarray, shrink: ShrinkOptions, image: bytes) -> bytes | 
     file = io.BytesIO()
     smaller = Image.fromarray(pixels).resize((to[0], to[1]), Image.Resampling.LANCZOS)
     exif = Image.Exif()
-    exif[ORIENTATION] = turn = orientation(image)
+    exif[ORIENTATION] = turn = orientation(open_image(image))
     smaller.save(file, "JPEG", quality=shrink.quality, exif=exif if turn > 1 else b"")
     return file.getvalue()
 
