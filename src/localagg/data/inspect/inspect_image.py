@@ -20,16 +20,12 @@ class InspectedImage(NamedTuple):
     """Facts of one image."""
 
     index: int
-    size: int = 0
-    """Bytes as stored."""
+    size: int = 0  # bytes as stored
     digest: bytes = b""
     header: Header | None = None
-    error: str | None = None
-    """Why the image is unreadable."""
-    oddity: str | None = None
-    """What is wrong although the image can be decoded."""
-    decoded: bool = False
-    """Whether all pixels were decoded."""
+    error: str | None = None  # why the image is unreadable
+    oddity: str | None = None  # a problem of an image that can be decoded
+    decoded: bool = False  # all pixels were decoded
     nearly_empty: bool = False
 
 

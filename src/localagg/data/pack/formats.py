@@ -21,7 +21,7 @@ class PackFormat(NamedTuple):
     rows: Callable[[int, int, int], range]
     """(images, number, files) -> the images of a file."""
     write: Callable[[Path, Iterable[ImageRecord], Source], None]
-    """Write a file of a source's records. Its bytes depend on these alone."""
+    """Write a file; its bytes depend on the records alone."""
     complete: Callable[[Path, str, list[str], Source], None]
     """(folder, split, names of the files, source): write the files beside them."""
 

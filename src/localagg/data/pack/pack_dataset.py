@@ -32,12 +32,9 @@ class PlannedSplit(NamedTuple):
     """A split, and the files that it becomes."""
 
     source: Source
-    target: str
-    """Its name in the folder."""
-    size: int
-    """Approximate bytes of its files."""
-    files: list[str]
-    """Names of its files inside the folder."""
+    target: str  # its name in the folder
+    size: int  # approximate bytes of its files
+    files: list[str]  # their names inside the folder
 
 
 def pack(

@@ -34,11 +34,8 @@ _KEY = {"data", "format", "shrink", "splits"}  # the keys of key.json
 
 
 def check_destination(destination: Path) -> None:
-    """Check that the destination is missing or an empty folder, and that a pack may work beside it.
-
-    Raises:
-        UserError: it is anything else, or ``DST.partial`` was not made by a pack.
-    """
+    """Raise UserError unless the destination is missing or an empty folder, and ``DST.partial`` is
+    missing or made by a pack."""
     root = _partial_root(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         if root.is_dir() and not (root / "data").exists() and _is_made_by_pack(root):
@@ -98,11 +95,7 @@ def _remove(root: Path) -> None:
 
 
 def check_free_space(folder: Path, size: int) -> None:
-    """Check that ``size`` bytes, and a little more, are free.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise UserError unless ``size`` bytes, and a little more, are free."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     need, free = int(max(0, size) * _SPACE_FACTOR) + _SPACE_BYTES, shutil.disk_usage(parent).free
     if free < need:
@@ -136,14 +129,10 @@ class PartialFolder:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Lock and create the folder, and find the files of an earlier pack that are complete.
+        """Lock and create the folder, and find the complete files of an earlier pack.
 
-        Without any finished file the folder is removed in the end.
-
-        Raises:
-            UserError: another process packs there, the folder belongs to another pack, or writing
-                fails.
-            Interrupted: Ctrl-C; finished files are kept.
+        Without any finished file the folder is removed in the end. UserError: another process packs
+        there, the folder belongs to another pack, or writing fails. Interrupted: Ctrl-C.
         """
         try:
             with lock_run(self.root):
@@ -216,10 +205,7 @@ class PartialFolder:
     def identical_images(self, files: list[list[str]]) -> list[list[tuple[int, int]]]:
         """Return groups of images with the same bytes as (split, index), ordered by their first.
 
-        Empty images are skipped.
-
-        Args:
-            files: names of the files of each split.
+        ``files`` names the files of each split. Empty images are skipped.
         """
         splits = [np.concatenate([self.digests(name) for name in names]) for names in files]
         starts = np.cumsum([0, *map(len, splits)])

@@ -36,10 +36,8 @@ _JPEG_LIMIT = 65_500  # pixels on a side
 class ShrinkOptions(NamedTuple):
     """How images are made smaller."""
 
-    size: int
-    """Pixels of the shorter side; images that are smaller stay unchanged."""
-    quality: int
-    """JPEG quality, 1 to 100."""
+    size: int  # pixels of the shorter side; smaller images stay unchanged
+    quality: int  # of the JPEG, 1 to 100
 
 
 class ProcessedImage(NamedTuple):
@@ -47,12 +45,9 @@ class ProcessedImage(NamedTuple):
 
     image: bytes
     label: int | None
-    format: str
-    """Pillow's name; empty if unreadable."""
-    error: str | None
-    """Why the image cannot be read or decoded."""
-    lost: bool
-    """Whether not even its bytes could be read."""
+    format: str  # Pillow's name; empty if unreadable
+    error: str | None  # why the image cannot be read or decoded
+    lost: bool  # not even its bytes could be read
     shrunk: bool
     sha256: bytes
 
