@@ -271,9 +271,7 @@ def test_alpha_is_dropped_and_shows_the_color_beneath(photo):
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "JPEG2000"])
 def test_newer_formats_are_pillows(photo, kind):
     if kind == "AVIF" and not features.check("avif"):
-        with pytest.raises(UnreadableImage, match="not an image"):
-            decode(b"\0\0\0\x1cftypavif" + b"\0" * 100)
-        return
+        pytest.skip("this Pillow has no AVIF")
     for options in ({"lossless": True}, {"quality": 80}) if kind == "WEBP" else ({},):
         data = encoded(photo, kind, **options)
         assert decoded_size(data) == (photo.height, photo.width)
@@ -361,8 +359,7 @@ def test_bombs_are_unreadable_by_their_header(size, monkeypatch):
 def test_large_images_below_the_limit_are_read_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data = png((13_000, 13_000), 1, 0, b"\0" * 10)
-        assert decoded_size(data) == (13_000, 13_000)
+        assert decoded_size(png((13_000, 13_000), 1, 0, b"\0" * 10)) == (13_000, 13_000)
 
 
 # --- Crops ----------------------------------------------------------------------------------------
