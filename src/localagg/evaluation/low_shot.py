@@ -125,9 +125,8 @@ def low_shot_accuracy(
 ) -> dict[str, Any]:
     """Measure accuracy from few labels: mean and 95 % interval over draws of the images.
 
-    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: a head on the
-    last of them, after ``finetune_epochs`` of :func:`.linear.transfer`. The interval is Student's t
-    over seeds.
+    Linear: quick heads on ``config.layers`` (default: the last one). Fine-tuned: the network with a
+    head on the last of them. The interval is Student's t over seeds.
 
     Args:
         config, weights, data, out: as for :func:`.linear.transfer`.
