@@ -112,14 +112,9 @@ def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None
             return row
         if Path(image).is_dir():
             raise UserError("not-found", f"'{name}' is a folder; name image files in it.")
-    if name.isdecimal() and int(name) < 2**63:
-        if (row := table.find("index", int(name))) is not None:
-            return row
-        raise UserError(
-            "not-found",
-            f"'{table.path}' has no image {name}; it holds {len(table):,} of the images 0 to"
-            f" {table.rows([len(table) - 1])[0]['index']:,}.",
-        )
+    index = int(name) if name.isdecimal() else -1
+    if 0 <= index < 2**63 and (row := table.find("index", index)) is not None:
+        return row
     some = [row["path"] for row in table.rows(range(min(len(table), 1000)))]
     raise UserError(
         "not-found",
