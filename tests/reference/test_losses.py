@@ -32,30 +32,20 @@ def gradient(loss, embedding):
 def test_local_aggregation(case):
     embedding = case["embedding"].requires_grad_()
     index, K = case["index"].long(), int(case["K"])
-    loss = local_aggregation(
-        embedding,
-        case["bank"],
-        case["cluster_labels"],
-        index,
-        neighbors=K,
-        temperature=float(case["instance_t"]),
-    )
+    bank, labels, temperature = case["bank"], case["cluster_labels"], float(case["instance_t"])
+    loss = local_aggregation(embedding, bank, labels, index, neighbors=K, temperature=temperature)
     assert relative(loss.detach(), case["la_loss"]) < 1e-5
     assert relative(gradient(loss, embedding), case["la_grad_embedding"]) < 1e-4
-    found = find_neighbors(embedding, case["bank"], case["cluster_labels"], index, neighbors=K)
+    found = find_neighbors(embedding, bank, labels, index, neighbors=K)
     assert found.close.sum(dim=1).tolist() == case["num_close"].tolist()
-    again = close_neighbors(case["cluster_labels"], index, found.rows)
-    assert torch.equal(again, found.close)
+    assert torch.equal(close_neighbors(labels, index, found.rows), found.close)
 
 
 def test_instance_nce(case):
     embedding = case["embedding"].requires_grad_()
+    index, noise_index = case["index"].long(), case["noise_index"].long()
     loss, data_term, noise_term = instance_nce(
-        embedding,
-        case["bank"],
-        case["index"].long(),
-        case["noise_index"].long(),
-        temperature=float(case["instance_t"]),
+        embedding, case["bank"], index, noise_index, temperature=float(case["instance_t"])
     )
     assert relative(loss.detach(), case["ir_loss"]) < 1e-5
     assert relative(data_term.detach(), case["ir_loss_data"]) < 1e-5
