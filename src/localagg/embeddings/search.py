@@ -63,21 +63,10 @@ def search(
     )
     # One more, as an image finds itself.
     found = _nearest(queries_QF, bank_NF, min(k + 1, len(bank_NF)))
-    queries = []
-    for image, own, rows, similarity in zip(images, positions, *found, strict=True):
-        others = rows != (-1 if own is None else own)
-        cosines = similarity[others][:k].tolist()
-        neighbors = opened.rows(rows[others][:k].tolist())
-        queries.append(
-            {
-                "image": str(image),
-                "index": None if own is None else opened.rows([own])[0]["index"],
-                "neighbors": [
-                    {**neighbor, "similarity": cosine}
-                    for neighbor, cosine in zip(neighbors, cosines, strict=True)
-                ],
-            }
-        )
+    queries = [
+        _describe_neighbors(opened, str(image), *answer, k)
+        for image, *answer in zip(images, positions, *found, strict=True)
+    ]
     return {
         "table": str(table),
         "rows": len(opened),
@@ -86,6 +75,17 @@ def search(
         "queries": queries,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _describe_neighbors(
+    table: EmbeddingTable, image: str, own: int | None, rows: Tensor, cosines: Tensor, k: int
+) -> dict[str, Any]:
+    others = rows != (-1 if own is None else own)
+    neighbors = table.rows(rows[others][:k].tolist())
+    for neighbor, cosine in zip(neighbors, cosines[others][:k].tolist(), strict=True):
+        neighbor["similarity"] = cosine
+    index = None if own is None else table.rows([own])[0]["index"]
+    return {"image": image, "index": index, "neighbors": neighbors}
 
 
 def _nearest(queries_QF: Tensor, bank_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:

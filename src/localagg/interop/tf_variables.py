@@ -114,7 +114,7 @@ def load_variables(
 
 
 def check_bank(bank: MemoryBank, shape: Sequence[int] | None, where: str) -> None:
-    """Raise UserError unless a file's memory bank has ``bank``'s shape; None: it has no bank."""
+    """Raise UserError unless a file's memory bank has ``bank``'s shape (None if absent)."""
     if shape is None:
         raise UserError("not-found", f"{where} holds no memory bank; load it without a bank.")
     if tuple(shape) != tuple(bank.rows.shape):
