@@ -55,7 +55,7 @@ def search(
         raise UserError("option-missing", "Name at least one image to search for.")
     opened = EmbeddingTable(Path(table))
     positions = [_find_position(opened, image) for image in images]
-    files = [Path(image) for image, row in zip(images, positions, strict=True) if row is None]
+    files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
     embedded = iter(_embed_files(opened, files, weights) if files else ())
     bank_NF = opened.unit_embeddings()
     queries_QF = torch.stack(
@@ -64,8 +64,8 @@ def search(
     # One more, as an image finds itself.
     found = _nearest(queries_QF, bank_NF, min(k + 1, len(bank_NF)))
     queries = [
-        _describe_neighbors(opened, str(image), *answer, k)
-        for image, *answer in zip(images, positions, *found, strict=True)
+        _describe_neighbors(opened, str(image), own, rows, cosines, k)
+        for image, own, rows, cosines in zip(images, positions, *found, strict=True)
     ]
     return {
         "table": str(table),
