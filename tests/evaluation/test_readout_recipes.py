@@ -85,6 +85,7 @@ def places(imagenet, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "dataset"),
     [

@@ -60,6 +60,7 @@ def ten_crop_top1(weights, heads, data):
     return {layer: count / (label + 1) for layer, count in right.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["trans_res18_LA", "plc_trans_res18_LA"])
 def test_read_outs_learn_the_samples(recipe, trees, weights, tmp_path):
     data = trees[recipe.startswith("plc")]
