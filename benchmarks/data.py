@@ -29,7 +29,7 @@ from localagg.config import ViewConfig
 from localagg.data import open_images
 from localagg.data.images.augment import Augment, view_draws, view_uniforms
 from localagg.data.images.crops import crop_boxes
-from localagg.data.images.decode import decode, decode_crops, image_size
+from localagg.data.images.decode import decode, decode_crops, decoded_size
 from localagg.data.loading.cropping import training_crops
 from localagg.data.pack.pack_dataset import pack
 
@@ -180,7 +180,7 @@ def decoder_rows(files: list[Path], runs: int) -> list[list[object]]:
     views = ViewConfig(image_size=224)
     boxes = []
     for i, data in enumerate(encoded):
-        height, width = (torch.tensor([side]) for side in image_size(data)[:2])
+        height, width = (torch.tensor([side]) for side in decoded_size(data))
         box = crop_boxes(
             views, view_draws(views, view_uniforms(0, 0, torch.tensor([i]))).crop, height, width
         )

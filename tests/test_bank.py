@@ -5,21 +5,22 @@ from localagg.bank import MemoryBank
 from localagg.objectives import momentum_update
 
 
-def test_rows_start_as_unit_rows_that_depend_on_seed_and_position_alone():
+def test_initial_rows_are_unit_rows_that_depend_on_seed_and_position_alone():
     bank = MemoryBank(50, 8, seed=3)
     torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(50))
     assert torch.equal(MemoryBank(20, 8, seed=3).rows, bank.rows[:20])
     assert not torch.equal(MemoryBank(20, 8, seed=4).rows, bank.rows[:20])
 
 
-def test_chunks_of_the_start_do_not_show(monkeypatch):
-    whole = MemoryBank(50, 8, seed=3).rows
-    monkeypatch.setattr("localagg.bank._INIT_CHUNK", 7)
-    assert torch.equal(MemoryBank(50, 8, seed=3).rows, whole)
+def test_a_part_of_a_bank_has_the_same_initial_rows():
+    size = (1 << 16) + 20  # rows are drawn in chunks of 65,536
+    whole = MemoryBank(size, 1, seed=3).rows
+    part = range(size - 40, size)
+    assert torch.equal(MemoryBank(size, 1, seed=3, part=part).rows, whole[part.start :])
 
 
 @pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 2], [1, 1, 1]])
-def test_of_repeated_indices_the_last_wins_and_other_rows_stay(index):
+def test_the_last_of_repeated_indices_wins_and_other_rows_stay(index):
     bank = MemoryBank(5, 4, seed=0)
     before = bank.rows.clone()
     new = torch.nn.functional.normalize(
@@ -33,7 +34,7 @@ def test_of_repeated_indices_the_last_wins_and_other_rows_stay(index):
     assert torch.equal(bank.rows[3:], before[3:])
 
 
-def test_a_bank_of_bfloat16_moves_in_float32_and_is_rounded_once():
+def test_a_bfloat16_bank_is_updated_in_float32_and_rounded_once():
     bank = MemoryBank(5, 16, seed=0, dtype=torch.bfloat16)
     before = bank.rows.float()
     new = torch.nn.functional.normalize(
@@ -46,7 +47,8 @@ def test_a_bank_of_bfloat16_moves_in_float32_and_is_rounded_once():
     assert not torch.equal(bank.rows[3], bank.rows[0])
 
 
-def test_a_run_with_a_bank_of_bfloat16_learns_as_one_of_float32_and_is_measured(tmp_path):
+@pytest.mark.slow
+def test_a_bfloat16_bank_learns_like_a_float32_bank(tmp_path):
     from localagg.checkpoint import load_bank
     from localagg.config import override
     from localagg.evaluation.measure_run import measure_run

@@ -35,6 +35,6 @@ def test_links_commands_and_options_exist(page):
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     names |= {*config.option_names(config.PretrainConfig())}
     names |= {*config.option_names(config.TransferConfig())}
-    options = {config.flag(name) for name in names} | {"--help", "--version", "--gpu"}
+    options = {config.flag(name) for name in names} | {"--help", "--json", "--version", "--gpu"}
     for option in re.findall(r"`(--[a-z-]+)(?![\w-])", text):
         assert option in options, option

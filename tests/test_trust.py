@@ -27,7 +27,7 @@ from localagg.bank import MemoryBank
 from localagg.cli.main import main
 from localagg.config import PretrainConfig
 from localagg.data import open_images
-from localagg.data.images.decode import UnreadableImage, decode, decode_crops, image_size
+from localagg.data.images.decode import UnreadableImage, decode, decode_crops, decoded_size
 from localagg.distributed.launcher import loopback_store
 from localagg.errors import UserError
 from localagg.io.metrics_log import read_metrics
@@ -245,7 +245,7 @@ def test_a_bomb_is_rejected_by_its_header(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     with pytest.raises(UnreadableImage, match="decoded"):  # the patch is in decode's way
         decode(png(20))
-    for read in (decode, image_size, crops):
+    for read in (decode, decoded_size, crops):
         with pytest.raises(UnreadableImage, match="pixels"):
             read(bomb)
     (tmp_path / "bomb.png").write_bytes(bomb)

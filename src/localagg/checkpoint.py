@@ -10,10 +10,9 @@ A run folder::
 Each of R ranks writes its own rows: bank-0-of-R, bank-1-of-R, ..., and clusters-0-of-R, ...; any
 number of ranks reads them.
 
-A checkpoint is written as ``.step-N.tmp``, synced to disk and renamed. Its name is synced before
-older checkpoints are removed. The newest folder named ``step-N`` is therefore complete after a kill
-or a loss of power at any moment. Nothing is unpickled: ``optimizer.pt`` is loaded with
-``weights_only=True``.
+A checkpoint is written as ``.step-N.tmp``, synced to disk and renamed; its name is synced before
+older checkpoints are removed. The newest ``step-N`` is complete after a kill or a loss of power at
+any moment. Nothing is unpickled: ``optimizer.pt`` is loaded with ``weights_only=True``.
 """
 
 import contextlib
@@ -50,11 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_new(run: Path) -> None:
-    """Check that a new run can be written to a folder.
-
-    Raises:
-        UserError: it already contains a different run, or any other file.
-    """
+    """Raise UserError if a folder already contains a run or any other file."""
     if (run / "config.json").exists():
         raise UserError(
             "exists",
@@ -81,8 +76,7 @@ def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
 def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
     """Return a run's configuration and the facts beside it ("data", "fingerprint", "size").
 
-    Raises:
-        UserError: not a run folder, or its configuration is damaged.
+    Raises UserError if it is not a run folder or its configuration is damaged.
     """
     path = run / "config.json"
     if not path.exists():
@@ -217,11 +211,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def latest(run: Path) -> Path:
-    """Return the folder of a run's newest complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the folder of a run's newest complete checkpoint, or raise UserError."""
     if not has_checkpoint(run):
         raise UserError("not-found", f"'{run}' has no checkpoint yet; run it with --resume {run}.")
     return max((run / "checkpoints").glob("step-*"))
@@ -232,10 +222,8 @@ def restore(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a checkpoint into encoder, optimizer and bank; only this rank's rows are read.
 
-    Return (clusters of these rows, progress) as they were saved.
-
-    Raises:
-        UserError: a file is missing or damaged.
+    Returns (clusters of these rows, progress) as they were saved. Raises UserError if a file is
+    missing or damaged.
     """
     with _convert_damage(folder):
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
@@ -247,11 +235,7 @@ def restore(
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's step, seconds, unreadable images, and summary of the end.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Return a checkpoint's step, seconds, unreadable images, and summary of the end."""
     with _convert_damage(folder):
         return json.loads((folder / "progress.json").read_text())
 
@@ -291,8 +275,7 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
 def load_encoder(path: Path) -> Encoder:
     """Load the encoder of a run folder's latest checkpoint, or of a weights file.
 
-    Raises:
-        UserError: no file of this name, not written by localagg, or damaged.
+    Raises UserError if there is none, localagg did not write it, or it is damaged.
     """
     if path.is_dir():
         read_run(path)
@@ -309,11 +292,7 @@ def load_encoder(path: Path) -> Encoder:
 
 
 def load_views(path: Path) -> ViewConfig | None:
-    """Return the image settings of a run folder or weights file; None if it stores none.
-
-    Raises:
-        UserError: no file of this name, or damaged.
-    """
+    """Return the image settings of a run folder or weights file; None if it stores none."""
     if path.is_dir():
         return read_run(path)[0].views
     views = _read_metadata(path).get("views")

@@ -44,8 +44,7 @@ def kmeans(
         iterations: most Lloyd iterations.
         start: warm start: centroids [k, D], or the previous labels [N] (int; of this rank's rows),
             whose means in these rows are the initial centroids.
-        tolerance: stop when an iteration lowers the inertia by at most this share of it; faiss
-            always does all iterations.
+        tolerance: stop when an iteration lowers the inertia by at most this share; not in faiss.
         engine: faiss or lloyd for cold starts; ``auto`` chooses as described above.
         world: the ranks that the rows are split over. Default: not split.
 
@@ -87,7 +86,7 @@ def cluster(
     centroids: list[Tensor] | None = None,
     world: World | None = None,
 ) -> Tensor:
-    """Compute H clusterings of the bank, one after the other.
+    """Compute H clusterings of the bank, one after the other; :func:`kmeans` explains the options.
 
     On CPUs one product with the centroids of all takes as long as H products
     (benchmarks/results/clustering.md).
@@ -96,19 +95,12 @@ def cluster(
         bank: rows [N, D], or a MemoryBank.
         clusters: (k_1, ..., k_H).
         seed: clustering h is seeded ``seed + h``.
-        iterations: most Lloyd iterations of each.
         start: warm start: the previous labels [H, N], or H centroid tensors [k_h, D].
-        tolerance: see :func:`kmeans`.
-        engine: see :func:`kmeans`.
         on_progress: called as ``on_progress(h, result)`` after each clustering.
         centroids: a list to fill with the centroids of the H results.
-        world: the ranks that the bank is split over. Default: not split.
 
     Returns:
         Labels, int32 [H, N], on the bank's device; of this rank's rows if the bank is split.
-
-    Raises:
-        UserError: see :func:`kmeans`.
     """
     rows = bank if isinstance(bank, Tensor) else bank.rows
     shared = rows if _uses_faiss(rows, engine, start, world) else Points(rows, world)

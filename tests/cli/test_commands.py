@@ -8,7 +8,7 @@ from small_commands import SMALL, run_small
 
 from localagg import cli
 from localagg.checkpoint import load_encoder, weights_digest
-from localagg.evaluation.results_file import read_results
+from localagg.evaluation.results.results_file import read_results
 
 
 @pytest.fixture(scope="module")

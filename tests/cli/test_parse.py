@@ -38,7 +38,7 @@ class Options:
 
 
 def read(line: str) -> Options:
-    return parse(Options, "example", line.split())
+    return parse(Options, "example", line.split())[0]
 
 
 def test_typed_options_override_the_base_configuration():
@@ -55,9 +55,11 @@ def test_values_are_converted_to_the_types_of_the_fields():
     found = read("r a b --dry-run --few 0.5 1 --mode fast --level 2 --image-size=20")
     assert (found.files, found.dry_run, found.few) == (("a", "b"), True, (0.5, 1.0))
     assert (found.mode, found.level, found.options.views.image_size) == ("fast", 2, 20)
-    assert read("r --no-dry-run") == parse(Options, "example", ["r", "--no_dry_run"]).__class__(
-        run="r", options=read("r").options, words=("r", "--no-dry-run")
-    )
+    assert not read("r --no_dry_run").dry_run
+
+
+def test_every_command_has_the_option_json():
+    assert parse(Options, "example", ["r", "--json", "f"])[1] == "f"
 
 
 def test_none_returns_an_option_to_its_derived_default():
@@ -108,7 +110,7 @@ def test_help_shows_groups_plain_types_and_the_values_of_the_base(capsys):
     assert "[4 5]" in plain
     assert "No training, 100 %." in plain
     assert "--mode {fast,exact} Speed or exactness. [exact]" in plain
-    assert "None" not in plain.replace("None: the default", "")
+    assert "None" not in plain.replace("None restores", "")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "pretrain digits", "pretrain res18_LA"])
@@ -116,4 +118,4 @@ def test_each_command_explains_itself(command, capsys):
     name, *words = command.split()
     with pytest.raises(SystemExit):
         parse(COMMANDS[name][0], name, [*words, "-h"])
-    assert "--json STR" in capsys.readouterr().out
+    assert "--json FILE" in capsys.readouterr().out

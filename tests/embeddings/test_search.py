@@ -115,7 +115,7 @@ def test_missing_and_unreadable_images_raise(table, pictures, tmp_path):
     broken.write_bytes((pictures / "train" / "temple" / "05.jpg").read_bytes()[:-200])
     for image, code, *values in (
         ("temple/5.jpg", "not-found", "'temple/5.jpg'", "'temple/15.jpg'"),
-        ("48", "not-found", "48", "47"),
+        ("48", "not-found", "'48'"),
         (-1, "not-found", "-1"),
         (pictures, "not-found", pictures),
         (broken, "unreadable-images", broken),

@@ -12,7 +12,6 @@ from ranks import in_threads
 from localagg.distributed.collectives import share
 from localagg.engine import SETTINGS
 from localagg.engine.topk import (
-    _shifts,
     bounds,
     count_digits,
     disordered,
@@ -34,13 +33,6 @@ def test_keys_have_the_order_of_the_floats(dtype):
     assert torch.equal(disordered(key), values)
 
 
-def test_digits_cover_all_bits_from_the_top():
-    for bits in range(1, 65):
-        covered = {bit for shift in _shifts(bits) for bit in range(shift, shift + 6)}
-        assert covered >= set(range(bits))
-        assert len(_shifts(bits)) == -(-bits // 6)
-
-
 @st.composite
 def lines(draw):
     """Values of N rows for B queries: plain, all alike, from a handful, or at the limits."""
@@ -58,7 +50,7 @@ def lines(draw):
     return torch.from_numpy(values).to(dtype), ranks, draw(st.integers(1, N))
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(lines(), st.booleans())
 def test_the_largest_are_those_of_a_stable_sort(case, close):
     values, ranks, count = case

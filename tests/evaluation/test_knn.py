@@ -7,7 +7,6 @@ from expect import user_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localagg.errors import UserError
 from localagg.evaluation.knn import knn_accuracy, knn_vote, nearest_rows, retrieval_scores
 
 
@@ -138,7 +137,7 @@ def test_invalid_inputs_are_reported():
     labels = torch.arange(4)
     with user_error("option-invalid", "k is 4", "1-3"):
         nearest_rows(bank, bank, 4, exclude=torch.arange(4))
-    with pytest.raises(UserError, match="finite"):
+    with user_error("not-finite"):
         nearest_rows(bank, bank.clone().fill_(torch.nan), 1)
     for call in (knn_accuracy, retrieval_scores):
         with user_error("no-images"):

@@ -86,6 +86,7 @@ def test_heads_trained_together_equal_heads_trained_alone(tmp_path, whole):
             assert torch.equal(tensor, together[name])
 
 
+@pytest.mark.slow
 def test_five_layers_of_real_pictures_together_and_alone(tmp_path, pictures):
     encoder = create_encoder("resnet18_small", 16, seed=0, width=8, blocks=(1, 1, 1, 1))
     config = override(

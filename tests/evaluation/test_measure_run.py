@@ -14,7 +14,6 @@ from localagg.config import PretrainConfig, ViewConfig
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.engine.device import make_fabric
-from localagg.errors import UserError
 from localagg.evaluation.knn_queries import select_queries
 from localagg.evaluation.measure_run import measure_run
 from localagg.evaluation.online_knn import OnlineKnn
@@ -177,7 +176,7 @@ def test_classes_are_matched_by_name(pictures, tmp_path):
     assert choice.query_labels.tolist() == [1] * 6 + [2] * 6
     (tmp_path / "val" / "c").rename(tmp_path / "val" / "C")
     (tmp_path / "val" / "e").mkdir()  # no image: no matter
-    with pytest.raises(UserError, match=r"\bC\b"):
+    with user_error("mismatch", "C"):
         select_queries(str(tmp_path), open_images(str(tmp_path)), torch.arange(18))
 
 

@@ -1,4 +1,4 @@
-"""Writes TensorFlow V2 checkpoints as their format says, knowing nothing of the reader.
+"""Write TensorFlow V2 checkpoints by their format's description, independently of the reader.
 
 LevelDB's doc/table_format.md, TensorFlow's tensor_bundle.proto and protobuf.dev's "Encoding".
 """
@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
 
 DTYPES = {
@@ -29,23 +30,8 @@ class Raw(NamedTuple):
     more: bytes = b""  # further fields of its BundleEntryProto
 
 
-def _table():
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-TABLE = _table()
-
-
 def masked_crc(data: bytes) -> int:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
@@ -86,7 +72,7 @@ def entry(dtype, shape, shard, offset, data, more=b"", size=None) -> bytes:
 
 
 def block(pairs: Sequence[tuple[bytes, bytes]], interval: int = 4) -> bytes:
-    """A block's content: keys share their beginnings, but for one in ``interval``."""
+    """A block's content; each key but one in ``interval`` omits the prefix shared with the last."""
     out, restarts, last = b"", [], b""
     for count, (key, value) in enumerate(pairs):
         shared = 0
@@ -175,7 +161,7 @@ def archive(members: dict[str, bytes], compression: str = "") -> bytes:
     return out.getvalue()
 
 
-# --- What tests write ---
+# --- Small checkpoints ---
 
 SMALL = {"a/kernel": np.arange(6, dtype="float32").reshape(2, 3), "b": np.array([1, -2], "int64")}
 

@@ -1,8 +1,7 @@
-"""The reference's networks told a second time, as its programs run: NHWC, variables by name.
+"""The reference's networks written anew, naively: NHWC, with variables by name.
 
-Variables are made when they are first asked for, so that names, their order and their shapes follow
-from running the program, as in TensorFlow 1. Kernels follow the fixtures' rule. float64 or float32,
-padding and pooling spelled out.
+A variable is made on first use, so names, order and shapes follow from running the program, as in
+TensorFlow 1. Kernels follow the fixtures' rule. Padding and pooling are spelled out.
 """
 
 import zlib
@@ -29,9 +28,6 @@ class Arrays:
 
     def shape(self, name):
         return self.arrays[name].shape
-
-    def dtype(self, name):
-        return self.arrays[name].dtype
 
     def read(self, name):
         return self.arrays[name]

@@ -181,7 +181,7 @@ def test_other_networks_and_banks_raise(tmp_path, network):
     check_error("mismatch", "layer1.0.conv1.weight", *shapes, encoder=others[1])
     check_error("mismatch", "preact_resnet18", encoder=others[2])
     check_error("unsupported", "alexnet_bn", encoder=alexnet)
-    check_error("mismatch", "fc.weight", "[16, 512]", "dim=16", encoder=wide)
+    check_error("mismatch", "fc.weight", "[16, 512]", "dim", encoder=wide)
     encoder, bank = create_encoder("resnet18", 16), MemoryBank(N + 1, 16)
     check_error("mismatch", "[30, 16]", "[31, 16]", encoder=encoder, bank=bank)
     torch.save(torchvision.models.resnet34(num_classes=16).state_dict(), path)

@@ -111,8 +111,6 @@ def test_wrong_names_and_options_are_named():
     with user_error("option-unknown", "'9'", "0, 1, 2, 3, 4"):
         encoder.features(torch.zeros(1, 3, 16, 16), ["9"])
     with user_error("option-invalid", "'torch'", "'reference'"):
-        create_encoder("resnet18_small", compat="torch")
-    with user_error("option-invalid", "'torch'"):
         encoder.features(torch.zeros(1, 3, 16, 16), ["1"], compat="torch")
     with pytest.raises(ValueError, match=r"1, 1, 16, 16"):
         encoder(torch.zeros(1, 1, 16, 16))

@@ -37,14 +37,8 @@ def gradient(loss, embedding):
 def test_local_aggregation(case):
     embedding = case["embedding"].requires_grad_()
     index, K = case["index"].long(), int(case["K"])
-    loss = local_aggregation(
-        embedding,
-        case["bank"],
-        case["cluster_labels"],
-        index,
-        neighbors=K,
-        temperature=float(case["instance_t"]),
-    )
+    bank, labels, temperature = case["bank"], case["cluster_labels"], float(case["instance_t"])
+    loss = local_aggregation(embedding, bank, labels, index, neighbors=K, temperature=temperature)
     assert relative(loss.detach(), case["la_loss"]) < 1e-5
     assert relative(gradient(loss, embedding), case["la_grad_embedding"]) < 1e-4
     rows = background_neighbors(embedding, case["bank"], K).rows
@@ -54,12 +48,9 @@ def test_local_aggregation(case):
 
 def test_instance_nce(case):
     embedding = case["embedding"].requires_grad_()
+    index, noise_index = case["index"].long(), case["noise_index"].long()
     loss, data_term, noise_term = instance_nce(
-        embedding,
-        case["bank"],
-        case["index"].long(),
-        case["noise_index"].long(),
-        temperature=float(case["instance_t"]),
+        embedding, case["bank"], index, noise_index, temperature=float(case["instance_t"])
     )
     assert relative(loss.detach(), case["ir_loss"]) < 1e-5
     assert relative(data_term.detach(), case["ir_loss_data"]) < 1e-5

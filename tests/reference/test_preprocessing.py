@@ -10,15 +10,11 @@ from scipy.stats import binom
 
 from localagg.config import ViewConfig
 from localagg.data.images.augment import (
-    Augment,
     color_jitter,
-    evaluation_view,
-    ten_crop_views,
     view_draws,
     view_uniforms,
 )
 from localagg.data.images.crops import Boxes, crop_boxes, evaluation_boxes
-from localagg.data.images.decode import decode
 from localagg.data.images.reference_views import (
     JITTER,
     area_means,
@@ -29,7 +25,7 @@ from localagg.data.images.reference_views import (
     resample,
     saturation,
 )
-from localagg.data.loading.cropping import evaluation_batches, training_crops
+from localagg.data.loading.cropping import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.models import create_encoder
 
@@ -125,15 +121,6 @@ def test_center_and_ten_crops_are_the_recorded_pixels(folder, recorded_views):
             assert torch.equal(centers[name], found[0])
             seen += 1
     assert seen == 3
-
-
-def test_views_in_memory_equal_those_of_workers(folder):
-    source = open_images(folder / "jpeg")
-    for batch in evaluation_batches(source, REFERENCE, batch=1, ten_crop=True):
-        image = decode(source[int(batch.index)].image).unsqueeze(0)
-        views = ten_crop_views(image, REFERENCE)
-        assert torch.equal((views * 255).round().to(torch.uint8), batch.images)
-        assert torch.equal(evaluation_view(image, REFERENCE), views[:, 0])
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -256,17 +243,3 @@ def test_torchvisions_crops_would_fail_that_test(folder, size):
         for name in QUANTITIES
     ]
     assert max(distances) > 2 * BAND
-
-
-def test_training_views_through_both_feeds_are_the_same_pixels(folder):
-    """Views of a decoded image, and of a crop that a worker decoded."""
-    source = open_images(folder / "jpeg")
-    index = torch.arange(3)
-    for config in (REFERENCE, ALEXNET):
-        (_, crops, _), failed = training_crops(source, config, 5, 2, index)
-        assert not failed
-        from_workers = Augment(config, 5, cropped=True)(crops, 2, index)
-        for i in range(3):
-            image = decode(source[i].image).unsqueeze(0)
-            view = Augment(config, 5)(image, 2, index[i : i + 1])
-            assert torch.equal(view[0], from_workers[i])

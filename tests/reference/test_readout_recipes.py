@@ -17,7 +17,7 @@ LAYERS = ("1", "3", "5", "7", "9")
 
 @pytest.fixture(scope="module")
 def trees(fixtures, tmp_path_factory):
-    """Class folders and a listing of the same eight images, which are learned and measured."""
+    """Class folders and a listing of the same eight images, for training and validation."""
     samples = fixtures.parent / "data" / "imagenet-samples"
     if not samples.is_dir():
         pytest.skip("the ImageNet samples are not on this machine")
@@ -29,10 +29,8 @@ def trees(fixtures, tmp_path_factory):
             folder = folders / split / path.name.split("_")[0]
             folder.mkdir(parents=True)
             (folder / path.name).write_bytes(path.read_bytes())
-        lines = (
-            f"/{split}/{path.name.split('_')[0]}/{path.name} {i}" for i, path in enumerate(paths)
-        )
-        (places / f"{split}_places205.csv").write_text("\n".join(lines) + "\n")
+        lines = [f"/{split}/{p.name.split('_')[0]}/{p.name} {i}\n" for i, p in enumerate(paths)]
+        (places / f"{split}_places205.csv").write_text("".join(lines))
     return folders, f"{places}:{folders}"
 
 
@@ -62,20 +60,12 @@ def ten_crop_top1(weights, heads, data):
     return {layer: count / (label + 1) for layer, count in right.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["trans_res18_LA", "plc_trans_res18_LA"])
 def test_read_outs_learn_the_samples(recipe, trees, weights, tmp_path):
     data = trees[recipe.startswith("plc")]
-    words = ["transfer", str(weights), "--recipe", recipe, "--data", str(data)]
-    words += [
-        "--epochs",
-        "12",
-        "--batch-size",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    words = ["transfer", str(weights), "--recipe", recipe, "--data", str(data), "--device", "cpu"]
+    words += ["--epochs", "12", "--batch-size", "4", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert tuple(found["layers"]) == LAYERS

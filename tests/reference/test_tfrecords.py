@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 
 import pytest
 from make_tfrecords import write_tfrecords
@@ -63,18 +62,6 @@ def test_empty_and_extra_files_are_among_them(folder, expected):
     assert stored_splits(folder / "imagenet") == ["train", "val"]
 
 
-def test_a_read_only_folder_is_indexed_elsewhere(folder, tmp_path, home):
-    copy = tmp_path / "copy"
-    shutil.copytree(folder / "places", copy)
-    copy.chmod(0o555)
-    before = sorted(path.name for path in copy.iterdir())
-    open_images(copy)
-    open_images(copy)
-    assert sorted(path.name for path in copy.iterdir()) == before
-    assert len(list(home.rglob("*.safetensors"))) == 1
-    copy.chmod(0o755)
-
-
 def test_what_we_write_is_what_the_reference_wrote(folder, tmp_path):
     """The whole files, byte for byte: framing, checksums, and the order of the features."""
     for split in ("train", "val"):
@@ -97,7 +84,7 @@ def test_places_listing_is_what_was_packed_from_it(folder, expected, capsys):
             assert hashlib.sha256(source[i].image).hexdigest() == record["sha256"]
         assert due == {}
         assert source.malformed == ([6] if split == "train" else [])
-    assert "line 6" in " ".join(capsys.readouterr().err.split())
+    assert "lines 6 " in " ".join(capsys.readouterr().err.split())
     single = open_images(f"{root / 'csv' / 'train_places205.csv'}:{root}")
     assert single.fingerprint() == open_images(f"{root / 'csv'}:{root}").fingerprint()
 

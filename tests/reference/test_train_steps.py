@@ -83,19 +83,16 @@ def first8(parameter):
 def steps(request, fixtures):
     """(objective, [(what we compute, what was recorded) of each step])."""
     folder = fixtures / "networks" / "resnet18"
-    with np.load(folder / "outputs.npz") as outputs:
-        images = torch.from_numpy(outputs["images"]).permute(0, 3, 1, 2)
-    with np.load(folder / "train_steps.npz") as file:
-        recorded = dict(file)
+    images = torch.from_numpy(np.load(folder / "outputs.npz")["images"]).permute(0, 3, 1, 2)
+    recorded = dict(np.load(folder / "train_steps.npz"))
     trainee = Trainee(folder, [str(name) for name in recorded["param_names"]])
     pairs = []
     for step in range(3):
         start = f"{request.param}_step{step}_"
         theirs = {k.removeprefix(start): v for k, v in recorded.items() if k.startswith(start)}
         ours = trainee.step(images.flip(3) if step == 1 else images, theirs)
-        assert set(theirs) - set(ours) <= {
-            "learning_rate", "index", "noise_index", "global_step"
-        }  # fmt: skip
+        inputs = {"learning_rate", "index", "noise_index", "global_step"}
+        assert set(theirs) - set(ours) <= inputs
         pairs.append((ours, theirs))
     return request.param, pairs
 

@@ -10,29 +10,29 @@ from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain
 
 
-def test_the_forecast_is_what_the_run_becomes(tmp_path):
+def test_the_run_has_the_steps_and_sizes_of_the_forecast(tmp_path):
     config = override(
         recipe("digits").config, epochs=3, ir_epochs=1, width=8, blocks=(1,), batch_size=100,
         ir_batch_size=50, clusters=(10, 20), neighbors=64, device="cpu", warm_clusters=False,
     )  # fmt: skip
-    told = forecast(config, "digits")
+    found = forecast(config, "digits")
     assert not list(tmp_path.iterdir())
     out = pretrain(config, "digits", tmp_path / "run")
-    assert told["steps"]["total"] == out["steps"] == told["steps"]["ir"] + told["steps"]["la"]
-    assert (told["images"], told["steps"]["ir"]) == (1400, 28)
-    assert told["steps"]["images_seen"] == 28 * 50 + (out["steps"] - 28) * 100
-    assert told["memory"]["memory bank"] == checkpoint.load_bank(tmp_path / "run").nbytes
-    assert told["memory"]["cluster labels"] == 2 * 1400 * 4
+    assert found["steps"]["total"] == out["steps"] == found["steps"]["ir"] + found["steps"]["la"]
+    assert (found["images"], found["steps"]["ir"]) == (1400, 28)
+    assert found["steps"]["images_seen"] == 28 * 50 + (out["steps"] - 28) * 100
+    assert found["memory"]["memory bank"] == checkpoint.load_bank(tmp_path / "run").nbytes
+    assert found["memory"]["cluster labels"] == 2 * 1400 * 4
     folder = checkpoint.latest(tmp_path / "run")
     written = sum(file.stat().st_size for file in folder.iterdir())
-    assert told["checkpoint_bytes"] == pytest.approx(written, rel=0.15)
+    assert found["checkpoint_bytes"] == pytest.approx(written, rel=0.15)
 
 
-def test_activations_are_counted_without_computing_them():
-    told = forecast(override(PretrainConfig(), model="resnet18", batch_size=2), "digits")
+def test_activations_are_estimated_from_shapes():
+    found = forecast(override(PretrainConfig(), model="resnet18", batch_size=2), "digits")
     encoder = make_encoder(resolve_defaults(PretrainConfig(), 1400, 8).encoder, 0)
     parameters = sum(p.numel() for p in encoder.parameters())
-    assert told["memory"]["weights, gradients and momentum"] == pytest.approx(
+    assert found["memory"]["weights, gradients and momentum"] == pytest.approx(
         12 * parameters, rel=0.01
     )  # both are ResNet-18, but for the stem
     sizes = [

@@ -86,6 +86,7 @@ def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_five_steps_and_resumed_ends_as_if_never_killed(tmp_path, pictures, workers):
     config = override(

@@ -16,8 +16,6 @@ class Demo:
     """Folder to write. An earlier demo in it is replaced."""
     seed: int = 0
     """Random seed of both runs."""
-    json: str | None = None
-    """Also write the result to this file."""
 
 
 def run(options: Demo) -> dict[str, Any]:

@@ -25,8 +25,6 @@ class Embed:
     """Number format of the written rows."""
     workers: int = 2
     """Number of decoding processes."""
-    json: str | None = None
-    """Also write the result to this file."""
 
 
 def run(options: Embed) -> dict[str, Any]:

@@ -20,8 +20,6 @@ class ImportTf:
     """Weights file (.safetensors) to write."""
     bank: str | None = None
     """Also write the memory bank, its labels and its cluster labels to this .safetensors file."""
-    json: str | None = None
-    """Also write the report to this file."""
 
 
 def run(options: ImportTf) -> dict[str, Any]:

@@ -33,8 +33,6 @@ class Inspect:
     """PNG file for the views of --augmented."""
     workers: int | None = None
     """Number of reading processes. Default: one a core, at most 16."""
-    json: str | None = None
-    """Also write the result to this file, with every image that has a problem."""
 
 
 def run(options: Inspect) -> dict[str, Any]:

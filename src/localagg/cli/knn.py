@@ -29,14 +29,12 @@ class Knn:
     """Also measure NMI, ARI and accuracy of k-means, one cluster a class, over 5 seeds."""
     workers: int = 2
     """Number of decoding processes, used if the images do not fit in memory."""
-    json: str | None = None
-    """Also write the result to this file."""
 
 
 def run(options: Knn) -> dict[str, Any]:
     """Measure, print the tables and add them to the run's results.json."""
     from ..evaluation.measure_run import measure_run
-    from ..evaluation.record_results import record_knn
+    from ..evaluation.results.record_results import record_knn
     from ..io.console import print_table
 
     folder = Path(options.run)

@@ -76,19 +76,14 @@ def _run_command(words: list[str]) -> None:
             f"There is no command '{name}'; choose from {listed}.{suggest(name, COMMANDS)}",
         )
     kind, run = COMMANDS[name]
-    options = parse(kind, name, rest)
-    _check_json(options.json)
-    result = run(options)
-    if options.json is not None and result is not None:
-        from ..checkpoint import write_json
-
-        write_json(Path(options.json), result)
-
-
-def _check_json(file: str | None) -> None:
-    """Check before the work that the result can be written."""
+    options, file = parse(kind, name, rest)
     if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
         raise UserError("not-found", f"--json {file} is not a file in an existing folder.")
+    result = run(options)
+    if file is not None and result is not None:
+        from ..checkpoint import write_json
+
+        write_json(Path(file), result)
 
 
 def _help() -> str:

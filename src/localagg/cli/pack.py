@@ -31,8 +31,6 @@ class Pack:
     """Number of processes that read, check and shrink."""
     verify: bool = False
     """Read the folder back and compare hashes."""
-    json: str | None = None
-    """Also write the report to this file."""
 
 
 def run(options: Pack) -> dict[str, Any]:

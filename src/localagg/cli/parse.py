@@ -46,8 +46,8 @@ def internal(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"internal": True})
 
 
-def parse(kind: type[T], command: str, words: list[str]) -> T:
-    """Return the options of a command.
+def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]:
+    """Return the options of a command, and the file of ``--json``, which all commands have.
 
     Args:
         kind: options dataclass of the command. If it has a field ``options``, it has a static
@@ -55,9 +55,8 @@ def parse(kind: type[T], command: str, words: list[str]) -> T:
         command: its name, for messages.
         words: words after the command. Options may be spelled with underscores.
 
-    Returns:
-        An instance of ``kind``. Its field ``typed``, if any, holds the names of the configuration
-        options among the words; its field ``words`` holds the words.
+    The field ``typed`` of the options, if any, holds the names of the configuration options among
+    the words; the field ``words`` holds the words.
 
     Raises:
         UserError: an unknown option, an invalid value, or a missing argument.
@@ -72,7 +71,7 @@ def parse(kind: type[T], command: str, words: list[str]) -> T:
         unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
         hint = suggest(unknown, parser.flags)
         raise UserError("option-unknown", f"{prog} has no option or argument '{unknown}'.{hint}")
-    wants_help = values.pop("help", False)
+    wants_help, json = values.pop("help", False), values.pop("json", None)
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = None if value == [None] else tuple(value)
@@ -87,12 +86,10 @@ def parse(kind: type[T], command: str, words: list[str]) -> T:
     if wants_help:
         print(_parser(kind, prog, options.get("options")).format_help(), end="")
         raise SystemExit(0)
-    missing = [shown for name, shown in parser.required.items() if name not in options]
-    if missing:
-        raise UserError(
-            "option-missing", f"{prog} needs {' and '.join(missing)}; see {prog} --help."
-        )
-    return kind(**{name: value for name, value in options.items() if name in own})
+    if missing := [shown for name, shown in parser.required.items() if name not in options]:
+        names = " and ".join(missing)
+        raise UserError("option-missing", f"{prog} needs {names}; see {prog} --help.")
+    return kind(**options), json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,15 +97,16 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=about,
-            epilog="Values in brackets hold if the option is not given. None: the default.",
+            epilog="Values in brackets hold without the option. None restores the default.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
             add_help=False,
         )
-        self.flags: list[str] = ["--help"]
+        self.flags = ["--help", "--json"]
         self.required: dict[str, str] = {}  # name of the field: text for the message
-        self.add_argument("-h", "--help", action="store_true", help="show this help")
+        self.add_argument("-h", "--help", action="store_true", help="Show this help.")
+        self.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
 
     def error(self, message: str) -> NoReturn:
         text = message.removeprefix("argument ")
@@ -122,10 +120,8 @@ def _parser(kind: type, prog: str, config: Any = None) -> _Parser:
     _add_options(parser, parser, kind, None, nested)
     if nested:
         nested = [(nested[0][0], config)]
-    shown = [
-        f.metadata["positional"] for f in dataclasses.fields(kind) if "positional" in f.metadata
-    ]
-    parser.usage = " ".join([prog, "[OPTIONS]", *shown])
+    positions = (f.metadata.get("positional") for f in dataclasses.fields(kind))
+    parser.usage = " ".join([prog, "[OPTIONS]", *filter(None, positions)])
     while nested:
         inner, values = nested.pop(0)
         group = parser.add_argument_group(_GROUPS[inner], inner.__doc__)

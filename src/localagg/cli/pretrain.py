@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import PretrainConfig, override
+from ..config import PretrainConfig, flag, from_dict, option_names, option_value, override
 from ..errors import UserError, printable
 from ..recipes.builtin import RECIPES, recipe
 from ..recipes.from_reference_json import ConvertedConfig, convert_pretrain_json
@@ -37,8 +37,6 @@ class Pretrain:
     under torchrun or srun."""
     rank_timeout: float = 600.0
     """Seconds without a heartbeat of a process after which all processes end."""
-    json: str | None = None
-    """Also write the result to this file."""
     typed: frozenset[str] = internal(frozenset())
     words: tuple[str, ...] = internal(())
 
@@ -119,10 +117,10 @@ def _start(options: Pretrain) -> dict[str, Any]:
     if options.typed & {"neighbors", "clusters"}:  # explicit values are not scaled
         config = override(config, sized_for=None)
     if options.dry_run:
-        from ..training.forecast import forecast, print_forecast
+        from ..training.forecast import forecast
 
         found = forecast(config, options.data)
-        print_forecast(found)
+        _print_forecast(found)
         return found
     from ..training.loop import pretrain
 
@@ -145,3 +143,24 @@ def _print(result: dict[str, Any]) -> None:
     measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
     print(f"{result['seconds']:.0f} s. {measured or 'No accuracy was measured.'}")
     print(f"The run is in {result['run']}")
+
+
+def _print_forecast(result: dict[str, Any]) -> None:
+    from ..io.console import notify, print_table
+
+    for note in result["notes"]:
+        notify(note)
+    resolved = from_dict(PretrainConfig, result["config"])
+    values = [[flag(name), _shown(option_value(resolved, name))] for name in option_names(resolved)]
+    print_table(["option", "value"], values)
+    steps = [[name, _shown(value)] for name, value in result["steps"].items()]
+    print_table(["steps", ""], steps)
+    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
+    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
+    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,9 +11,6 @@ from ..recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE
 class Recipes:
     """List the named configurations and their cost."""
 
-    json: str | None = None
-    """Also write the recipes with all their options to this file."""
-
 
 def run(_: Recipes) -> dict[str, Any]:
     """Print our recipes, then those of the reference program."""

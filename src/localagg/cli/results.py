@@ -14,13 +14,11 @@ class Results:
 
     runs: tuple[str, ...] = positional("RUN")
     """Run folders or weights files."""
-    json: str | None = None
-    """Also write the table to this file."""
 
 
 def run(options: Results) -> dict[str, Any]:
     """Print the tables."""
-    from ..evaluation.results_table import compare, tables
+    from ..evaluation.results.results_table import compare, tables
     from ..io.console import notify, print_table
 
     result = compare([Path(run) for run in options.runs])

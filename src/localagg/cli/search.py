@@ -18,8 +18,6 @@ class Search:
     """Run folder or weights file that made the table. Default: the path noted in the table."""
     k: int = 10
     """Number of neighbors of each image."""
-    json: str | None = None
-    """Also write the result to this file."""
 
 
 def run(options: Search) -> dict[str, Any]:

@@ -37,8 +37,6 @@ class Transfer:
     """Read-out recipe of the reference program, such as trans_res18_LA or plc_trans_res18_LA."""
     config: str | None = None
     """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
-    json: str | None = None
-    """Also write the result to this file."""
     typed: frozenset[str] = internal(frozenset())
     words: tuple[str, ...] = internal(())
 
@@ -54,8 +52,8 @@ class Transfer:
 
 def run(options: Transfer) -> dict[str, Any]:
     """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
-    from ..evaluation.protocols import describe_protocol
-    from ..evaluation.record_results import is_recorded, record_readouts
+    from ..evaluation.results.protocols import describe_protocol
+    from ..evaluation.results.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
     if options.resume is not None:
@@ -72,7 +70,7 @@ def run(options: Transfer) -> dict[str, Any]:
     ]
     print_table(["layer", *columns], rows)
     print(f"{result['seconds']:.0f} s. {describe_protocol(result['protocol'])}")
-    folder = options.run or result["run"]  # None: the encoder came from Python
+    folder = options.run or result["run"]  # None for an encoder from Python
     # A resumed read-out may have been killed before its results were added.
     if folder is not None and not (options.resume and is_recorded(Path(folder), result)):
         record_readouts(Path(folder), result)
@@ -132,7 +130,7 @@ def _weights_and_data(options: Transfer) -> tuple[Path, str]:
 
 def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
-    from ..evaluation.record_results import record_low_shot, subset_name
+    from ..evaluation.results.record_results import record_low_shot, subset_name
     from ..io.console import print_table
 
     config, typed = options.options, options.typed

@@ -112,10 +112,10 @@ class _RankProcess:
         try:
             self.store = self._connect(self.timeout, host=self.hosts_store)
             self.monitor = RankMonitor(
-                self.world, self.store, self.timeout, self.remedy,
-                hosts_store=self.hosts_store, parent=parent,
+                self.world, self.store, lambda: self._connect(_CONNECT_SECONDS),
+                timeout=self.timeout, remedy=self.remedy, hosts_store=self.hosts_store,
+                parent=parent,
             )  # fmt: skip
-            self.monitor.start(lambda: self._connect(_CONNECT_SECONDS))
             self._wait_for_ranks(self.store, self.monitor)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -131,7 +131,7 @@ class _RankProcess:
 
     def _wait_for_ranks(self, store: Store, monitor: RankMonitor) -> None:
         deadline = time.monotonic() + self.timeout
-        while missing := monitor.ranks_without("process"):
+        while missing := monitor.missing_ranks():
             if posted_exit_status(store) is not None:
                 raise CollectiveError("another rank has ended")
             if time.monotonic() > deadline:

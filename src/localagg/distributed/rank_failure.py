@@ -55,11 +55,12 @@ def join_ranks(ranks: list[int]) -> str:
 
 
 class RankMonitor:
-    """Publish the heartbeat of this rank and check those of the others.
+    """Publish the heartbeat of this rank and check those of the others, in a thread.
 
     Args:
         world: the ranks.
         store: the job's key-value store.
+        connect: opens another connection for the thread; one that waits serves no other.
         timeout: seconds of silence after which a rank counts as hanging.
         remedy: advice that ends each message.
         hosts_store: whether this process serves the store.
@@ -67,34 +68,25 @@ class RankMonitor:
     """
 
     def __init__(
-        self,
-        world: World,
-        store: Store,
-        timeout: float,
-        remedy: str,
-        *,
-        hosts_store: bool,
-        parent: int,
-    ) -> None:
+        self, world: World, store: Store, connect: Callable[[], Store],
+        *, timeout: float, remedy: str, hosts_store: bool, parent: int,
+    ) -> None:  # fmt: skip
         self.world, self.timeout, self.remedy = world, timeout, remedy
         self._store, self._hosts_store, self._parent = store, hosts_store, parent
         self._stopped = threading.Event()
         store.set(f"process/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
-
-    def start(self, connect: Callable[[], Store]) -> None:
-        """Start the thread; it needs its own connection, as one that waits serves no other."""
         threading.Thread(target=self._run, args=[connect], daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
         """Stop the heartbeat."""
         self._stopped.set()
 
-    def ranks_without(self, key: str) -> list[int]:
-        """Return the ranks that have not set ``key/RANK``."""
+    def missing_ranks(self) -> list[int]:
+        """Return the ranks that have not started."""
         ranks = range(self.world.size)
-        if self._store.check([f"{key}/{rank}" for rank in ranks]):
+        if self._store.check([f"process/{rank}" for rank in ranks]):
             return []
-        return [rank for rank in ranks if not self._store.check([f"{key}/{rank}"])]
+        return [rank for rank in ranks if not self._store.check([f"process/{rank}"])]
 
     def diagnose(self, error: str) -> str:
         """Name the ranks that have died, after a collective has failed with ``error``."""

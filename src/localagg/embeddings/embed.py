@@ -54,7 +54,7 @@ def embed(
     part: slice = slice(None),
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ImageEmbeddings:
-    """Embed the central view of every readable image of a source.
+    """Embed the central view of every readable image of a source, on the encoder's device.
 
     Args:
         encoder: any encoder; its training mode is restored afterwards.
@@ -62,15 +62,11 @@ def embed(
         views: image_size and eval_crop of the view.
         pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
         batch: images a batch.
-        workers: processes that decode images that are not in memory.
-        batch_statistics: normalize by each batch's statistics, as in training, and let batch-norm
-            track them; for a network that has no others yet.
+        workers: decoding processes.
+        batch_statistics: normalize by each batch's statistics and track them, as in training.
         autocast: precision context of the forward pass.
         part: the batches to embed.
         on_progress: called as ``on_progress(done, of)``.
-
-    Returns:
-        Embeddings on the encoder's device, without those of unreadable images.
 
     Raises:
         UserError: no image can be read.
@@ -137,37 +133,30 @@ def write_embeddings(
         earlier call, "out", "data", "split", "run", "seconds", "images_per_second"}.
 
     Raises:
-        UserError: no such weights, images or layer; values that are not finite or exceed float16;
-            ``out`` cannot be written, or another process is writing it.
+        UserError: missing weights, images or layer; values not finite; ``out`` is not writable.
         Interrupted: Ctrl-C; finished batches are kept.
     """
     _check_options(out, dtype, workers, batch)
-    start = time.perf_counter()
-    fabric = make_fabric()
+    start, fabric = time.perf_counter(), make_fabric()
     encoder = load_encoder(weights).to(fabric.device).eval()
     source = open_images(data, split)
-    config = PretrainConfig(views=load_views(weights) or ViewConfig())
-    views = resolve_defaults(config, len(source), typical_side(source)).views
+    views = _resolve_views(weights, source)
     facts = _describe(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
     with open_writer(out, facts) as writer, show_progress("embedding") as show:
         resumed, begun = writer.images_done, time.perf_counter()
         part = slice(writer.batches_done, None)
-        for index, images in evaluation_batches(
-            source, views, batch=batch, workers=workers, part=part
-        ):
-            found = encode(encoder, images, layer, fabric)
-            values = _convert(found, source, index, facts)
+        batches = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
+        for index, images in batches:
+            values = _convert(encode(encoder, images, layer, fabric), source, index, facts)
             writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
             show(writer.images_done, len(source))
         rate = (len(source) - resumed) / (time.perf_counter() - begun)
         writer.finish(functools.partial(_name_columns, source))
     return {
-        "rows": writer.rows,
-        "unreadable": len(source) - writer.rows,
-        "resumed": resumed,
-        "out": str(out),
         **{name: facts[name] for name in ("dim", "layer", "dtype", "data", "split")},
+        **{"rows": writer.rows, "unreadable": len(source) - writer.rows},
+        **{"resumed": resumed, "out": str(out)},
         "run": str(weights),
         "seconds": round(time.perf_counter() - start, 2),
         "images_per_second": round(rate, 1),
@@ -203,6 +192,12 @@ def _check_options(out: Path, dtype: str, workers: int, batch: int) -> None:
     ):
         if not valid:
             raise UserError("option-invalid", f"{option} is {value}; it must be {rule}.")
+
+
+def _resolve_views(weights: Path, source: Source) -> ViewConfig:
+    """Return the views of the weights, or by default those for the data."""
+    config = PretrainConfig(views=load_views(weights) or ViewConfig())
+    return resolve_defaults(config, len(source), typical_side(source)).views
 
 
 def _describe(

@@ -55,7 +55,7 @@ def search(
         raise UserError("option-missing", "Name at least one image to search for.")
     opened = EmbeddingTable(Path(table))
     positions = [_find_position(opened, image) for image in images]
-    files = [Path(image) for image, row in zip(images, positions, strict=True) if row is None]
+    files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
     embedded = iter(_embed_files(opened, files, weights) if files else ())
     bank_NF = opened.unit_embeddings()
     queries_QF = torch.stack(
@@ -63,21 +63,10 @@ def search(
     )
     # One more, as an image finds itself.
     found = _nearest(queries_QF, bank_NF, min(k + 1, len(bank_NF)))
-    queries = []
-    for image, own, rows, similarity in zip(images, positions, *found, strict=True):
-        others = rows != (-1 if own is None else own)
-        cosines = similarity[others][:k].tolist()
-        neighbors = opened.rows(rows[others][:k].tolist())
-        queries.append(
-            {
-                "image": str(image),
-                "index": None if own is None else opened.rows([own])[0]["index"],
-                "neighbors": [
-                    {**neighbor, "similarity": cosine}
-                    for neighbor, cosine in zip(neighbors, cosines, strict=True)
-                ],
-            }
-        )
+    queries = [
+        _describe_neighbors(opened, str(image), own, rows, cosines, k)
+        for image, own, rows, cosines in zip(images, positions, *found, strict=True)
+    ]
     return {
         "table": str(table),
         "rows": len(opened),
@@ -86,6 +75,17 @@ def search(
         "queries": queries,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _describe_neighbors(
+    table: EmbeddingTable, image: str, own: int | None, rows: Tensor, cosines: Tensor, k: int
+) -> dict[str, Any]:
+    others = rows != (-1 if own is None else own)
+    neighbors = table.rows(rows[others][:k].tolist())
+    for neighbor, cosine in zip(neighbors, cosines[others][:k].tolist(), strict=True):
+        neighbor["similarity"] = cosine
+    index = None if own is None else table.rows([own])[0]["index"]
+    return {"image": image, "index": index, "neighbors": neighbors}
 
 
 def _nearest(queries_QF: Tensor, bank_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -112,14 +112,9 @@ def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None
             return row
         if Path(image).is_dir():
             raise UserError("not-found", f"'{name}' is a folder; name image files in it.")
-    if name.isdecimal() and int(name) < 2**63:
-        if (row := table.find("index", int(name))) is not None:
-            return row
-        raise UserError(
-            "not-found",
-            f"'{table.path}' has no image {name}; it holds {len(table):,} of the images 0 to"
-            f" {table.rows([len(table) - 1])[0]['index']:,}.",
-        )
+    index = int(name) if name.isdecimal() else -1
+    if 0 <= index < 2**63 and (row := table.find("index", index)) is not None:
+        return row
     some = [row["path"] for row in table.rows(range(min(len(table), 1000)))]
     raise UserError(
         "not-found",

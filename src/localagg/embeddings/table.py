@@ -52,18 +52,6 @@ def path_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-@contextlib.contextmanager
-def convert_damage(file: Path, fix: str) -> Iterator[None]:
-    """Convert pyarrow's errors about a damaged file to UserError."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError("damaged", f"'{file}' is damaged ({reason}); {fix}.") from None
-
-
 class EmbeddingTable:
     """A finished table.
 
@@ -153,5 +141,15 @@ class EmbeddingTable:
                 show(start, len(self))
         return found
 
-    def _convert_damage(self) -> contextlib.AbstractContextManager[None]:
-        return convert_damage(self.path, "embed the images again")
+    @contextlib.contextmanager
+    def _convert_damage(self) -> Iterator[None]:
+        """Convert pyarrow's errors about a damaged file to UserError."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                "damaged", f"'{self.path}' is damaged ({reason}); embed the images again."
+            ) from None

@@ -53,7 +53,7 @@ def open_writer(out: Path, facts: dict[str, Any]) -> Iterator["TableWriter"]:
                 f"Stopped after {done:,} of {total:,} images; the same command resumes."
             ) from None
         finally:
-            if writer.finished or not writer.batches_done:
+            if not writer.batches_done:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -67,11 +67,10 @@ class TableWriter:
     def __init__(self, out: Path, folder: Path, facts: dict[str, Any]) -> None:
         self.out, self.facts = out, json.loads(json.dumps(facts))  # as they are read back
         self.batches_done = self.rows = 0
-        self.finished = False
         self._records, job, size = folder / "batches.bin", folder / "job.json", 0
-        if changed := self._changed_fact(job):
+        if not self._is_same_job(job):
             if self._records.exists():
-                notify(f"The unfinished '{out}' had another {changed}; starting anew.")
+                notify(f"The unfinished '{out}' has other weights, data or options; starting anew.")
             self._records.unlink(missing_ok=True)
             write_json(job, self.facts)
         self._records.touch()
@@ -116,7 +115,6 @@ class TableWriter:
         import pyarrow.parquet as pq
 
         if not self.rows:
-            self.finished = True
             raise UserError(
                 "unreadable-images",
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
@@ -144,16 +142,14 @@ class TableWriter:
                     f"'{self._records}' was damaged on the disk; the same command computes the"
                     " damaged batches again.",
                 )
-        self.finished = True
+        shutil.rmtree(self._records.parent, ignore_errors=True)
 
-    def _changed_fact(self, job: Path) -> str | None:
-        """Return the first fact that differs from the job on disk, or None for the same job."""
+    def _is_same_job(self, job: Path) -> bool:
         try:
             before = json.loads(job.read_text())
-        except (OSError, ValueError):
-            return "job"
-        names = [name for name in {**self.facts, **before} if name != "weights"]  # they may move
-        return next((n for n in names if before.get(n) != self.facts.get(n)), None)
+            return {**before, "weights": None} == {**self.facts, "weights": None}  # they may move
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _read(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (batch number, index [n], values [n, F]) of the records in front of any damage."""

@@ -73,7 +73,7 @@ class _Workspace:
         with torch.inference_mode(False):  # other threads and later searches write there
             self.products = [torch.empty(products, dtype=dtype) for _ in range(self.lists)]
             self.rounded = [torch.empty(rounded, dtype=dtype) for _ in range(self.lists)]
-        # Of the last batch: candidates of each query, and whether all rows had to be scored.
+        # Diagnostics of the last batch: candidates, and whether all rows had to be scored.
         self.count_B, self.incomplete_B = np.empty(0, np.int64), np.empty(0, np.bool_)
 
 

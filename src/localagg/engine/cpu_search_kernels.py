@@ -186,20 +186,10 @@ def _raise_threshold(k, error, i, at, threshold_B, rows_C, keys_C, count):
 
 @njit(cache=True, nogil=True)
 def merge_lists(
-    first,
-    last,
-    k,
-    error_B,
-    capacity,
-    threshold_SB,
-    rows_BC,
-    keys_BC,
-    count_SB,
-    threshold_B,
-    count_B,
+    first, last, k, error_B, width, threshold_SB, rows_BC, keys_BC, count_SB, threshold_B, count_B
 ):
     """Merge the lists of each query, in the order of rows, and raise its threshold. List s begins
-    at place s * capacity. ``count_B`` is -1 if one of the lists overflowed."""
+    at place s * width. ``count_B`` is -1 if one of the lists overflowed."""
     for i in range(first, last):
         threshold_B[i], count_B[i] = threshold_SB[:, i].max(), 0
         for s in range(len(count_SB)):
@@ -207,7 +197,7 @@ def merge_lists(
                 count_B[i] = -1
                 continue
             for c in range(count_SB[s, i] if s else 0):
-                to, place = unsigned(count_B[i] + c), unsigned(s * capacity + c)
+                to, place = unsigned(count_B[i] + c), unsigned(s * width + c)
                 rows_BC[i, to], keys_BC[i, to] = rows_BC[i, place], keys_BC[i, place]
             count_B[i] += count_SB[s, i]
         if count_B[i] > 0:

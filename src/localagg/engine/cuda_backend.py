@@ -85,7 +85,7 @@ def top_rows(
     Raises:
         UserError: D above ``MAX_DIM``, or a dtype or layout that the kernels do not read.
     """
-    _check(embedding, bank, bank_low)
+    _check(embedding, bank)
     B, N = len(embedding), len(bank)
     K = min(count, N)
     rows_BK = torch.empty(B, K, dtype=torch.int64, device=bank.device)
@@ -223,7 +223,7 @@ def _warps(block: int) -> int:
     return max(1, min(32, block // 512))
 
 
-def _check(embedding: Tensor, bank: Tensor, bank_low: Tensor | None) -> None:
+def _check(embedding: Tensor, bank: Tensor) -> None:
     D = bank.shape[1]
     if embedding.shape[1] != D:
         message = f"The queries have {embedding.shape[1]} dimensions and the bank's rows {D}."
@@ -234,11 +234,5 @@ def _check(embedding: Tensor, bank: Tensor, bank_low: Tensor | None) -> None:
     if bank.dtype not in _DTYPES:
         message = f"The GPU search reads float32, bfloat16 and float16 banks, not {bank.dtype}."
         raise UserError("unsupported", message)
-    if bank_low is not None and (bank_low.shape != bank.shape or bank_low.dtype not in _UNIT):
-        raise UserError(
-            "mismatch",
-            f"The low-precision copy is {bank_low.dtype} {list(bank_low.shape)}; it must be float16"
-            f" or bfloat16 {list(bank.shape)}.",
-        )
-    if any(rows is not None and rows.stride(1) != 1 for rows in (bank, bank_low)):
+    if bank.stride(1) != 1:
         raise UserError("unsupported", "The bank's rows must be contiguous; call .contiguous().")

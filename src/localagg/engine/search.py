@@ -283,6 +283,7 @@ def cuda_backend_for(rows: Tensor, most: int = 512) -> ModuleType | None:
 
 @cache
 def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
+    """Return the compiled CPU backend, or None and the reason."""
     try:
         from . import cpu_backend
 
@@ -294,6 +295,7 @@ def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
 
 @cache
 def load_cuda_backend() -> tuple[ModuleType | None, str | None]:
+    """Return the Triton backend, or None and the reason."""
     try:
         from . import cuda_backend
 

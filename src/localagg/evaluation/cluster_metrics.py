@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-STARTS = 10
+_STARTS = 10
 
 
 def cluster_scores(rows: Tensor, labels: Tensor, *, seeds: int = 5) -> dict[str, Any]:
@@ -21,8 +21,8 @@ def cluster_scores(rows: Tensor, labels: Tensor, *, seeds: int = 5) -> dict[str,
         seeds: number of clusterings, seeded 0, 1, ...
 
     Returns:
-        {"nmi": spread, "ari": spread, "accuracy": spread, "clusters": k, "images": N, "seeds":
-        seeds} with spread {"mean", "std" (of the sample, 0 for one seed), "min", "max"}. NMI is
+        {"nmi": spread, "ari": spread, "accuracy": spread, "clusters": k, "images": N, "seeds",
+        "starts"} with spread {"mean", "std" (of the sample, 0 for one seed), "min", "max"}. NMI is
         normalized by the arithmetic mean of the entropies; ARI is 0 in the mean of random
         clusterings and may be negative.
 
@@ -58,7 +58,8 @@ def cluster_scores(rows: Tensor, labels: Tensor, *, seeds: int = 5) -> dict[str,
         }
         for name, values in found.items()
     }
-    return {**spreads, "clusters": clusters, "images": len(x), "seeds": seeds}
+    counts = {"clusters": clusters, "images": len(x), "seeds": seeds, "starts": _STARTS}
+    return {**spreads, **counts}
 
 
 def best_kmeans(
@@ -82,7 +83,7 @@ def best_kmeans(
     from sklearn.cluster import KMeans
 
     few = x[:: max(1, len(x) // max(sample, sample_each * clusters))]
-    ten, one = cast(Any, STARTS), cast(Any, 1)  # the annotation allows only "auto"
+    ten, one = cast(Any, _STARTS), cast(Any, 1)  # the annotation allows only "auto"
     found = KMeans(clusters, n_init=ten, random_state=seed).fit(few)
     if len(few) < len(x):
         found = KMeans(clusters, init=found.cluster_centers_, n_init=one).fit(x)

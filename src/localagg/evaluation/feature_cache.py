@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import weights_digest, write_json
 from ..config import ViewConfig, require_resolved
-from ..data.images.decode import READ_ERRORS, image_size
+from ..data.images.decode import READ_ERRORS, open_image
 from ..data.sources.open import Source
 from ..errors import UserError
 from ..io.console import show_progress
@@ -56,7 +56,7 @@ def hash_images(source: Source) -> tuple[str, dict[int, str]]:
                 image = source[i].image
                 data = image if isinstance(image, bytes) else image.numpy().tobytes()
                 if isinstance(image, bytes):
-                    image_size(image)
+                    open_image(image)
             except READ_ERRORS as error:
                 failed[i] = str(error) or type(error).__name__
             digest.update(len(data).to_bytes(8, "little") + data)
@@ -130,12 +130,7 @@ class FeatureExtractor:
         return images * self.sizes[layer] * self.dtypes[layer].itemsize
 
     def facts(self, images: str, pixels: Tensor | None) -> dict[str, dict[str, Any]]:
-        """Return everything that each layer's features depend on, {layer: facts}.
-
-        Args:
-            images: digest of :func:`hash_images`.
-            pixels: the decoded images, if they are in memory.
-        """
+        """Return {layer: everything that its features depend on}; ``images`` is their digest."""
         size, crop = self.views.image_size, self.views.eval_crop
         # Batches in memory are resized without rounding, single files by Pillow to whole levels.
         unresized = pixels is not None and crop == 1 and tuple(pixels.shape[2:]) == (size, size)
@@ -147,7 +142,7 @@ class FeatureExtractor:
             "version": __version__,
             "weights": weights_digest(self.encoder),
             "images": images,
-            "compat": self.compat or self.encoder.compat,
+            "compat": self.compat,
             "precision": str(precision),
             "device": device,
             "augmentation": self.views.augmentation,
@@ -199,11 +194,11 @@ class FeatureCache:
             extractor: computes them, of all its layers.
             source: the images.
             pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
-            index: int64 [n], which of ``pixels`` are images. Default: all.
+            index: int64 [n], which of ``pixels`` are readable. Default: all.
             digest: of :func:`hash_images`, if known.
 
         Returns:
-            The features; None if they exceed the budget, or half of the free disk space.
+            None if the features exceed the budget, or half of the free disk space.
 
         Raises:
             UserError: the folder cannot be written, or no image can be read.

@@ -123,10 +123,10 @@ def vote(
         similarity: [Q, most].
         k: numbers of neighbors to report, capped at ``most``.
         classes: C.
-        temperature: divides the similarities in the weights.
+        temperature: as in :func:`knn_vote`.
 
     Returns:
-        {k: int64 [Q]}, from the lowest k to the highest.
+        {k: int64 [Q]}, by increasing k.
     """
     # Subtracting the best similarity leaves every vote's outcome alone and cannot overflow.
     weight_Qk = ((similarity - similarity[:, :1]) / temperature).double().exp()
@@ -181,19 +181,10 @@ def retrieval_scores(
 
     mAP ranks all N rows for each query, exactly: some 5 ms of one core a query at N = 50,000.
 
-    Args:
-        queries: unit rows [Q, D].
-        query_labels: int64 [Q].
-        bank: unit rows [N, D].
-        bank_labels: int64 [N].
-        k: numbers of neighbors to report.
-        exclude: int64 [Q], one bank row that each query must not find (itself).
+    Arguments and errors: as of :func:`knn_accuracy`.
 
     Returns:
         {"precision1": 0-1, ..., "map": 0-1 or None if no query counts, "map_left_out": queries}.
-
-    Raises:
-        UserError: no rows, k below 1, negative labels, or values that are not finite.
     """
     bank_labels, most = _check(bank, bank_labels, k, exclude)
     queries, query_labels = queries.to(bank.device), query_labels.to(bank.device)

@@ -1,14 +1,11 @@
 """Select labeled query images and the reference set that they search, and embed both."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import ViewConfig
 from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation
@@ -22,7 +19,7 @@ _BATCH = 256  # images embedded at a time
 
 
 class Unmeasurable(UserError):
-    """Labels that nothing can be measured with: none, all the same, or none shared by two."""
+    """Unusable labels: none, only one class, or no class with two images."""
 
 
 class QuerySelection(NamedTuple):
@@ -33,7 +30,7 @@ class QuerySelection(NamedTuple):
     reference_labels: Tensor
     """int64 [N] in 0..C-1."""
     held_out: Source | None
-    """Images that are the queries; None: reference images, leave one out."""
+    """Images that are the queries, or None if reference images are, leave one out."""
     query_index: Tensor
     """int64 [Q], increasing: which of the held-out images, or of the N reference images."""
     query_labels: Tensor
@@ -143,13 +140,10 @@ def embed_queries(
     selection: QuerySelection,
     encoder: Encoder,
     bank: Tensor,
-    views: ViewConfig,
     *,
     size: int,
-    workers: int,
-    autocast: Callable[[], AbstractContextManager],
-    pixels: Tensor | None = None,
     world: World | None = None,
+    **options: Any,
 ) -> EmbeddedQueries:
     """Return the embeddings of a selection on the bank's device, without unreadable queries.
 
@@ -160,12 +154,9 @@ def embed_queries(
         selection: queries and reference set.
         encoder: embeds the held-out images.
         bank: rows of the training images: all [size, D], or this rank's share of them.
-        views: resolved; image_size and eval_crop.
         size: number of training images.
-        workers: processes that decode.
-        autocast: precision context of the forward pass.
-        pixels: the held-out images, decoded, if they are in memory.
         world: the ranks that share the bank. Default: this process has all of it.
+        options: ``views``, ``pixels``, ``workers`` and ``autocast`` of :func:`.embed.embed`.
 
     Raises:
         UserError: no query can be read.
@@ -184,26 +175,8 @@ def embed_queries(
         return EmbeddedQueries(
             world.sum(queries), query_labels.to(bank.device), rows, labels, itself
         )
-    held_out = selection.held_out
-    if world.size == 1:
-        typical_side(held_out)  # raises with the images' names if none can be read
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    embedded = rows.new_zeros(len(held_out), rows.shape[1], dtype=dtype)
-    readable = torch.zeros(len(held_out))
-    if batches := world.part(-(-len(held_out) // _BATCH)):
-        found = embed(
-            encoder,
-            held_out,
-            views,
-            pixels=pixels,
-            batch=_BATCH,
-            workers=workers,
-            autocast=autocast,
-            part=slice(batches.start, batches.stop) if world.size > 1 else slice(None),
-        )
-        embedded[found.index.to(bank.device)] = found.rows.to(embedded)
-        readable[found.index] = 1
-    embedded, kept = world.sum(embedded), (world.sum(readable) > 0)[index]
+    embedded, readable = _embed_shared(world, encoder, selection.held_out, rows, options)
+    kept = readable[index]
     if not kept.any():
         raise UserError(
             "unreadable-images",
@@ -211,3 +184,20 @@ def embed_queries(
         )
     queries = embedded[index[kept].to(bank.device)]
     return EmbeddedQueries(queries, query_labels[kept].to(bank.device), rows, labels, None)
+
+
+def _embed_shared(
+    world: World, encoder: Encoder, source: Source, rows: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return (embeddings [n, D] of a source, readable bool [n]); each batch runs on one rank."""
+    if world.size == 1:
+        typical_side(source)  # raises with the images' names if none can be read
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    embedded = rows.new_zeros(len(source), rows.shape[1], dtype=dtype)
+    readable = torch.zeros(len(source))
+    if batches := world.part(-(-len(source) // _BATCH)):
+        part = slice(batches.start, batches.stop) if world.size > 1 else slice(None)
+        found = embed(encoder, source, batch=_BATCH, part=part, **options)
+        embedded[found.index.to(rows.device)] = found.rows.to(embedded)
+        readable[found.index] = 1
+    return world.sum(embedded), world.sum(readable) > 0

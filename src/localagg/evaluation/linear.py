@@ -32,8 +32,8 @@ from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .linear_heads import cross_entropies
 from .linear_probe import LinearProbe
-from .protocols import describe_protocol, linear_protocol
 from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder
+from .results.protocols import describe_protocol, linear_protocol
 
 
 def transfer(
@@ -44,9 +44,8 @@ def transfer(
     The reference's protocol: frozen layers in inference mode, random views, SGD whose rate drops
     on the step after a boundary, all heads in one pass. Each head has its own parameters, so its
     weights do not depend on the other heads. All held-out images count, the last partial batch too
-    (deviation: the reference drops it). Features under fixed views are computed once where they fit
-    ``cache_gb`` (see ``feature_cache``): of the held-out images' center crops, and of the training
-    images if nothing about their views is random.
+    (deviation: the reference drops it). Features under fixed views are cached; see
+    ``feature_cache``.
 
     Args:
         config: options.
@@ -84,15 +83,7 @@ def read_out(
     splits: LabeledSplits,
     run: Path | None = None,
 ) -> dict[str, Any]:
-    """Run :func:`transfer` on splits that are already open.
-
-    Args:
-        config: options.
-        encoder: a copy, which fine-tuning changes.
-        path: file or run of the encoder.
-        splits: the images.
-        run: folder to make.
-    """
+    """Run :func:`transfer` on open splits and an own copy of the encoder, found at ``path``."""
     resolved = resolve_transfer(config, encoder, path, splits.source)
     facts = {
         "weights": path if path is None else str(path),
@@ -124,14 +115,11 @@ def resume_transfer(
     """Resume a transfer from its last state; its end equals that of an uninterrupted one.
 
     Args:
-        out: folder of the transfer.
+        out: folder of the transfer; a finished one returns its result.
         weights: another location of the same weights. Default: the original one.
         data: another location of the same images. Default: the original one.
         workers: another number of processes. Default: as before.
         device: another device. Default: as before.
-
-    Returns:
-        As :func:`transfer`; of a finished one, its result.
 
     Raises:
         UserError: not a transfer, other weights, other images, or a damaged state.

@@ -105,14 +105,7 @@ def linear_head(size: int, classes: int, seed: int, layer: str) -> nn.Linear:
 
 
 def cross_entropies(logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    """Return the mean cross-entropy of each head, {layer: float32 scalar}.
-
-    The gradient of their sum keeps frozen heads independent, as they share no parameter.
-
-    Args:
-        logits: {layer: [B, C]}.
-        labels: int64 [B].
-    """
+    """Return the mean cross-entropy {layer: float32 scalar} of logits {layer: [B, C]}."""
     return {layer: F.cross_entropy(score.float(), labels) for layer, score in logits.items()}
 
 

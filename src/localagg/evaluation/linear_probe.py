@@ -19,8 +19,8 @@ from ..models import Encoder
 from ..recipes.schedule import Schedule
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor
 from .linear_heads import LinearHeads, accuracies, make_optimizer
-from .protocols import is_fixed
 from .readout_inputs import LabeledSplits, check_classes, evaluation_views, general_options
+from .results.protocols import is_fixed
 
 
 class LinearProbe:

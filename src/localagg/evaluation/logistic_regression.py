@@ -114,7 +114,7 @@ def _fit(solver: Any, x: np.ndarray, y: np.ndarray, l2: float, used: np.ndarray)
     """Minimize mean cross-entropy of the used rows + l2 / 2 * sum of squared softmax weights."""
     from sklearn.exceptions import ConvergenceWarning
 
-    # Of two classes scikit-learn penalizes w, where a softmax would have -w / 2 and w / 2.
+    # scikit-learn penalizes w of two classes, where a softmax would have -w / 2 and w / 2.
     strength = l2 / 2 if len(np.unique(y)) == 2 else l2
     solver.set_params(C=1 / (used.sum() * strength))
     with warnings.catch_warnings():

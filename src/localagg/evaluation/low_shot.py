@@ -25,10 +25,10 @@ from ..io.console import notify
 from ..models import Encoder
 from .linear import read_out
 from .logistic_regression import shuffle_within_classes
-from .protocols import linear_protocol, logistic_protocol
 from .quick_readout import OPTIONS as QUICK_OPTIONS
 from .quick_readout import FrozenFeatures, cache_features
 from .readout_inputs import open_labeled, take_encoder
+from .results.protocols import linear_protocol, logistic_protocol
 
 OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
 """Names of the options of :class:`TransferConfig` and its views that have an effect here."""
@@ -72,18 +72,10 @@ class SourceSubset(Source):
 
 
 def draw_fraction(labels: Tensor, index: Tensor, fraction: float, seed: int) -> Tensor:
-    """Draw a stratified fraction of images, as a function of (seed, fraction, images).
+    """Draw a stratified fraction in (0, 1] of images ``index``, int64 [n], with labels int64 [n].
 
-    Each class contributes its share, rounded half up, and at least one image.
-
-    Args:
-        labels: int64 [n], of the images.
-        index: int64 [n], the images to draw from.
-        fraction: in 0-1, above 0.
-        seed: random seed.
-
-    Returns:
-        int64, the images drawn, increasing.
+    Each class contributes its share, rounded half up, and at least one image. The draw, int64 and
+    increasing, is a function of (seed, fraction, images).
     """
     place, count = shuffle_within_classes(labels, index, seed, repr(float(fraction)))
     wanted = (count * fraction + 0.5).floor().clamp(min=1)
@@ -131,84 +123,71 @@ def low_shot_accuracy(
     finetune_epochs: int = 10,
     draw: Callable[..., Tensor] = draw_subset,
 ) -> dict[str, Any]:
-    """Measure accuracy from few labels: mean and 95 % interval over draws of the labeled images.
+    """Measure accuracy from few labels: mean and 95 % interval over draws of the images.
 
-    Linear: quick heads on ``config.layers`` (default: the last layer). Fine-tuned: the whole
-    network with one head on the last of these layers, by SGD under random views, as
-    :func:`.linear.transfer` with ``finetune``. The interval is Student's t over the seeds: it shows
-    the effect of the draw, not that of the held-out images.
+    Linear: quick heads on ``config.layers`` (default: the last one). Fine-tuned: the network with a
+    head on the last of them. The interval is Student's t over seeds.
 
     Args:
-        config: options of the read-outs; the seeds count from ``config.seed``.
-        weights: as for :func:`.linear.transfer`.
-        data: as for :func:`.linear.transfer`.
-        out: folder to make, for results.json. Default: only cached features are written.
-        few: fractions of the training images; see :func:`draw_fraction`.
-        per_class: numbers of images of each class; see :func:`draw_per_class`.
-        seeds: number of draws of each subset.
-        finetune: measure the fine-tuned network too.
-        finetune_epochs: epochs of fine-tuning over the subset.
-        draw: as :func:`draw_subset`.
+        config, weights, data, out: as for :func:`.linear.transfer`.
+        few, per_class: subsets; see :func:`draw_fraction` and :func:`draw_per_class`.
+        seeds: number of draws of each subset by ``draw``, seeded from ``config.seed`` on.
 
     Returns:
-        {"subsets": [{"few": fraction or "per_class": number, "images": labeled images, "linear":
-        {layer: {"top1": M, "top5": M}}, "finetuned": as "linear", of one layer}], "seeds": [...],
-        "protocol": {"linear", "finetuned": fields of :mod:`.protocols`}, "data", "run",
-        "weights_digest", "measured", "unreadable", "classes", "seconds"}, where M is {"mean",
-        "interval": half its width, None of one seed, "values": one a seed}.
+        {"subsets": [{"few" or "per_class", "images": labeled images, "linear": {layer: {"top1": M,
+        "top5": M}}, "finetuned": as "linear"}], "seeds", "protocol": {"linear", "finetuned"}, and
+        fields of :func:`.linear.transfer`}; M: {"mean", "interval": half width or None, "values"}.
 
     Raises:
         UserError: as :func:`.linear.transfer`; or subsets that cannot be drawn.
     """
     started = time.monotonic()
     _check(few, per_class, seeds, finetune_epochs)
-    run = None if out is None else Path(out)
-    if run is not None:
+    if run := None if out is None else Path(out):
         check_new(run)
     encoder, path = take_encoder(weights)
-    digest = weights_digest(encoder)
-    splits = open_labeled(data)
-    layers = config.layers or (encoder.layers[-1],)
-    frozen = cache_features(replace(config, layers=layers), encoder, path, splits)
-    protocols = {"linear": logistic_protocol(frozen.config, ten_crop=False)}
-    tuning = None
-    if finetune:
-        tuning = replace(
-            config,
-            layers=require_resolved(frozen.config.layers)[-1:],
-            views=frozen.config.views,
-            finetune=True,
-            epochs=finetune_epochs,
-            ten_crop=False,
-            eval_every=0,
-        )
-        protocols["finetuned"] = linear_protocol(tuning)
+    digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
+    frozen = cache_features(replace(config, layers=layers), encoder, path, open_labeled(data))
+    tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
     numbers = range(config.seed, config.seed + seeds)
-    index, names = frozen.training.index, splits.source.classes or []
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
-    drawn = [
-        {seed: draw(splits.labels[index], index, part, seed, names) for seed in numbers}
-        for part in parts
-    ]
+    drawn = [_draw_all(draw, frozen, part, numbers) for part in parts]  # before hours of training
+    measured = [_measure(frozen, subset, encoder, path, tuning) for subset in drawn]
     results = {
-        "subsets": [
-            {**part, **_measure(frozen, subset, encoder, path, tuning)}
-            for part, subset in zip(parts, drawn, strict=True)
-        ],
+        "subsets": [part | found for part, found in zip(parts, measured, strict=True)],
         "seeds": list(numbers),
-        "protocol": protocols,
+        "protocol": {"linear": logistic_protocol(frozen.config, ten_crop=False)}
+        | ({"finetuned": linear_protocol(tuning)} if tuning else {}),
         "data": data,
         "run": None if path is None else str(path),
         "weights_digest": digest,
         "measured": len(frozen.held_out.index),
         "unreadable": frozen.unreadable,
-        "classes": splits.classes,
+        "classes": frozen.splits.classes,
         "seconds": round(time.monotonic() - started, 2),
     }
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "results.json", results)
     return results
+
+
+def _draw_all(
+    draw: Callable[..., Tensor], frozen: FrozenFeatures, part: dict[str, Any], seeds: Sequence[int]
+) -> dict[int, Tensor]:
+    """Return {seed: images of a part}."""
+    index, splits = frozen.training.index, frozen.splits
+    labels, names = splits.labels[index], splits.source.classes or []
+    return {seed: draw(labels, index, part, seed, names) for seed in seeds}
+
+
+def _tuning_config(config: TransferConfig, resolved: TransferConfig, epochs: int) -> TransferConfig:
+    """Return the options of fine-tuning: one head on the last layer, measured once, at the end."""
+    layers = require_resolved(resolved.layers)[-1:]
+    once = {"ten_crop": False, "eval_every": 0}
+    return replace(
+        config, layers=layers, views=resolved.views, finetune=True, epochs=epochs, **once
+    )
 
 
 def _measure(

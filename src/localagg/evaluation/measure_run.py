@@ -33,7 +33,7 @@ from ..recipes.defaults import resolve_defaults
 from .cluster_metrics import cluster_scores
 from .knn import VOTES, knn_accuracy, retrieval_scores
 from .knn_queries import EmbeddedQueries, QuerySelection, embed_queries, select_queries
-from .protocols import BANK, TRAINING_IMAGES
+from .results.protocols import BANK, TRAINING_IMAGES
 
 MEASUREMENTS: dict[str, Callable[[EmbeddedQueries, Sequence[int]], dict[str, Any]]] = {
     "accuracy": lambda embedded, k: knn_accuracy(**embedded._asdict(), k=k),
@@ -57,19 +57,17 @@ def measure_run(
 
     Args:
         run: run folder, or weights file (then only against embeddings).
-        data: data URI. None: the run's own.
-        against: reference set: "bank", the run's memory bank; "embeddings", of the training split.
+        data: data URI. Default: that of the run.
+        against: "bank": the run's memory bank; "embeddings": new ones of the training split.
         k: numbers of neighbors.
         workers: processes that decode.
-        retrieval: also measure precision@k and mAP; see :func:`.knn.retrieval_scores`.
-        clusters: also compare k-means of the reference set with its classes; see
-            :func:`.cluster_metrics.cluster_scores`.
+        retrieval, clusters: also measure these; see :data:`MEASUREMENTS`.
 
     Returns:
         {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
-        queries are held-out images, "capped": {k: the lower number that votes}, "against", "data",
-        "run", "weights_digest", "left_out": {"known", "asking": {"unreadable", "unlabelled",
-        "alone": images}}, "notes": sentences}, and "retrieval", "clusters" where requested.
+        queries are held-out images, "capped": {k: number that votes}, "against", "data", "run",
+        "weights_digest", "left_out": {"known", "asking": {reason: images}}, "notes": sentences},
+        and "retrieval", "clusters" where requested.
 
     Raises:
         UserError: no usable labels, no bank of these images, or no such run.
@@ -81,9 +79,7 @@ def measure_run(
     facts = read_run(run)[1] if run.is_dir() else {}
     data = data or facts.get("data")
     if data is None:
-        raise UserError(
-            "option-missing", f"'{run}' is a weights file; name the images with --data."
-        )
+        raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, workers)
     available = len(embedded.bank) - (selection.held_out is None)
     notes = [*selection.notes, *_count_notes(selection, k, available)]
@@ -91,11 +87,10 @@ def measure_run(
         notify(note)
     requested = {"accuracy": True, "retrieval": retrieval, "clusters": clusters}
     scores = {name: MEASUREMENTS[name](embedded, k) for name, wanted in requested.items() if wanted}
+    for name in scores.keys() - {"clusters"}:
+        scores[name] = selection.prefixed(scores[name])
     return {
-        **{
-            name: found if name == "clusters" else selection.prefixed(found)
-            for name, found in scores.items()
-        },
+        **scores,
         "asked": len(embedded.queries),
         "known": len(embedded.bank),
         "held_out": selection.held_out is not None,
@@ -127,8 +122,8 @@ def _select_and_embed(
         selection,
         encoder,
         bank.to(fabric.device),
-        config.views,
         size=len(source),
+        views=config.views,
         workers=workers,
         autocast=fabric.autocast,
     )

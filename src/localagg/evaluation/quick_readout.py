@@ -25,7 +25,6 @@ from ..models import Encoder
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, hash_images
 from .linear_heads import accuracies
 from .logistic_regression import LogisticHead, fit_logistic_head
-from .protocols import logistic_protocol
 from .readout_inputs import (
     LabeledSplits,
     check_classes,
@@ -34,6 +33,7 @@ from .readout_inputs import (
     resolve_transfer,
     take_encoder,
 )
+from .results.protocols import logistic_protocol
 
 OPTIONS = frozenset(
     {
@@ -115,17 +115,11 @@ def quick_readout(
 ) -> dict[str, Any]:
     """Fit linear heads to an encoder's layers by logistic regression and measure them.
 
-    The strength of the L2 penalty is chosen within the training images (see
-    :func:`.logistic_regression.fit_logistic_head`); held-out labels are used once, at the end.
-    Features are standardized by the training images, so that a strength means the same on every
-    layer; the heads act on raw features.
+    See :func:`.logistic_regression.fit_logistic_head`; held-out labels are used once, at the end.
 
     Args:
-        config: only :data:`OPTIONS` have an effect.
-        weights: run folder, weights file or encoder, as for :func:`.linear.transfer`.
-        data: data URI with labels, and a held-out split.
-        out: folder to make, for heads.safetensors (as of :func:`.linear.transfer`) and
-            results.json. Default: only cached features are written.
+        config, weights, data: as for :func:`.linear.transfer`; only :data:`OPTIONS` matter.
+        out: folder to make, for heads.safetensors and results.json. Default: none.
         ten_crop: measure ten crops too.
 
     Returns:
@@ -134,7 +128,7 @@ def quick_readout(
         "left_out": {layer: GiB} of layers that do not fit the cache.
 
     Raises:
-        UserError: as :func:`.linear.transfer`; or named layers, or all, do not fit ``cache_gb``.
+        UserError: as :func:`.linear.transfer` and :func:`cache_features`.
     """
     started = time.monotonic()
     run = None if out is None else Path(out)
@@ -177,11 +171,7 @@ def cache_features(
 ) -> FrozenFeatures:
     """Return the features of both splits under the center crop, from the cache where possible.
 
-    Args:
-        config: options as the user set them.
-        encoder: a copy.
-        path: file or run of the encoder.
-        splits: the images.
+    ``config`` holds the options as the user set them; ``encoder`` is a copy, found at ``path``.
 
     Raises:
         UserError: named layers, or all, do not fit ``cache_gb``; unreadable images, unless they are

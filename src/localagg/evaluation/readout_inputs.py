@@ -20,7 +20,7 @@ from ..data.sources.open import Source, open_evaluation, open_images
 from ..errors import UserError
 from ..models import Encoder
 from ..recipes.defaults import resolve_defaults
-from .protocols import default_drops
+from .results.protocols import default_drops
 
 _BATCH = 256  # views at a time
 
@@ -109,7 +109,7 @@ def take_encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
 def resolve_transfer(
     config: TransferConfig, encoder: Encoder, path: Path | None, source: Source
 ) -> TransferConfig:
-    """Return the configuration without None: layers, batch, drops, and the views of the weights."""
+    """Return the configuration with layers, batch, drops and the views of the weights filled in."""
     views = config.views
     if path is not None and (learned := load_views(path)):
         sizes = {

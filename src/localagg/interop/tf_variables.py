@@ -114,7 +114,7 @@ def load_variables(
 
 
 def check_bank(bank: MemoryBank, shape: Sequence[int] | None, where: str) -> None:
-    """Raise UserError unless a file's memory bank has ``bank``'s shape; None: it has no bank."""
+    """Raise UserError unless a file's memory bank has ``bank``'s shape (None if absent)."""
     if shape is None:
         raise UserError("not-found", f"{where} holds no memory bank; load it without a bank.")
     if tuple(shape) != tuple(bank.rows.shape):
@@ -123,6 +123,18 @@ def check_bank(bank: MemoryBank, shape: Sequence[int] | None, where: str) -> Non
             f"{where} holds a memory bank of shape {list(shape)}, not {list(bank.rows.shape)};"
             " make the bank with the file's shape.",
         )
+
+
+def shape_error(
+    where: str, encoder: Encoder, name: str, shape: Sequence[int], key: str
+) -> UserError:
+    """Return the error for a variable of another shape than the encoder's parameter ``key``."""
+    target = list(encoder.state_dict()[key].shape)
+    return UserError(
+        "mismatch",
+        f"{where} does not fit this {encoder.spec['model']}: {name} has shape {list(shape)}, {key}"
+        f" {target}; use the network and dim of the file.",
+    )
 
 
 def warn_missing(missing: Sequence[str], encoder: Encoder, where: str) -> None:
@@ -239,12 +251,7 @@ def _check_network(
         shape = (stored[-1], stored[-2], *stored[:-2]) if len(stored) > 1 else stored
         target = tuple(targets[key].shape)
         if _without_1x1(shape) != _without_1x1(target):
-            fix = f"make it with dim={shape[0]}" if key.startswith("head.") else "use its network"
-            raise UserError(
-                "mismatch",
-                f"{where} does not fit this {model}: {found[name]} has shape {list(stored)}, {key}"
-                f" {list(target)}; {fix}.",
-            )
+            raise shape_error(where, encoder, found[name], stored, key)
 
 
 def _without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
 from ..models.torchvision_resnet import TorchvisionResNet
-from .tf_variables import LoadReport, check_bank, warn_missing
+from .tf_variables import LoadReport, check_bank, shape_error, warn_missing
 
 NETWORKS = ("preact_resnet18", "resnet18", "resnet50")
 _BANK, _CLUSTERS, _STEP = "memory_bank", "cluster_labels", "iteration"
@@ -180,13 +180,7 @@ def _check_network(
     model, targets = encoder.spec["model"], encoder.state_dict()
     for name, key in wanted.items():
         if name in found and found[name].shape != targets[key].shape:
-            shape, target = list(found[name].shape), list(targets[key].shape)
-            fix = f"make it with dim={shape[0]}" if key.startswith("head.") else "use its network"
-            raise UserError(
-                "mismatch",
-                f"{where} does not fit this {model}: {name} has shape {shape}, {key} {target};"
-                f" {fix}.",
-            )
+            raise shape_error(where, encoder, name, found[name].shape, key)
     # A deeper network of the same widths has all names of a shallower one, in the right shapes.
     optional = ("fc.", "linear.")
     lacking = [name for name in wanted if name not in found and not name.startswith(optional)]

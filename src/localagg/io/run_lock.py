@@ -12,7 +12,7 @@ LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def lock_run(run: Path) -> Iterator[None]:
+def lock_run(run: Path, name: str = LOCK_NAME, timeout: float = 0) -> Iterator[None]:
     """Hold the lock of a run folder, which is created if it is missing.
 
     The lock is the kernel's (``flock`` on ``RUN/.lock``), so it ends with its process, however that
@@ -22,13 +22,18 @@ def lock_run(run: Path) -> Iterator[None]:
     any ``flock`` filelock warns and creates a file that names its process; remove the file of a
     dead process on another machine by hand.
 
+    Args:
+        run: the folder.
+        name: of the lock's file.
+        timeout: seconds to wait for another process.
+
     Raises:
         UserError: another process holds the lock, or the file system has no locks.
     """
     from filelock import FileLock, SoftFileLock, Timeout
 
     run.mkdir(parents=True, exist_ok=True)
-    lock, file = FileLock(run / LOCK_NAME, timeout=0), run / LOCK_NAME
+    lock, file = FileLock(run / name, timeout=timeout), run / name
     try:
         lock.acquire()
     except Timeout:

@@ -30,11 +30,8 @@ class Backbone(nn.Module):
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, map [B, C, H, W]) from first to last, each computed on demand.
 
-        Args:
-            x: normalized images [B, 3, H, W].
-
-        Raises:
-            UserError: the next layer does not take images of this size.
+        ``x`` are normalized images [B, 3, H, W]; a layer that does not take their size raises
+        UserError.
         """
         raise NotImplementedError
 

@@ -37,12 +37,9 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, backbone: Backbone, dim: int, spec: dict[str, Any], compat: Compat | None = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, dim: int, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec
-        self.compat = _check_compat(compat)
         self.backbone = backbone
         self.hidden: nn.Module = nn.Identity()
         if spec.get("head_layers", 1) == 2:
@@ -53,13 +50,11 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return embeddings: float32 unit rows [B, dim] (float64 from float64 weights).
+        """Return unit rows [B, dim], float32 (float64 from float64 weights).
 
         Args:
-            images: [B, 3, H, W], uint8 in 0-255 or floating in 0-1, RGB.
-
-        Raises:
-            UserError: this network (AlexNet, VGG) does not take images of this size.
+            images: [B, 3, H, W] RGB, uint8 in 0-255 or floating in 0-1. AlexNet and VGG raise
+                UserError for sizes that they do not take.
         """
         return F.normalize(self.unnormalized(images), dim=1)
 
@@ -82,18 +77,16 @@ class Encoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Return read-out features {name: [B, values]}, pooled and flattened as in the reference.
 
-        See :meth:`Backbone.flatten_map` of each network for the rule.
+        See :meth:`Backbone.flatten_map` of each network for the rule. The network runs up to the
+        last named layer, and only this part must accept the size of the images.
 
         Args:
-            images: as in :meth:`forward`. The network runs up to the last named layer, and only
-                this part must accept their size.
-            layers: names out of :attr:`layers`; 3 means "3".
-            compat: "reference" also copies the reference's slip in VGG. Default: the encoder's own.
-
-        Raises:
-            UserError: unknown layer or ``compat``.
+            images: as in :meth:`forward`.
+            layers: names out of :attr:`layers`; 3 means "3". Others raise UserError.
+            compat: "reference" also copies the reference's slip in VGG.
         """
-        compat = _check_compat(compat) or self.compat
+        if compat not in (None, "reference"):
+            raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
         names = [str(layer) for layer in layers]
         for name in names:
             if name not in self.layers:
@@ -112,19 +105,12 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _check_compat(compat: str | None) -> Compat | None:
-    if compat is None or compat == "reference":
-        return compat
-    raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
-
-
 def create_encoder(
     model: str,
     dim: int = 128,
     *,
     head_layers: int = 1,
     seed: int | None = None,
-    compat: Compat | None = None,
     **options: Any,
 ) -> Encoder:
     """Create an encoder with random weights: images [B, 3, H, W] -> float32 unit rows [B, dim].
@@ -135,12 +121,8 @@ def create_encoder(
         head_layers: 1, a linear head as in the paper; or 2, with a hidden layer and ReLU before
             it, as in SimCLR (Chen et al. 2020, section 4.2).
         seed: random seed of the weights. Default: torch's global generator.
-        compat: default of :meth:`Encoder.features`. Weights files do not store it.
         options: of the architecture (``resnet18_small``: width, blocks, stem_stride; torchvision's
-            and timm's own).
-
-    Raises:
-        UserError: unknown model (the message suggests the closest name) or option.
+            and timm's own). Unknown models and options raise UserError.
     """
     if head_layers not in (1, 2):
         raise UserError("option-invalid", f"head_layers is {head_layers}; use 1 or 2.")
@@ -156,7 +138,7 @@ def create_encoder(
         spec = {"model": model, "dim": dim, **options}
         if head_layers != 1:  # weights files of linear heads omit it
             spec["head_layers"] = head_layers
-        return Encoder(backbone, dim, spec, compat)
+        return Encoder(backbone, dim, spec)
 
 
 def _create_backbone(model: str, options: dict[str, Any]) -> Backbone:

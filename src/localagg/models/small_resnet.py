@@ -1,7 +1,6 @@
-"""A ResNet for images of 8 to 64 pixels: 3x3 stem, no max-pool, width and depth selectable.
+"""A ResNet for images of 8 to 64 pixels: 3x3 stem, no max-pool (He et al. 2016, 1512.03385).
 
-Blocks are those of He et al. 2016 (arXiv 1512.03385) in the layout usual for CIFAR: the first
-convolution has stride 1, later stages halve the map and double the channels.
+The layout is usual for CIFAR: later stages halve the map and double the channels.
 """
 
 from collections.abc import Iterator, Sequence

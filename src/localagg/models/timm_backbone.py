@@ -16,13 +16,8 @@ class TimmBackbone(Backbone):
     or a transformer's blocks (as maps, without the class token). The head reads the input of timm's
     own classifier.
 
-    Args:
-        name: a name of ``timm.list_models()``.
-        options: arguments of ``timm.create_model``.
-
-    Raises:
-        UserError: timm is not installed, does not have this network, the network has no named
-            layers, or the options name weights.
+    ``options`` are arguments of ``timm.create_model``. UserError: timm is not installed or has no
+    network of this name, the network has no named layers, or the options name weights.
     """
 
     def __init__(self, name: str, **options: Any) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -117,36 +119,26 @@ def convert_pretrain_json(
             "option-invalid",
             f"--config {spec} configures read-outs; use localagg transfer RUN --config {spec}.",
         )
-    config = base or PRETRAINING.get(name, replace(DEFAULTS, epochs=200))
-    try:
-        return _pretrain(config, values)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise _invalid(spec, error) from None
+    with _convert_invalid_values(spec):
+        return _pretrain(base or PRETRAINING.get(name, replace(DEFAULTS, epochs=200)), values)
 
 
 def convert_readout_json(
     spec: str, base: TransferConfig | None = None
 ) -> ConvertedConfig[TransferConfig]:
-    """Convert a read-out configuration: ``exp_configs/la_trans_final.json:trans_res18_LA``.
-
-    Args:
-        spec: ``FILE.json:NAME``.
-        base: configuration for all other options. Default: our recipe of that name, or the
-            defaults.
-
-    Raises:
-        UserError: the file cannot be read, or has an invalid value.
-    """
+    """Convert a read-out configuration; see :func:`convert_pretrain_json`."""
     name, values = read_json(spec)
-    config = base or READOUTS.get(name, TransferConfig(views=FULL, batch_size=128))
+    with _convert_invalid_values(spec):
+        defaults = TransferConfig(views=FULL, batch_size=128)
+        return _readout(base or READOUTS.get(name, defaults), values)
+
+
+@contextmanager
+def _convert_invalid_values(spec: str) -> Iterator[None]:
     try:
-        return _readout(config, values)
+        yield
     except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
-        raise _invalid(spec, error) from None
-
-
-def _invalid(spec: str, error: Exception) -> UserError:
-    return UserError("option-invalid", f"--config {spec}: invalid value: {error}.")
+        raise UserError("option-invalid", f"--config {spec}: invalid value: {error}.") from None
 
 
 def _readout(config: TransferConfig, values: dict[str, Any]) -> ConvertedConfig[TransferConfig]:

@@ -101,12 +101,8 @@ def _add_curve(
 
 
 def embedding_map(rows: Tensor, source: Source) -> str:
-    """Draw the embedding on a plane by t-SNE (cosine distance), colored by class if any.
-
-    Args:
-        rows: unit rows [N, D] of all images of ``source``.
-        source: gives classes and names.
-    """
+    """Draw unit rows [N, D] of all images of a source on a plane by t-SNE (cosine distance),
+    colored by class if there are classes."""
     import plotly.graph_objects as go
     from sklearn.manifold import TSNE
 

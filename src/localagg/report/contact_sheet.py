@@ -1,4 +1,4 @@
-"""A contact sheet: the views that training would see, to be looked at before it begins."""
+"""Draw a contact sheet of the views that training would use."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..io.files import atomic_write
 from ..recipes.defaults import resolve_defaults
 
-_COLUMNS = 8  # the measured view, and those of seven epochs
+_COLUMNS = 8  # the evaluation view, and those of seven epochs
 _SMALL = 96  # pixels; smaller views are enlarged by a whole number
 _GAP = 4
 _LINE = 14  # height of a line of text, in Pillow's built-in font
@@ -26,14 +26,14 @@ _LINE = 14  # height of a line of text, in Pillow's built-in font
 def contact_sheet(
     source: Source, config: PretrainConfig, count: int, path: Path, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Write a PNG with a row an image: the view that is measured, then those of epochs 0 to 6.
+    """Write a PNG with one row an image: the evaluation view, then the views of epochs 0 to 6.
 
     Args:
-        source: where the images come from; ``count`` of them are taken, evenly spread.
-        config: its views are shown, those left None fitted to the images.
-        count: images.
-        path: the file to write.
-        seed: of the draws; a run with this seed sees these views.
+        source: the images.
+        config: configuration of the views; missing options are derived from the images.
+        count: number of images, evenly spread over the source.
+        path: file to write.
+        seed: random seed; a run with this seed has these views.
 
     Returns:
         {"file", "images": names, "columns", "image_size", "unreadable": {name: reason}}.
@@ -48,8 +48,8 @@ def contact_sheet(
     if not len(index):
         require_readable(source, failed, "error")
     names = [source.name(i) for i in index.tolist()]
-    with atomic_write(path) as beside:
-        _drawn(columns, names).save(beside, format="PNG")
+    with atomic_write(path) as temporary:
+        _draw(columns, names).save(temporary, format="PNG")
     return {
         "file": str(path),
         "images": names,
@@ -73,7 +73,7 @@ def _views(
     return index, torch.stack(columns, dim=1), failed
 
 
-def _drawn(columns: Tensor, names: list[str]) -> Image.Image:
+def _draw(columns: Tensor, names: list[str]) -> Image.Image:
     rows, across = columns.shape[:2]
     zoom = max(1, _SMALL // columns.shape[3])
     size = columns.shape[3] * zoom
@@ -82,7 +82,7 @@ def _drawn(columns: Tensor, names: list[str]) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     levels = (columns * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
     for row, name in enumerate(names):
-        shown = name.encode("ascii", "replace").decode()  # what the built-in font can draw
+        shown = name.encode("ascii", "replace").decode()  # the built-in font has no others
         draw.text((_GAP, row * height + 1), shown, fill="black")
         for column in range(across):
             picture = Image.fromarray(np.ascontiguousarray(levels[row, column]))
@@ -92,12 +92,14 @@ def _drawn(columns: Tensor, names: list[str]) -> Image.Image:
 
 
 def check_sheet(path: Path, count: int) -> None:
-    """Refuse a file that cannot be written, before any work.
+    """Check before the work that a sheet can be written.
 
     Raises:
-        UserError: fewer than one image; not a .png in an existing folder.
+        UserError: fewer than one image, or not a .png file in an existing folder.
     """
     if count < 1:
-        raise UserError("TODO", f"--augmented {count} asks for no image; it must be at least 1.")
+        raise UserError("option-invalid", f"--augmented is {count}; it must be at least 1.")
     if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError("TODO", f"--sheet {path} is not a .png file in an existing folder.")
+        raise UserError(
+            "option-invalid", f"--sheet {path} is not a .png file in an existing folder."
+        )

@@ -88,11 +88,9 @@ def neighbor_grid(
 
     Args:
         query_rows: unit rows [Q, D] of ``queries``.
-        queries: images, of which some are chosen evenly over the classes where there are any.
+        queries: images, of which ``count`` are chosen evenly over the classes where there are any.
         reference_rows: unit rows [N, D] of ``references``.
-        references: images among which neighbors are searched.
-        count: number of queries shown.
-        k: number of neighbors of each.
+        references: images among which the ``k`` neighbors are searched.
     """
     chosen = _spread_over_classes(queries, count)
     found, _ = nearest_rows(query_rows[chosen], reference_rows, min(k, len(reference_rows)))

@@ -1,51 +1,41 @@
-"""What a run would be: its whole configuration, its steps, and the memory it will want."""
+"""Forecast a run: its full configuration, its steps and the memory that it needs."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import (
-    PretrainConfig,
-    flag,
-    from_dict,
-    option_names,
-    option_value,
-    require_resolved,
-    to_dict,
-)
+from ..config import PretrainConfig, require_resolved, to_dict
 from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
-from ..io.console import notify, print_table
 from ..recipes.defaults import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import make_encoder
 
 
 def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
-    """Resolve a configuration against images and forecast the run, without training.
+    """Resolve a configuration for a data set and forecast the run, without training.
 
     Args:
         config: as for ``pretrain``.
-        data: data URI; a few headers are read.
+        data: data URI, of which a few image headers are read.
 
     Returns:
-        {"images", "notes": sentences of what was derived, "config", "steps": {"epoch", "ir", "la",
+        {"images", "notes": sentences on derived options, "config", "steps": {"epoch", "ir", "la",
         "total", "drops", "images_seen"}, "memory": {part: bytes}, "checkpoint_bytes"}. Bank,
         labels, weights and checkpoint are exact; images, views, activations and the loss engine
         are estimates.
 
     Raises:
-        UserError: options and data do not go together.
+        UserError: the options do not fit the data.
     """
     source = open_images(data)
     size, side = len(source), typical_side(source)
     resolved = resolve_defaults(config, size, side)
     schedule = Schedule(resolved, size)
     memory = _memory(resolved, size, side)
-    kept = ("memory bank", "cluster labels")
     return {
         "images": size,
         "notes": explain_defaults(config, resolved, size),
@@ -59,29 +49,10 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
             "images_seen": schedule.images_seen,
         },
         "memory": memory,
-        "checkpoint_bytes": sum(memory[part] for part in kept)
+        "checkpoint_bytes": memory["memory bank"]
+        + memory["cluster labels"]
         + memory["weights, gradients and momentum"] * 2 // 3,
     }
-
-
-def print_forecast(result: dict[str, Any]) -> None:
-    """Print a :func:`forecast` as tables."""
-    for note in result["notes"]:
-        notify(note)
-    resolved = from_dict(PretrainConfig, result["config"])
-    values = [[flag(name), _words(option_value(resolved, name))] for name in option_names(resolved)]
-    print_table(["option", "value"], values)
-    steps = [[name, _words(value)] for name, value in result["steps"].items()]
-    print_table(["steps", ""], steps)
-    memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
-    checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
-    print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(_words, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
@@ -110,7 +81,7 @@ def _memory(config: PretrainConfig, size: int, side: int) -> dict[str, int]:
 
 
 def _network(config: PretrainConfig) -> tuple[int, int]:
-    """(parameters, values of all layers' outputs for one image), computed without memory."""
+    """(parameters, values of all layers' outputs for one image), without allocating them."""
     with torch.device("meta"):
         encoder = make_encoder(config.encoder, config.seed)
     outputs = 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V
+from encode_image import encoded
 from PIL import Image, ImageOps, features
 
 from localagg.data.images import decode as module
@@ -18,14 +19,7 @@ from localagg.data.images.decode import (
     decode,
     decode_crops,
     decoded_size,
-    image_size,
 )
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def levels(image):
@@ -46,7 +40,7 @@ def odd_photo(photo):
 
 @pytest.fixture
 def fast_calls(monkeypatch):
-    """How often simplejpeg has been asked and has answered."""
+    """Shapes of the images that simplejpeg has decoded."""
     import simplejpeg
 
     answered = []
@@ -88,28 +82,20 @@ def test_the_size_is_that_of_the_pixels_with_and_without_pillow(odd_photo, monke
         for upright in (False, True):
             size = tuple(decode(data, upright=upright).shape[1:])
             assert decoded_size(data, upright=upright) == size
-            assert image_size(data, upright=upright)[:2] == size
-    monkeypatch.setattr(module, "open_image", None)  # Pillow is not asked
+    monkeypatch.setattr(module, "open_image", None)  # without Pillow
     assert [decoded_size(data) for data in files[:2]] == [(83, 117)] * 2
 
 
-def test_a_jpeg_of_too_many_pixels_is_refused_by_its_header(odd_photo):
+def test_a_jpeg_of_too_many_pixels_is_unreadable_by_its_header(odd_photo):
     data = encoded(odd_photo, "JPEG")
     sides = data.index(b"\xff\xc0") + 5
     bomb = data[:sides] + struct.pack(">HH", 60_000, 60_000) + data[sides + 4 :]
-    for refused in (decode, decoded_size, image_size):
+    for read in (decode, decoded_size):
         with pytest.raises(UnreadableImage, match=r"more (pixels )?than the limit"):
-            refused(bomb)
+            read(bomb)
 
 
-def test_a_gray_jpeg_is_repeated(photo, fast_calls):
-    pixels = decode(encoded(photo.convert("L"), "JPEG"))
-    assert torch.equal(pixels[0], pixels[1])
-    assert torch.equal(pixels[0], pixels[2])
-    assert fast_calls
-
-
-def test_what_simplejpeg_finds_fault_with_is_pillows_to_judge(odd_photo, fast_calls):
+def test_pillow_decodes_files_that_simplejpeg_finds_damaged(odd_photo, fast_calls):
     data = encoded(odd_photo, "JPEG")
     odd = data[:-2] + b"\x00\x12\x13" * 5 + data[-2:]  # bytes between the scan and its end
     assert torch.equal(decode(odd), decode(data))
@@ -118,12 +104,12 @@ def test_what_simplejpeg_finds_fault_with_is_pillows_to_judge(odd_photo, fast_ca
         damaged = data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :]
         try:
             expected = levels(Image.open(io.BytesIO(damaged)))
-        except OSError:  # Pillow does not put up with this one
+        except OSError:  # Pillow does not tolerate this one
             continue
         assert torch.equal(decode(damaged), expected)
         break
     else:
-        pytest.fail("no damage is put up with")
+        pytest.fail("no damage is tolerated")
 
 
 def test_without_simplejpeg_pixels_are_the_same_and_it_is_said_once(odd_photo, monkeypatch, capsys):
@@ -184,7 +170,7 @@ def test_cmyk_without_adobes_marker_is_not_inverted(cmyk_jpeg):
 
 
 def ycck(data):
-    """What says that the first three components are YCbCr."""
+    """The same file, with its first three components declared as YCbCr."""
     start, length = adobe(data)
     return data[: start + length - 1] + b"\2" + data[start + length :]
 
@@ -217,7 +203,7 @@ def test_ycck(cmyk_jpeg):
 def test_lossless_formats_give_the_pixels(photo, kind):
     data = encoded(photo, kind)
     assert torch.equal(decode(data), torch.from_numpy(np.array(photo)).permute(2, 0, 1))
-    assert image_size(data) == (photo.height, photo.width, kind)
+    assert decoded_size(data) == (photo.height, photo.width)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
@@ -266,7 +252,7 @@ def test_twelve_bits_keep_their_upper_eight_where_the_file_says_twelve(photo):
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_samples_of_no_agreed_range_are_refused(photo, mode):
+def test_samples_without_an_agreed_range_are_unreadable(photo, mode):
     with pytest.raises(UnreadableImage, match="32 bits a sample have no agreed range"):
         decode(encoded(photo.convert("L").convert(mode), "TIFF"))
 
@@ -285,12 +271,10 @@ def test_alpha_is_dropped_and_shows_the_color_beneath(photo):
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "JPEG2000"])
 def test_newer_formats_are_pillows(photo, kind):
     if kind == "AVIF" and not features.check("avif"):
-        with pytest.raises(UnreadableImage, match="not an image"):
-            decode(b"\0\0\0\x1cftypavif" + b"\0" * 100)
-        return
+        pytest.skip("this Pillow has no AVIF")
     for options in ({"lossless": True}, {"quality": 80}) if kind == "WEBP" else ({},):
         data = encoded(photo, kind, **options)
-        assert image_size(data) == (photo.height, photo.width, kind)
+        assert decoded_size(data) == (photo.height, photo.width)
         assert torch.equal(decode(data), levels(Image.open(io.BytesIO(data))))
 
 
@@ -323,11 +307,11 @@ def test_orientation_is_ignored_unless_asked(odd_photo, kind, orientation):
     image = Image.open(io.BytesIO(data))
     if kind != "TIFF":  # whose orientation is not EXIF's, and which Pillow turns at any rate
         assert torch.equal(decode(data), decode(plain))
-        assert image_size(data)[:2] == (odd_photo.height, odd_photo.width)
-    assert image_size(data)[:2] == tuple(decode(data).shape[1:])
+        assert decoded_size(data) == (odd_photo.height, odd_photo.width)
+    assert decoded_size(data) == tuple(decode(data).shape[1:])
     expected = levels(ImageOps.exif_transpose(image))
     assert torch.equal(decode(data, upright=True), expected)
-    assert image_size(data, upright=True)[:2] == tuple(expected.shape[1:])
+    assert decoded_size(data, upright=True) == tuple(expected.shape[1:])
     box = (5, 9, 40, 60)
     crop = decode_crops(data, [box], 16, resize="bilinear", upright=True)[0]
     assert torch.equal(crop, V.resized_crop(expected, 9, 5, 51, 35, [16, 16], antialias=True))
@@ -343,15 +327,7 @@ def test_orientation_that_cannot_be_read_counts_as_none(photo, exif):
         assert torch.equal(decode(data, upright=True), decode(data))
 
 
-# --- What is refused ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cut", [0, 3, 40, 0.5, 0.95])
-def test_whatever_is_cut_off_is_unreadable(photo, cut):
-    data = encoded(photo, "JPEG")
-    data = data[: cut if isinstance(cut, int) else int(cut * len(data))]
-    with pytest.raises(UnreadableImage):
-        decode(data)
+# --- Unreadable images ----------------------------------------------------------------------------
 
 
 def png(size, depth, color, rows):
@@ -367,12 +343,12 @@ def png(size, depth, color, rows):
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (13_378, 13_378)])
-def test_bombs_are_refused_by_their_header(size, monkeypatch):
+def test_bombs_are_unreadable_by_their_header(size, monkeypatch):
     """A few kilobytes that would be 10 GB, and the first square beyond the limit."""
     assert size[0] * size[1] > module.PIXEL_LIMIT > 13_377**2
     data = png(size, 8, 2, b"\0" * 1000)
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it is decoded"))
-    for read in (image_size, decode, lambda d: decode_crops(d, [], 8, resize="area")):
+    for read in (decoded_size, decode, lambda d: decode_crops(d, [], 8, resize="area")):
         with pytest.raises(UnreadableImage, match=r"more .*than the limit of 178,956,970"):
             read(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own limit does not matter
@@ -383,8 +359,7 @@ def test_bombs_are_refused_by_their_header(size, monkeypatch):
 def test_large_images_below_the_limit_are_read_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data = png((13_000, 13_000), 1, 0, b"\0" * 10)
-        assert image_size(data) == (13_000, 13_000, "PNG")
+        assert decoded_size(png((13_000, 13_000), 1, 0, b"\0" * 10)) == (13_000, 13_000)
 
 
 # --- Crops ----------------------------------------------------------------------------------------
@@ -406,7 +381,7 @@ def test_resized_crops_are_torchvisions_and_nearly_pillows(odd_photo, kind, size
 
 
 @pytest.mark.parametrize("resize", ["bilinear", "area"])
-def test_pixels_outside_of_the_box_do_not_show(photo, resize):
+def test_pixels_outside_of_the_box_have_no_influence(photo, resize):
     box, other = (8, 8, 30, 30), np.full_like(np.array(photo), 255)
     other[8:30, 8:30] = np.array(photo)[8:30, 8:30]
     found = [

@@ -1,9 +1,8 @@
 """The header scan finds truncated files, format by format; other damage shows when decoding."""
 
-import io
-
 import numpy as np
 import pytest
+from encode_image import encoded
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
@@ -27,12 +26,6 @@ def stored(tmp_path):
         return open_images(tmp_path)
 
     return write
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def ppm(magic, most, pixels):

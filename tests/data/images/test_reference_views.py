@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as V
 
 from localagg.config import ViewConfig, override
 from localagg.data.images.augment import (
@@ -18,7 +17,6 @@ from localagg.data.images.augment import (
     view_uniforms,
 )
 from localagg.data.images.crops import Boxes, crop_boxes
-from localagg.data.images.decode import decode
 from localagg.data.images.reference_views import (
     area_means,
     brightness,
@@ -28,16 +26,8 @@ from localagg.data.images.reference_views import (
     resample,
     saturation,
 )
-from localagg.data.sources.open import open_images
 
 CONFIG = ViewConfig(image_size=32, eval_crop=0.875, augmentation="reference")
-
-
-@pytest.fixture(scope="module")
-def images(pictures):
-    """Photographs uint8 [12, 3, 48, 48]."""
-    source = open_images(pictures)
-    return torch.stack([V.resize(decode(source[i].image), [48, 48]) for i in range(12)])
 
 
 def naive_area(image, size):

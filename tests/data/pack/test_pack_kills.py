@@ -1,4 +1,4 @@
-"""A pack that is killed at any moment, and run again, makes the same folder."""
+"""A pack that is killed at any moment and run again writes the same folder."""
 
 import multiprocessing
 import os
@@ -11,21 +11,23 @@ from multiprocessing import get_context
 import pytest
 from packed_folder import contents
 
+from localagg.data.pack import process_images
 from localagg.data.pack.pack_dataset import pack
 
-FORK = get_context("fork")  # what is imported stays so
+FORK = get_context("fork")  # modules stay imported
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(pictures, tmp_path_factory):
-    """What a pack imports is imported here, or most moments of a child would be spent on that."""
+    """Import the modules of a pack here: otherwise most moments of a child are imports."""
     for format in ("arrow", "tfrecord", "webdataset"):
         folder = tmp_path_factory.mktemp("once") / format
         pack(str(pictures / "val"), folder, format=format, verify=True)
 
 
 def run(uri, folder, format, workers, moment, calls):
-    """Pack, and die by SIGKILL in the given function call; note how many there were."""
+    """Pack, and die by SIGKILL in the given function call; count the calls."""
     count, main = 0, os.getpid()
 
     def profile(frame, event, argument):
@@ -42,7 +44,7 @@ def run(uri, folder, format, workers, moment, calls):
 
 
 def child(*arguments):
-    """(exit code, calls) of a run in a process of its own."""
+    """Return (exit code, calls) of a run in a process of its own."""
     calls = FORK.Value("q", 0)
     process = FORK.Process(target=run, args=(*arguments, calls))
     process.start()
@@ -53,7 +55,6 @@ def child(*arguments):
 @pytest.mark.parametrize(("workers", "kills"), [(0, 10), (2, 3)])
 @pytest.mark.parametrize("format", ["arrow", "tfrecord", "webdataset"])
 def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format, workers, kills):
-    """Whatever the workers do meanwhile; how many calls they cost differs by a few."""
     uri, draw = str(pictures / "val"), random.Random(format)
     status, calls = child(uri, tmp_path / "whole", format, workers, -1)
     assert status == 0
@@ -72,20 +73,18 @@ def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format
     assert resumed >= kills // 3  # or the moments say little
 
 
-def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
-    """They hand over bytes through pipes, which nobody empties any more."""
-    from localagg.data.pack import process_images
+def test_workers_end_with_a_killed_parent(pictures, tmp_path):
+    """They write into pipes that nobody empties anymore."""
 
     def main(pids):
-        def slow(stream, *_):
-            next(stream)
+        def stop_reading(self, chunks, results):
+            next(results)
             pids.put([child.pid for child in multiprocessing.active_children()])
             time.sleep(600)
 
-        process_images._Tally.records = lambda self, chunks, stream, *_: slow(stream)
-        process_images._item = lambda *_: process_images._Item(
-            bytes(10**6), 0, "", None, False, False, b""
-        )
+        large = process_images.ProcessedImage(bytes(10**6), 0, "", None, False, False, b"")
+        process_images.FileSummary.iterate_records = stop_reading
+        process_images.process_image = lambda *_, **__: large
         pack(str(pictures), tmp_path / "packed", workers=2)
 
     pids = FORK.SimpleQueue()
@@ -93,7 +92,7 @@ def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
     process.start()
     workers = pids.get()
     assert len(workers) == 2
-    assert all(os.path.exists(f"/proc/{pid}") for pid in workers)
+    assert all(map(_runs, workers))
     process.kill()
     process.join()
     deadline = time.monotonic() + 30
@@ -106,7 +105,7 @@ def test_workers_end_with_the_process_that_packs(pictures, tmp_path):
 
 
 def _runs(pid):
-    """Whether a process is there and no zombie that nobody waits for."""
+    """Return whether a process exists and is no zombie."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
@@ -114,12 +113,12 @@ def _runs(pid):
         return False
 
 
-def test_killed_again_and_again_it_comes_to_an_end(pictures, tmp_path):
+def test_a_pack_that_is_killed_again_and_again_comes_to_an_end(pictures, tmp_path):
     uri, draw = str(pictures / "train"), random.Random(1)
     _, calls = child(uri, tmp_path / "whole", "arrow", 0, -1)
     kills = 0
     while not (tmp_path / "packed").exists():
-        moment = draw.randrange(calls // 9, calls // 2)  # what follows the last file is a third
+        moment = draw.randrange(calls // 9, calls // 2)  # the work after the last file is a third
         status, _ = child(uri, tmp_path / "packed", "arrow", 0, moment)
         kills += status == -signal.SIGKILL
         assert kills < 40

@@ -71,24 +71,20 @@ def test_names_with_blanks_and_other_bytes_than_text(tree):
     assert len(source.fingerprint()) == 64
 
 
-@pytest.mark.parametrize("separator", [",", "\t", " ", ", "])
+@pytest.mark.parametrize("separator", [",", "\t", " "])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
 def test_output_of_pythons_csv_is_read(tree, separator, quoting):
-    """Names with every separator and with quotes; of the minimal way some lines only are quoted."""
+    """Names with every separator and with quotes."""
     names = ["a b.jpg", "c,d.jpg", "e\tf.jpg", 'g"h.jpg', '"i".jpg', "7.jpg", "j, 5"]
     for name in names:
         shutil.copy(tree / "images" / "temple" / "01.jpg", tree / "images" / name)
     with open(tree / "images" / "a.csv", "w", newline="") as file:
-        writer = csv.writer(file, delimiter=separator[0], quoting=quoting)
-        for label, name in enumerate(names):
-            if len(separator) > 1:
-                quoted = name.replace('"', '""')
-                file.write(f'"{quoted}", {label}\r\n')
-            else:
-                writer.writerow([name, label])
+        csv.writer(file, delimiter=separator, quoting=quoting).writerows(
+            zip(names, range(7), strict=True)
+        )
     source = open_images(tree / "images" / "a.csv")
-    assert (source.paths, source.labels.tolist()) == (names, list(range(len(names))))
-    assert len({source[i].image for i in range(len(names))}) == 1
+    assert (source.paths, source.labels.tolist()) == (names, list(range(7)))
+    assert len({source[i].image for i in range(7)}) == 1
 
 
 def test_a_quoted_number_behind_a_path_with_blanks(tree):
@@ -185,21 +181,21 @@ def test_malformed_lines_are_reported_by_number(tree, line, capsys):
     source = open_images(table)
     assert (source.paths, source.malformed) == ([x.split()[0] for x in LINES], [3])
     assert source[2].image == (tree / "images" / "temple" / "02.jpg").read_bytes()
-    assert "line 3, " in " ".join(capsys.readouterr().err.split())
+    assert "lines 3 (3 images" in " ".join(capsys.readouterr().err.split())
 
 
 def test_many_malformed_lines_are_counted(tree, capsys):
     table = write(tree / "images" / "a.csv", *["x"] * 11, *LINES * 4)
     assert open_images(table).malformed == list(range(1, 12))
     printed = " ".join(capsys.readouterr().err.split())
-    assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 3 more, " in printed
+    assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 3 more " in printed
 
 
 @pytest.mark.parametrize(
     ("content", "code", "value"),
     [
         ("", "unsupported", "0 lines"),
-        ("name,kind\na,b\nc,d\n", "unsupported", "lines 1, 2, 3"),
+        ("name,kind\na,b\nc,d\n", "unsupported", "(1, 2, 3)"),
         ("temple/01.jpg 1\na,b\nc,d\n", "unsupported", "1 lines"),
         ("none/a.jpg 0\nnone/b.jpg 0\n", "not-found", "'none/a.jpg'"),
     ],

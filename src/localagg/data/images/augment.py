@@ -63,13 +63,7 @@ def view_draws(config: ViewConfig, uniforms: Tensor) -> ViewDraws:
 
 
 class Augment:
-    """Make the random views of batches.
-
-    Args:
-        config: the operations and their strengths.
-        seed: of the draws.
-        cropped: whether workers have already cropped and resized the images.
-    """
+    """Make the random views of batches; ``cropped``: workers have already cropped the images."""
 
     def __init__(self, config: ViewConfig, seed: int, *, cropped: bool = False) -> None:
         self.config, self.seed, self.cropped = config, seed, cropped
@@ -78,16 +72,9 @@ class Augment:
     def __call__(
         self, images: Tensor, epoch: int, index: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return random views of a batch.
+        """Return views float32 [B, 3, S, S] in 0-1 of images uint8 [B, 3, H, W], on their device.
 
-        Args:
-            images: uint8 [B, 3, H, W].
-            epoch: the epoch, from 0.
-            index: int64 [B], the samples.
-            uniforms: the batch's :func:`view_uniforms`; default: drawn here.
-
-        Returns:
-            float32 [B, 3, S, S] in 0-1, on the device of the images.
+        ``index`` int64 [B] are the samples; ``uniforms`` their draws, by default drawn here.
         """
         if uniforms is None:
             uniforms = view_uniforms(self.seed, epoch, index.cpu())
@@ -106,17 +93,9 @@ def random_views(
 ) -> Tensor:
     """Return the views that the draws describe; see :class:`Augment`.
 
-    A CPU processes a batch in chunks that stay in its cache from one operation to the next. The
-    views do not depend on the chunks.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        draws: the random parameters.
-        config: the operations.
-        cropped: whether the images are already cropped.
-        alone_above: views of more values are processed one at a time, which also spares sorting
-            them by operation.
-        chunk_values: values of a chunk of smaller views.
+    A CPU processes a batch in chunks that stay in its cache from one operation to the next; no view
+    depends on them. Views of more than ``alone_above`` values are processed one at a time, which
+    also spares sorting them by operation; others in chunks of ``chunk_values`` values.
     """
     size = require_resolved(config.image_size)
     views = torch.empty(len(images), 3, size, size, device=images.device)
@@ -189,11 +168,8 @@ def resample(images: Tensor, boxes: Boxes, size: int, flip: Tensor | None = None
     Args:
         images: uint8 or float [B, 3, H, W].
         boxes: one for each image.
-        size: side of the result.
+        size: side of the result, which is float32 [B, 3, size, size] on the images' scale.
         flip: bool [B], the results to mirror.
-
-    Returns:
-        float32 [B, 3, size, size], on the images' scale.
     """
     B, C, H, W = images.shape
     rows_BSH = _weights(boxes.top, boxes.height, H, size).to(images.device)
@@ -328,14 +304,8 @@ def evaluation_view(images: Tensor, config: ViewConfig) -> Tensor:
     """Return the evaluation view: the central square of side ``eval_crop``, resized.
 
     With ``augmentation="reference"`` it is the reference's ``resnet_validate``: its box, its area
-    resize, truncated to whole levels.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        config: augmentation, image_size and eval_crop.
-
-    Returns:
-        float32 [B, 3, S, S] in 0-1.
+    resize, truncated to whole levels. Images are uint8 [B, 3, H, W], views float32 [B, 3, S, S] in
+    0-1; ``config`` gives augmentation, image_size and eval_crop.
     """
     if config.eval_crop == 1 and images.shape[2:] == (config.image_size, config.image_size):
         return images.float() / 255

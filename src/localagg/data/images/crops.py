@@ -1,8 +1,7 @@
-"""Where a view is cut out of its image: boxes of whole batches, from uniform draws.
+"""Compute crop boxes of whole batches from uniform draws, by arithmetic on image sizes.
 
-Two rules for each kind of crop, chosen by ``ViewConfig.augmentation``: torchvision's, and the
-reference program's, which differ (docs/data.md has the table). All of it is arithmetic on sizes, so
-workers, devices and tests share it.
+``ViewConfig.augmentation`` selects torchvision's rules or the reference program's, which differ
+(docs/data.md has the table).
 """
 
 import math
@@ -14,9 +13,9 @@ from torch import Tensor
 from ...config import ViewConfig, require_resolved
 from ...engine.counter_rng import uniform
 
-TRIES = 10  # how often torchvision's RandomResizedCrop is drawn until it fits
-_MORE_TRIES = 90  # on top of these, the reference's sample_distorted_bounding_box: 100 in all
-FIXED_SHARE = 7 / 8  # 224 of 256: the crop "fixed" after resizing the shorter side
+TRIES = 10  # of torchvision's RandomResizedCrop, until a crop fits
+_MORE_TRIES = 90  # in addition, of the reference's sample_distorted_bounding_box: 100 in all
+_FIXED_SHARE = 7 / 8  # 224 of 256: the crop "fixed" after resizing the shorter side
 
 
 class Boxes(NamedTuple):
@@ -34,17 +33,14 @@ class Boxes(NamedTuple):
 
 
 def crop_boxes(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
-    """The boxes of a batch's training views.
+    """Return the whole-pixel boxes of a batch's training views.
 
     Args:
-        config: augmentation and crop choose the rule; image_size, eval_crop, crop_area and
-            crop_aspect are its numbers.
-        crop: float64 [B, 10, 4] in 0-1, as ``augment.draw`` gives.
-        height: sizes of the images, float64 [B] or scalar.
-        width: likewise.
-
-    Returns:
-        Whole-pixel boxes.
+        config: augmentation and crop select the rule; image_size, eval_crop, crop_area and
+            crop_aspect are its parameters.
+        crop: float64 [B, 10, 4] in 0-1, from ``augment.view_draws``.
+        height: heights of the images, float64 [B] or scalar.
+        width: their widths.
     """
     height, width = (size.to(torch.float64).expand(len(crop)) for size in (height, width))
     if config.crop == "center":
@@ -61,51 +57,52 @@ def crop_boxes(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) 
 def evaluation_boxes(
     config: ViewConfig, height: Tensor, width: Tensor, *, ten_crop: bool = False
 ) -> list[Boxes]:
-    """The central square, and for ten crops the corners after it.
+    """Return the central square; for ten crops also those up left, up right, down left, down right.
+
+    This is the reference's order; the other five of ten views are mirrored.
 
     Args:
         config: augmentation, eval_crop and (reference) image_size.
-        height: sizes of the images, [B].
-        width: likewise.
-        ten_crop: also the squares up left, up right, down left, down right, in this order, which
-            is the reference's; the other five views are the mirrored ones.
-
-    Returns:
-        One or five boxes for each image.
+        height: heights of the images, [B].
+        width: their widths.
+        ten_crop: return five boxes for each image instead of one.
     """
+    share = require_resolved(config.eval_crop)
     if config.augmentation == "reference":
         size = require_resolved(config.image_size)
-        side = _reference_side(
-            size, round(size / require_resolved(config.eval_crop)), height, width
-        )
-        center = _central(side, height, width)
+        side = _reference_side(size, round(size / share), height, width)
     else:
-        center = central_boxes(require_resolved(config.eval_crop), height, width)
-        side = center.height
+        height, width = height.to(torch.float64), width.to(torch.float64)
+        side = (torch.minimum(height, width) * share).round().clamp(min=1)
+    down, right, zero = height - side, width - side, torch.zeros_like(side)
+    center = Boxes((down / 2).floor(), (right / 2).floor(), side, side)
     if not ten_crop:
         return [center]
-    zero = torch.zeros_like(side)
-    down, right = height - side, width - side
     corners = [(zero, zero), (zero, right), (down, zero), (down, right)]
     return [center, *(Boxes(top, left, side, side) for top, left in corners)]
 
 
-def central_boxes(share: float, height: Tensor, width: Tensor) -> Boxes:
-    """Central squares whose side is ``share`` of the shorter side."""
-    height, width = height.to(torch.float64), width.to(torch.float64)
-    side = (torch.minimum(height, width) * share).round().clamp(min=1)
-    return _central(side, height, width)
+def _first_fitting(fits: Tensor, *values: Tensor) -> Boxes:
+    first = fits.int().argmax(dim=1, keepdim=True)
+    return Boxes(*(value.gather(1, first).squeeze(1) for value in values))
 
 
-def _central(side: Tensor, height: Tensor, width: Tensor) -> Boxes:
-    return Boxes(((height - side) / 2).floor(), ((width - side) / 2).floor(), side, side)
+def _where(condition: Tensor, yes: Boxes, no: Boxes) -> Boxes:
+    return Boxes(*(torch.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
 
 
-# --- torchvision's --------------------------------------------------------------------------------
+def _square(crop: Tensor, side: Tensor, height: Tensor, width: Tensor) -> Boxes:
+    """Squares anywhere in their images, by the first try's draws."""
+    top = (crop[:, 0, 2] * (height - side + 1)).floor()
+    left = (crop[:, 0, 3] * (width - side + 1)).floor()
+    return Boxes(top, left, side, side)
+
+
+# --- torchvision's rules --------------------------------------------------------------------------
 
 
 def _resized(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
-    """RandomResizedCrop. Where ten tries fail: the central crop of the nearest allowed aspect."""
+    """RandomResizedCrop. If ten tries fail: the central crop of the nearest allowed aspect."""
     H, W = height.unsqueeze(1), width.unsqueeze(1)
     low, high = config.crop_area
     area = H * W * (low + (high - low) * crop[..., 0])
@@ -115,7 +112,7 @@ def _resized(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) ->
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
     top = (crop[..., 2] * (H - h + 1)).floor()
     left = (crop[..., 3] * (W - w + 1)).floor()
-    drawn = _first_that_fits(fits, top, left, h, w)
+    drawn = _first_fitting(fits, top, left, h, w)
 
     w = torch.minimum(width, (height * config.crop_aspect[1]).round())
     h = torch.minimum(height, (width / config.crop_aspect[0]).round())
@@ -123,24 +120,13 @@ def _resized(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) ->
     return _where(fits.any(dim=1), drawn, central)
 
 
-def _fixed(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
+def _fixed(_: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
     """Resize to 256, RandomCrop(224): a square anywhere in the image."""
-    side = (torch.minimum(height, width) * FIXED_SHARE).round().clamp(min=1)
-    top = (crop[:, 0, 2] * (height - side + 1)).floor()
-    left = (crop[:, 0, 3] * (width - side + 1)).floor()
-    return Boxes(top, left, side, side)
+    side = (torch.minimum(height, width) * _FIXED_SHARE).round().clamp(min=1)
+    return _square(crop, side, height, width)
 
 
-def _first_that_fits(fits: Tensor, *values: Tensor) -> Boxes:
-    first = fits.int().argmax(dim=1, keepdim=True)
-    return Boxes(*(value.gather(1, first).squeeze(1) for value in values))
-
-
-def _where(condition: Tensor, yes: Boxes, no: Boxes) -> Boxes:
-    return Boxes(*(torch.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
-
-
-# --- The reference's ------------------------------------------------------------------------------
+# --- The reference's rules ------------------------------------------------------------------------
 
 
 def _reference_side(size: int, smallest: int, height: Tensor, width: Tensor) -> Tensor:
@@ -157,46 +143,33 @@ def _reference_side(size: int, smallest: int, height: Tensor, width: Tensor) -> 
 def _reference_fixed(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
     """The reference's AlexNet crop: resize to 256, a random 224 inside the central square."""
     size = require_resolved(config.image_size)
-    side = _reference_side(size, round(size / FIXED_SHARE), height, width)
-    low, high = fixed_range(side, height, width)
-    top = low.top + (crop[:, 0, 2] * (high.top - low.top)).floor()
-    left = low.left + (crop[:, 0, 3] * (high.left - low.left)).floor()
-    return Boxes(top, left, side, side)
-
-
-def fixed_range(side: Tensor, height: Tensor, width: Tensor) -> tuple[Boxes, Boxes]:
-    """First boxes, and first boxes beyond the last, of the reference's AlexNet crop."""
+    side = _reference_side(size, round(size / _FIXED_SHARE), height, width)
     shorter = torch.minimum(height, width)
-    top, left = ((height - shorter) / 2).floor(), ((width - shorter) / 2).floor()
-    beyond = Boxes(height - side + 1 - top, width - side + 1 - left, side, side)
-    return Boxes(top, left, side, side), beyond
+    first_top, first_left = ((height - shorter) / 2).floor(), ((width - shorter) / 2).floor()
+    tops, lefts = height - side + 1 - 2 * first_top, width - side + 1 - 2 * first_left
+    top = first_top + (crop[:, 0, 2] * tops).floor()
+    left = first_left + (crop[:, 0, 3] * lefts).floor()
+    return Boxes(top, left, side, side)
 
 
 def _reference_resized(config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor) -> Boxes:
     """tf.image.sample_distorted_bounding_box, as the reference calls it.
 
-    The aspect is uniform (torchvision's: its logarithm), and the height is uniform between the
-    least and the largest that the aspect and the area allow (torchvision's: the area); the last
-    row and column are never used by a crop that could be moved. A whole image, drawn or after 100
-    failures, becomes a random square of the shorter side. (The reference leaves a gray JPEG's
-    whole image as it is, by comparing its one channel with three; not copied.)
+    The aspect is uniform (torchvision's: its logarithm). The height is uniform between the least
+    and the largest that aspect and area allow (torchvision's: the area). A crop that could be moved
+    never uses the last row and column. A whole image, drawn or after 100 failures, becomes a random
+    square of the shorter side. (The reference leaves a gray JPEG's whole image as it is, by
+    comparing its one channel with three; not copied.)
     """
     found, drawn = _reference_tries(config, crop, height, width)
     if not found.all():
         rows = (~found).nonzero().squeeze(1)
-        key = (crop[rows, 0, 0] * 2**53).long()  # the further draws follow from the first
+        key = (crop[rows, 0, 0] * 2**53).long()  # further draws follow from the first
         more = uniform(key, count=4 * _MORE_TRIES).view(-1, _MORE_TRIES, 4)
         found[rows], again = _reference_tries(config, more, height[rows], width[rows])
         for values, others in zip(drawn, again, strict=True):
             values[rows] = others
-
-    side = torch.minimum(height, width)
-    square = Boxes(
-        (crop[:, 0, 2] * (height - side + 1)).floor(),
-        (crop[:, 0, 3] * (width - side + 1)).floor(),
-        side,
-        side,
-    )
+    square = _square(crop, torch.minimum(height, width), height, width)
     part = found & ((drawn.height < height) | (drawn.width < width))
     return _where(part, drawn, square)
 
@@ -204,7 +177,7 @@ def _reference_resized(config: ViewConfig, crop: Tensor, height: Tensor, width: 
 def _reference_tries(
     config: ViewConfig, crop: Tensor, height: Tensor, width: Tensor
 ) -> tuple[Tensor, Boxes]:
-    """Which images [B] have a try that fits, and their first such crops."""
+    """Return the images [B] with a try that fits, and their first such crops."""
     H, W = height.unsqueeze(1).float(), width.unsqueeze(1).float()
     least, most = (share * H * W for share in config.crop_area)
     low, high = config.crop_aspect
@@ -223,4 +196,4 @@ def _reference_tries(
     fits = (area >= least) & (area <= most) & (w > 0) & (w <= W) & (h > 0) & (h <= H)
     top = (crop[..., 2] * (H - h)).floor()
     left = (crop[..., 3] * (W - w)).floor()
-    return fits.any(dim=1), _first_that_fits(fits, top, left, h.double(), w.double())
+    return fits.any(dim=1), _first_fitting(fits, top, left, h.double(), w.double())

@@ -7,6 +7,7 @@ profiles are ignored.
 import io
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image, ImageCms
@@ -36,33 +37,25 @@ def odd_metadata(name: str, format: str, info: dict[Any, Any]) -> str | None:
     return None
 
 
-# The parsers below raise errors of any kind.
+def broken_checksum(png: bytes) -> bool:
+    """Return whether a CRC of a PNG file is wrong. Decoders check only zlib's own checksum."""
+    return _raises(lambda: Image.open(io.BytesIO(png)).verify())
 
 
 def _broken_exif(data: bytes) -> bool:
     exif = Image.Exif()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow only warns of entries that it cannot read
-            exif.load(data)
-            dict(exif.items())
-    except Exception:
-        return True
-    return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow only warns of entries that it cannot read
+        return _raises(lambda: exif.load(data)) or _raises(lambda: dict(exif.items()))
 
 
 def _broken_profile(data: bytes | None) -> bool:
-    try:
-        ImageCms.ImageCmsProfile(io.BytesIO(data or b""))
-    except Exception:
-        return True
-    return False
+    return _raises(lambda: ImageCms.ImageCmsProfile(io.BytesIO(data or b"")))
 
 
-def broken_checksum(png: bytes) -> bool:
-    """Return whether a CRC of a PNG file is wrong. Decoders check only zlib's own checksum."""
+def _raises(parse: Callable[[], object]) -> bool:
     try:
-        Image.open(io.BytesIO(png)).verify()
-    except Exception:
+        parse()
+    except Exception:  # parsers raise errors of any kind
         return True
     return False

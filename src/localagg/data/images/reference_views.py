@@ -1,8 +1,8 @@
 """The reference program's formulas from pixels to views, where they differ from torchvision's.
 
 Its operations work on uint8 and truncate after each of them. Here pixels are *levels*: whole
-numbers 0-255 in float32 [B, 3, H, W], one factor a sample [B]; sums and products are taken in the
-reference's order and precision, so that the truncated results are the same.
+numbers 0-255 in float32 [B, 3, H, W], one factor a sample [B]. Sums and products keep the
+reference's order and precision, so that the truncated results are equal.
 """
 
 import torch
@@ -18,31 +18,24 @@ _GRAY = (0.299, 0.587, 0.114)
 
 
 def resample(images: Tensor, boxes: Boxes, size: int) -> Tensor:
-    """Crop and resize a batch by area, truncated to levels. Arguments of :func:`area_means`."""
-    return _truncated(area_means(images, boxes, size))
+    """Crop and resize a batch by area, truncated to levels; see :func:`area_means`."""
+    return area_means(images, boxes, size).floor_()
 
 
 def area_means(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     """Crop and resize a batch by area: tf.image.resize_area.
 
-    An output pixel is the mean of the source under it, the pixels at its rim by the share that it
-    covers.
-
-    Args:
-        images: uint8 or float [B, 3, H, W].
-        boxes: whole-pixel boxes, one for each image.
-        size: side of the result.
-
-    Returns:
-        float32 [B, 3, size, size], on the images' scale.
+    An output pixel is the mean of the source pixels under it, weighted by the shares it covers.
+    Images are uint8 or float [B, 3, H, W], with one whole-pixel box each. The result is float32
+    [B, 3, size, size], on the images' scale.
     """
     B, C, H, W = images.shape
     across = _taps(boxes.left, boxes.width, size)
     down = _taps(boxes.top, boxes.height, size)
     scale = (boxes.height.float() / size) * (boxes.width.float() / size)
     if all(bool((side == side[0]).all()) for side in boxes):
-        # One box for all: whole rows are copied once the summed dimension stands first in memory,
-        # several times as fast as picking pixels one by one.
+        # One box for all: with the summed dimension first in memory whole rows are copied, which is
+        # several times as fast as to gather single pixels.
         columns = _sum_rows(images.reshape(-1, W).float().t().contiguous(), across)
         sums = _sum_rows(columns.view(-1, H).t().contiguous(), down)
         sums = sums.view(size, size, B, C).permute(2, 3, 0, 1)
@@ -52,11 +45,8 @@ def area_means(images: Tensor, boxes: Boxes, size: int) -> Tensor:
 
 
 def _taps(start: Tensor, length: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The first, second, ... source pixel under each output pixel along one side of the boxes.
-
-    Returns:
-        (index int64 [B, size], weight float32 [B, size]) for each; weight 0 beyond the last.
-    """
+    """(index int64 [B, size], weight float32 [B, size]) of the first, second, ... source pixel
+    under each output pixel along one side of the boxes; weight 0 beyond the last."""
     start, length = start.view(-1, 1), length.view(-1, 1).float()
     scale = length / size
     first = torch.arange(size, dtype=torch.float32) * scale
@@ -72,8 +62,8 @@ def _taps(start: Tensor, length: Tensor, size: int) -> list[tuple[Tensor, Tensor
     return taps
 
 
-# Sums run from the first tap to the last: a matrix product would add in another order, and the
-# truncation after it shows the difference as a whole level, most of all in flat regions.
+# Sums run from the first tap to the last: a matrix product would add in another order, and after
+# the truncation the difference is a whole level, most often in flat regions.
 
 
 def _sum_rows(rows: Tensor, taps: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -101,21 +91,18 @@ def _sum_along(images: Tensor, dim: int, taps: list[tuple[Tensor, Tensor]]) -> T
     return sums
 
 
-def _truncated(values: Tensor) -> Tensor:
-    return values.floor_()  # none is negative
-
-
 # --- Color ----------------------------------------------------------------------------------------
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma [B, 1, H, W], truncated to levels."""
+    """Return the luma [B, 1, H, W], truncated to levels."""
     red, green, blue = images.unbind(dim=1)
-    return _truncated(_GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue + _EPS).unsqueeze(1)
+    luma = _GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue + _EPS
+    return luma.floor_().unsqueeze(1)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scaled levels."""
+    """Scale levels."""
     return _clipped(images * factor.view(-1, 1, 1, 1))
 
 
@@ -128,7 +115,7 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of the truncated luma, itself truncated."""
     gray = grayscale(images)
     mean = gray.sum(dim=(1, 2, 3), keepdim=True) / gray[0].numel()  # sums of levels are exact
-    return _blend(images, _truncated(mean + _EPS), factor)
+    return _blend(images, (mean + _EPS).floor_(), factor)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -137,11 +124,11 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _clipped(values: Tensor) -> Tensor:
-    return _truncated(values.clamp_(0, 255).add_(_EPS))
+    return values.clamp_(0, 255).add_(_EPS).floor_()
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """tf.image.adjust_hue on levels: the hue's sextant and position in it, shifted by ``turns``."""
+    """Shift the hue by ``turns``, as tf.image.adjust_hue, by its sextant and the position in it."""
     red, green, blue = (images * (1 / 255)).unbind(dim=1)
     more, less = torch.maximum(red, green), torch.minimum(red, green)
     high, low = torch.maximum(more, blue), torch.minimum(less, blue)
@@ -168,8 +155,7 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
         other = torch.where((turned == 2) | (turned == 5), middle, low)
         channels.append(torch.where(turned < 2, high, other))
     # 255.5: the conversion of floats to uint8 that tf.image uses
-    return _truncated(torch.stack(channels, dim=1) * 255.5)
+    return (torch.stack(channels, dim=1) * 255.5).floor_()
 
 
-# In the order of ViewConfig.jitter.
-JITTER = (brightness, contrast, saturation, hue)
+JITTER = (brightness, contrast, saturation, hue)  # in the order of ViewConfig.jitter

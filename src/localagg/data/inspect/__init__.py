@@ -1,1 +1,1 @@
-"""The contents and problems of a source, before training."""
+"""Inspect a source before training."""

@@ -77,14 +77,12 @@ def evaluation_batches(
 ) -> Iterator[LoadedBatch]:
     """Yield the central view of every readable image, in order.
 
-    Unreadable images are skipped; compare the indices with the source to count them.
-
     Args:
-        source: the images.
+        source: the images. Compare its indices with those of the batches to find unreadable ones.
         views: augmentation, image_size and eval_crop.
         batch: images a batch.
         workers: processes that decode.
-        ten_crop: the ten views of :func:`augment.ten_crop_views` instead.
+        ten_crop: yield the ten views of :func:`augment.ten_crop_views` instead.
         part: the batches to yield.
     """
     crop = functools.partial(evaluation_crops, source, views, ten_crop)

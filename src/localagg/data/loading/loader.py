@@ -24,14 +24,12 @@ from .workers import map_in_workers
 
 
 class Feed:
-    """Batches of a source, for one rank or for each of several.
+    """Batches of a source, of which each rank reads its share.
 
     An unreadable image keeps its index and its bank row. Images found unreadable at the start are
     excluded from ``valid``, from which epochs are drawn. An image that fails later (while it is
-    decoded) is not read again: other images of the batch are repeated in its place, so that the
-    lengths of batches and epochs stay, and a resumed run draws the same ones.
-
-    Each rank reads its share of each batch, and repeats images of that share.
+    decoded) is not read again: other images of the rank's share are repeated in its place, so that
+    the lengths of batches and epochs stay, and a resumed run draws the same ones.
 
     Args:
         source: the images, the same on all ranks.
@@ -39,12 +37,9 @@ class Feed:
         batch_size: images a batch, over all ranks.
         seed: of the order and of the views.
         workers: processes that read and decode images that are not in memory.
-        memory: see :func:`scan.load_or_scan`, as for ``memory_gb``.
-        memory_gb: GiB that decoded images may take.
+        memory: see :func:`scan.load_or_scan`, also for ``memory_gb`` and ``on_progress``.
         unreadable: "error": raise on an unreadable image; "skip": exclude it.
-        device: batches are loaded into page-locked memory for "cuda", and for "auto" if CUDA is
-            available.
-        on_progress: called with (images done, images) while they are read or scanned.
+        device: "auto" or "cuda": load batches into page-locked memory if CUDA is available.
         before: {"left_out", "unreadable"} of the resumed run, from :meth:`state`.
         world: the ranks; default: this process alone.
 
@@ -102,8 +97,7 @@ class Feed:
     def exclude(self, unreadable: dict[int, str]) -> None:
         """Exclude further unreadable images {index: reason} before the first epoch.
 
-        Raises:
-            UserError: as the constructor.
+        Raises the errors of the constructor.
         """
         require_readable(self.source, unreadable, self.policy)
         self.unreadable.update(unreadable)
@@ -115,11 +109,7 @@ class Feed:
         self.steps = len(self.valid) // self.batch
 
     def check_batch_size(self, size: int, name: str = "batch_size") -> None:
-        """Check that a batch is not larger than the images.
-
-        Raises:
-            UserError: it is; the message names the option ``name``.
-        """
+        """Raise UserError, naming the option, if a batch is larger than the images."""
         if size > len(self.valid):
             raise UserError(
                 "option-invalid",
@@ -130,10 +120,9 @@ class Feed:
     def state(self) -> dict[str, list[int]]:
         """Return the state to store for a resumed run: excluded and all unreadable images."""
         self.agree()
-        excluded = torch.ones(len(self.source), dtype=torch.bool)
-        excluded[self.valid] = False
-        never = excluded.nonzero().squeeze(1).tolist()
-        return {"left_out": never, "unreadable": sorted(self.unreadable)}
+        excluded = torch.ones(len(self.source), dtype=torch.bool).index_fill_(0, self.valid, False)
+        left_out = excluded.nonzero().squeeze(1).tolist()
+        return {"left_out": left_out, "unreadable": sorted(self.unreadable)}
 
     def agree(self) -> None:
         """Exchange the unreadable images of all ranks. One exchange of objects."""

@@ -136,8 +136,7 @@ def require_readable(source: Source, unreadable: dict[int, str], policy: str) ->
 def typical_side(source: Source) -> int:
     """Return the median shorter side, in pixels, of up to 64 images spread over the source.
 
-    Raises:
-        UserError: none of them can be read.
+    Raises UserError if none of them can be read.
     """
     sides, unreadable = [], {}
     for i in torch.linspace(0, len(source) - 1, min(64, len(source))).long().tolist():

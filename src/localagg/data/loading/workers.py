@@ -1,4 +1,4 @@
-"""Worker processes: map a function over inputs in order, and report a worker's death as one error."""
+"""Map a function over inputs in worker processes; report a worker's death as one error."""
 
 import atexit
 import contextlib

@@ -1,1 +1,1 @@
-"""Any source into one folder of large files."""
+"""Copy any source into one folder of large files."""

@@ -1,10 +1,11 @@
-"""The images of a pack: read, checked, hashed and shrunk by workers, and gathered into files."""
+"""Read, check, hash and shrink the images of a pack in workers, and write them into files."""
 
 import functools
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,69 +14,75 @@ from PIL import Image
 from ...errors import UserError
 from ...io.console import ProgressCallback
 from ...io.files import atomic_write
-from ..images.decode import ORIENTATION, UnreadableImage, decode, image_size, orientation
+from ..images.decode import (
+    ORIENTATION,
+    READ_ERRORS,
+    decode,
+    open_image,
+    orientation,
+    read_error_reason,
+)
 from ..loading.workers import map_in_workers
 from ..sources.source import ImageRecord, Source, encoded_bytes
-from .formats import Format
+from .formats import PackFormat
 from .partial_folder import PartialFolder
 
 _CHUNK = 16  # images that a worker takes at a time
-_SAMPLED = 64  # images shrunk to estimate the size of all
-_MARGIN = 1.1  # of that estimate
+_SAMPLES = 64  # images shrunk to estimate the size of all
+_MARGIN = 1.1  # factor on that estimate
 _JPEG_LIMIT = 65_500  # pixels on a side
 
 
-class Shrink(NamedTuple):
+class ShrinkOptions(NamedTuple):
     """How images are made smaller."""
 
-    size: int
-    """Of the shorter side, in pixels; smaller images stay as they are."""
-    quality: int
-    """Of the JPEG."""
+    size: int  # pixels of the shorter side; smaller images stay unchanged
+    quality: int  # of the JPEG, 1 to 100
 
 
-class _Item(NamedTuple):
-    """What becomes of an image."""
+class ProcessedImage(NamedTuple):
+    """An image as it is packed."""
 
     image: bytes
     label: int | None
-    format: str
-    fault: str | None
-    """Why it cannot be decoded, or read."""
-    lost: bool
-    """Not even its bytes could be read."""
+    format: str  # Pillow's name; empty if unreadable
+    error: str | None  # why the image cannot be read or decoded
+    lost: bool  # not even its bytes could be read
     shrunk: bool
-    digest: bytes
+    sha256: bytes
 
 
-def _process_chunk(source: Source, shrink: Shrink | None, chunk: range) -> list[_Item]:
-    return [_item(source, index, shrink) for index in chunk]
+def split_into_chunks(images: range, size: int = _CHUNK) -> list[range]:
+    """Split image indices into the chunks that a worker takes at a time."""
+    return [images[i : i + size] for i in range(0, len(images), size)]
 
 
-def _item(source: Source, index: int, shrink: Shrink | None) -> _Item:
+def _process_chunk(
+    source: Source, shrink: ShrinkOptions | None, chunk: range
+) -> list[ProcessedImage]:
+    return [process_image(source, index, shrink) for index in chunk]
+
+
+def process_image(source: Source, index: int, shrink: ShrinkOptions | None) -> ProcessedImage:
+    """Read, check and hash an image, and shrink it if it is larger than asked."""
+    label = None if source.labels is None else int(source.labels[index])
+    image, format, shrunk, error = b"", "", False, None
+    lost = True
     try:
-        _, image, label = source[index]
-        image, fault, lost = encoded_bytes(image), None, False
-    except (OSError, UserError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        image, fault, lost = b"", reason, True
-        label = None if source.labels is None else int(source.labels[index])
-    format, shrunk = "", False
-    if not lost:
-        try:
-            format = image_size(image)[2]
-            pixels = decode(image)
-            smaller = shrink and _shrunk(pixels.permute(1, 2, 0).numpy(), shrink, image)
-            if smaller:
-                image, format, shrunk = smaller, "JPEG", True
-        except UnreadableImage as error:
-            fault = str(error)
-    return _Item(image, label, format, fault, lost, shrunk, hashlib.sha256(image).digest())
+        sample = source[index]
+        image, label, lost = encoded_bytes(sample.image), sample.label, False
+        format = open_image(image).format or "?"
+        pixels = decode(image)
+        if shrink and (smaller := _shrink(pixels.permute(1, 2, 0).numpy(), shrink, image)):
+            image, format, shrunk = smaller, "JPEG", True
+    except READ_ERRORS as failure:
+        error = read_error_reason(failure)
+    return ProcessedImage(image, label, format, error, lost, shrunk, hashlib.sha256(image).digest())
 
 
-def _shrunk(pixels: np.ndarray, shrink: Shrink, image: bytes) -> bytes | None:
-    """Pixels [H, W, 3] as a smaller JPEG, with the EXIF orientation of the image that they are of;
-    None where they are small enough."""
+def _shrink(pixels: np.ndarray, shrink: ShrinkOptions, image: bytes) -> bytes | None:
+    """Return pixels [H, W, 3] as a smaller JPEG with the image's EXIF orientation; None if they are
+    small enough."""
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     to = [max(1, round(side * shrink.size / shorter)) for side in (width, height)]
@@ -84,123 +91,115 @@ def _shrunk(pixels: np.ndarray, shrink: Shrink, image: bytes) -> bytes | None:
     file = io.BytesIO()
     smaller = Image.fromarray(pixels).resize((to[0], to[1]), Image.Resampling.LANCZOS)
     exif = Image.Exif()
-    exif[ORIENTATION] = turn = orientation(image)
+    exif[ORIENTATION] = turn = orientation(open_image(image))
     smaller.save(file, "JPEG", quality=shrink.quality, exif=exif if turn > 1 else b"")
     return file.getvalue()
 
 
-def estimate(source: Source, shrink: Shrink | None) -> int:
-    """About how many bytes the images will have: as they are, or by shrinking some of them."""
+def estimate_bytes(source: Source, shrink: ShrinkOptions | None) -> int:
+    """Return the approximate bytes of all images, from shrinking some of them."""
     size = source.stored_bytes()
     if shrink is None:
         return size
     before = after = 0
-    for i in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
+    for i in np.linspace(0, len(source) - 1, min(_SAMPLES, len(source))).astype(int).tolist():
         try:
             before += len(encoded_bytes(source[i].image))
         except (OSError, UserError):
             continue
-        after += len(_item(source, i, shrink).image)
+        after += len(process_image(source, i, shrink).image)
     return int(size * _MARGIN * after / before) if before else size
 
 
 def pack_images(
     source: Source,
     files: list[str],
-    format: Format,
-    shrink: Shrink | None,
+    format: PackFormat,
+    shrink: ShrinkOptions | None,
     workers: int,
     partial: PartialFolder,
-    show: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> None:
-    """Write those files of a split that are not finished.
+    """Write the unfinished files of a split.
 
     Raises:
         UserError: none of several images in a row can be read.
         OSError: a file cannot be written.
     """
-    rows = [format.rows(len(source), number, len(files)) for number in range(len(files))]
-    todo = [number for number in range(len(files)) if files[number] not in partial.finished]
-    chunks = {n: [rows[n][i : i + _CHUNK] for i in range(0, len(rows[n]), _CHUNK)] for n in todo}
-    inputs = [chunk for n in todo for chunk in chunks[n]]
-    stream = map_in_workers(functools.partial(_process_chunk, source, shrink), inputs, workers)
-    before = len(source) - sum(len(rows[n]) for n in todo)
-    for number in todo:
-        tally = _Tally(source)
-        path = partial.folder / files[number]
+    rows = {name: format.rows(len(source), n, len(files)) for n, name in enumerate(files)}
+    rows = {name: images for name, images in rows.items() if name not in partial.finished}
+    chunks = {name: split_into_chunks(images) for name, images in rows.items()}
+    process = functools.partial(_process_chunk, source, shrink)
+    results = map_in_workers(process, list(chain(*chunks.values())), workers)
+    done = len(source) - sum(map(len, rows.values()))
+    for name in rows:
+        path = partial.folder / name
         path.parent.mkdir(exist_ok=True)
+        summary = FileSummary(source, lambda new, done=done: on_progress(done + new, len(source)))
         with atomic_write(path) as beside:
-            format.write(beside, tally.records(chunks[number], stream, before, show), source)
-        before += len(rows[number])
-        partial.add(files[number], tally.facts, tally.digests)
+            format.write(beside, summary.iterate_records(chunks[name], results), source)
+        done += len(rows[name])
+        partial.add(name, summary.facts(), summary.digests)
 
 
-class _Tally:
-    """What is noted of the images of a file."""
+class FileSummary:
+    """Counts, errors and hashes of the images that go into one file."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.paths: Sequence[str] | None = getattr(source, "paths", None)
+    def __init__(self, source: Source, on_image: Callable[[int], None]) -> None:
+        self.source, self.on_image = source, on_image
+        self.counts: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.unreadable: list[dict[str, Any]] = []
-        self.bytes = self.shrunk = self.lost = 0
         self.digests: list[bytes] = []
 
-    def records(
-        self, chunks: list[range], stream: Iterator, before: int, show: ProgressCallback
+    def iterate_records(
+        self, chunks: list[range], results: Iterator[list[ProcessedImage]]
     ) -> Iterator[ImageRecord]:
-        """The images of a file, as they come from the workers."""
+        """Yield the file's records as they come from the workers."""
+        paths = getattr(self.source, "paths", None)
         for chunk in chunks:
-            items: list[_Item] = next(stream)
-            if len(items) > 1 and all(item.lost for item in items):
+            images = next(results)
+            if len(images) > 1 and all(image.lost for image in images):
                 raise UserError(
-                    "TODO",
-                    f"{self.source.name(chunk[0])} and the {len(items) - 1} images behind it cannot"
-                    f" be read ({items[0].fault}); see that the data are there.",
+                    "unreadable-images",
+                    f"{self.source.name(chunk[0])} and the {len(images) - 1} images after it cannot"
+                    f" be read ({images[0].error}); check that the data are available.",
                 )
-            for index, item in zip(chunk, items, strict=True):
-                self._note(index, item)
-                path = self.paths[index] if self.paths is not None else None
+            for index, image in zip(chunk, images, strict=True):
                 name = self.source.name(index)
-                yield ImageRecord(index, name, item.image, item.label, path, item.format)
-                show(before + len(self.digests), len(self.source))
+                self._add(index, name, image)
+                path = None if paths is None else paths[index]
+                yield ImageRecord(index, name, image.image, image.label, path, image.format)
+                self.on_image(len(self.digests))
 
-    def _note(self, index: int, item: _Item) -> None:
-        self.bytes += len(item.image)
-        self.shrunk += item.shrunk
-        self.lost += item.lost
-        self.digests.append(item.digest)
-        if item.format:
-            self.formats[item.format] += 1
-        if item.fault is not None:
-            name = self.source.name(index)
-            self.unreadable.append({"index": index, "name": name, "reason": item.fault})
+    def _add(self, index: int, name: str, image: ProcessedImage) -> None:
+        sizes = {"bytes": len(image.image), "shrunk": int(image.shrunk), "lost": int(image.lost)}
+        self.counts.update(sizes)
+        self.digests.append(image.sha256)
+        if image.format:
+            self.formats[image.format] += 1
+        if image.error is not None:
+            self.unreadable.append({"index": index, "name": name, "reason": image.error})
 
-    @property
     def facts(self) -> dict[str, Any]:
-        """For the report."""
-        return {
-            "bytes": self.bytes,
-            "shrunk": self.shrunk,
-            "lost": self.lost,
-            "formats": dict(self.formats),
-            "unreadable": self.unreadable,
-        }
+        """Return {"bytes", "shrunk", "lost", "formats", "unreadable"} for the report."""
+        counts = {name: self.counts[name] for name in ("bytes", "shrunk", "lost")}
+        return {**counts, "formats": dict(self.formats), "unreadable": self.unreadable}
 
 
-def _chunk_digests(source: Source, chunk: range) -> list[bytes]:
-    """Hashes of images; an empty one of an unreadable image."""
-    found = []
-    for index in chunk:
-        try:
-            found.append(hashlib.sha256(encoded_bytes(source[index].image)).digest())
-        except (OSError, UserError):
-            found.append(b"")
-    return found
+def hash_images(source: Source, workers: int) -> Iterator[bytes]:
+    """Yield the SHA-256 of each image of a source in order; empty if it cannot be read."""
+    chunks = split_into_chunks(range(len(source)))
+    for digests in map_in_workers(functools.partial(_hash_chunk, source), chunks, workers):
+        yield from digests
 
 
-def digests(source: Source, workers: int) -> Iterator[bytes]:
-    """Yield the hash of each image of a source, in order."""
-    chunks = [range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK)]
-    for found in map_in_workers(functools.partial(_chunk_digests, source), chunks, workers):
-        yield from found
+def _hash_chunk(source: Source, chunk: range) -> list[bytes]:
+    return [_hash_image(source, index) for index in chunk]
+
+
+def _hash_image(source: Source, index: int) -> bytes:
+    try:
+        return hashlib.sha256(encoded_bytes(source[index].image)).digest()
+    except (OSError, UserError):
+        return b""

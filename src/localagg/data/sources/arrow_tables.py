@@ -5,8 +5,6 @@ is read on access. A saved dataset is opened without ``datasets``: its import ta
 opening a million records, and it reads a file that is cut off between two batches as if whole.
 """
 
-import bisect
-import itertools
 import json
 import logging
 import os
@@ -92,33 +90,27 @@ class TableImages(Source):
                 self.labels, self.classes = torch.from_numpy(found[0].astype(np.int64)), found[1]
 
     def _open(self) -> None:
-        chunks = [chunk for chunk in self._table.column(self._column).chunks if len(chunk)]
-        self._starts = list(itertools.accumulate(map(len, chunks), initial=0))
         try:
-            self._chunks = [_images_and_paths(chunk) for chunk in chunks]
+            self._images, self._paths = _images_and_paths(self._table.column(self._column))
         except pa.ArrowException as error:
-            raise UserError(
-                "damaged", f"'{self.uri}' is damaged: {_reason(error)}; make it again."
-            ) from None
+            message = f"'{self.uri}' is damaged: {_reason(error)}; make it again."
+            raise UserError("damaged", message) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_chunks", "_starts")}
+        return {k: v for k, v in vars(self).items() if k not in ("_images", "_paths")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._paths if self._images is None else self._images)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        chunk = bisect.bisect_right(self._starts, index) - 1
-        images, paths = self._chunks[chunk]
-        row = index - self._starts[chunk]
-        image = None if images is None else images[row].as_py()
-        if image is None and paths is not None and (path := paths[row].as_py()):
+        image = None if self._images is None else self._images[index].as_py()
+        if image is None and self._paths is not None and (path := self._paths[index].as_py()):
             image = read_file(path)
         return Sample(index, image or b"", self.label(index))
 
@@ -128,19 +120,24 @@ class TableImages(Source):
 
     def fingerprint(self) -> str:
         """Hash the sizes and labels of all images, and the bytes of 64."""
-        sizes = np.concatenate([_sizes(images, paths) for images, paths in self._chunks])
-        return content_hash(self, [sizes, *([] if self.labels is None else [self.labels.numpy()])])
+        facts = [self._sizes()]
+        return content_hash(self, facts if self.labels is None else [*facts, self.labels.numpy()])
 
     def stored_bytes(self) -> int:
         """Return the size of all images in bytes, including files that the table only names."""
-        total = 0
-        for images, paths in self._chunks:
-            sizes = _sizes(images, paths)
-            total += int(sizes[sizes > 0].sum())
-            if paths is not None:
-                named = paths.filter(pa.array(sizes < 0)).to_pylist()
-                total += sum(_file_size(path) for path in named if path)
+        sizes = self._sizes()
+        total = int(sizes[sizes > 0].sum())
+        if self._paths is not None:
+            named = self._paths.filter(pa.array(sizes < 0)).to_pylist()
+            total += sum(_file_size(path) for path in named if path)
         return total
+
+    def _sizes(self) -> np.ndarray:
+        """Return the bytes of each image, int64; -1 if only its path is stored."""
+        if self._images is None:
+            return np.full(len(self), -1)
+        lengths = _compute.binary_length(self._images).cast(pa.int64())
+        return _compute.fill_null(lengths, -1).to_numpy()
 
 
 def _file_size(path: str) -> int:
@@ -151,17 +148,15 @@ def _file_size(path: str) -> int:
         return 0
 
 
-def _images_and_paths(chunk: Any) -> tuple[Any, Any]:
-    """Return the (encoded images or None, paths or None) of a chunk of an image column.
+def _images_and_paths(column: Any) -> tuple[Any, Any]:
+    """Return the (encoded images or None, paths or None) of an image column.
 
     They are validated: wrong offsets in an array would read memory outside of it.
     """
-    chunk.validate()
-    images, paths = (chunk, None) if _is_binary(chunk.type) else (None, chunk)
-    if pa.types.is_struct(chunk.type):
-        names = [field.name for field in chunk.type]
-        images = chunk.field("bytes") if "bytes" in names else None
-        paths = chunk.field("path") if "path" in names else None
+    column.validate()
+    images, paths = (column, None) if _is_binary(column.type) else (None, column)
+    if pa.types.is_struct(column.type):
+        images, paths = _child(column, "bytes"), _child(column, "path")
         if paths is not None and not _is_text(paths.type):
             paths = None
     if images is not None:
@@ -173,12 +168,11 @@ def _images_and_paths(chunk: Any) -> tuple[Any, Any]:
     return images, paths
 
 
-def _sizes(images: Any, paths: Any) -> np.ndarray:
-    """Return the bytes of each image, int64; -1 if only its path is stored."""
-    if images is None:
-        return np.full(len(paths), -1)
-    lengths = _compute.binary_length(images).cast(pa.int64())
-    return _compute.fill_null(lengths, -1).to_numpy(zero_copy_only=False)
+def _child(column: Any, name: str) -> Any:
+    if (position := column.type.get_field_index(name)) < 0:
+        return None
+    chunks = [chunk.field(position) for chunk in column.chunks]
+    return pa.chunked_array(chunks, column.type.field(position).type)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -229,11 +223,7 @@ def _labels(
 
 
 def from_datasets(uri: str, dataset: Any) -> TableImages:
-    """Return a whole split that ``datasets`` has loaded.
-
-    Raises:
-        UserError: no images in it, or invalid labels.
-    """
+    """Return the images of a whole split that ``datasets`` has loaded."""
     return TableImages(uri, dataset.data, dataset.features.to_dict())
 
 
@@ -262,9 +252,8 @@ def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
             if parquet.read_metadata(path).num_rows:
                 files.append(str(path))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                "damaged", f"'{path}' cannot be read as Parquet: {_reason(error)}."
-            ) from None
+            message = f"'{path}' cannot be read as Parquet: {_reason(error)}."
+            raise UserError("damaged", message) from None
     if not files:
         raise UserError("no-images", f"'{uri}' has no records ({paths[0].name} is empty).")
     datasets.disable_progress_bars()
@@ -277,9 +266,8 @@ def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
     except UserError:
         raise
     except Exception as error:  # the readers raise many types for damaged types or features
-        raise UserError(
-            "damaged", f"'{uri}' cannot be read as Parquet: {_reason(error)}."
-        ) from None
+        message = f"'{uri}' cannot be read as Parquet: {_reason(error)}."
+        raise UserError("damaged", message) from None
 
 
 def find_saved_dataset(uri: str) -> Splits | None:
@@ -305,9 +293,8 @@ def _open_saved(uri: str, folder: Path) -> TableImages:
         table = MappedTable([str(folder / Path(name).name) for name in names])
         return TableImages(uri, table, features)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            "damaged", f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
-        ) from None
+        message = f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
+        raise UserError("damaged", message) from None
 
 
 def _field(path: Path, name: str, kind: type) -> Any:
@@ -317,9 +304,8 @@ def _field(path: Path, name: str, kind: type) -> Any:
         if not isinstance(value, kind):
             raise TypeError(f"'{name}' is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            "damaged", f"'{path}' cannot be read: {_reason(error)}; save the data again."
-        ) from None
+        message = f"Cannot read '{path}': {_reason(error)}; save the data again."
+        raise UserError("damaged", message) from None
     return value
 
 

@@ -5,7 +5,7 @@ archive of Places205 unpacks into a long folder that its lists omit; as in the r
 folder below the root is found. The index is the order of the lines.
 """
 
-import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TextIO
@@ -22,9 +22,7 @@ from .splits import SPLIT_NAMES, Splits, split_folders
 
 PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
 _LINE_LIMIT = 8192  # characters; a longer line is no path
-_DIGITS = "0123456789"
-_SEPARATORS = " \t,"
-_QUOTE = '"'
+_LABEL = re.compile(r'[ \t,]"?([0-9]{1,7})"?$')
 _LISTED = 8  # line numbers in a message
 _PROBED = 64  # paths looked up to check the root
 
@@ -74,12 +72,9 @@ class CsvListing(Source):
             except OSError:
                 missing.append(path)
         if missing:
-            raise UserError(
-                "not-found",
-                f"{len(missing):,} of {len(self):,} images of '{self.uri}' are not below"
-                f" '{self.root}' ({missing[0]} for example); copy them there, or remove their"
-                " lines.",
-            )
+            found = f"{len(missing):,} of {len(self):,} images of '{self.uri}' are not below"
+            path = f"'{self.root}', such as {missing[0]}; copy them there, or remove their lines."
+            raise UserError("not-found", f"{found} {path}")
         return total
 
 
@@ -120,11 +115,9 @@ def _split_listings(folder: Path) -> dict[str, Path]:
         if split not in SPLIT_NAMES or not rest:
             continue
         if split in found:
-            raise UserError(
-                "mismatch",
-                f"'{folder}' has two {split} listings, {found[split].name} and {path.name};"
-                " name one of them.",
-            )
+            names = f"{found[split].name} and {path.name}"
+            message = f"'{folder}' has two {split} listings, {names}; name one of them."
+            raise UserError("mismatch", message)
         found[split] = path
     return found
 
@@ -156,8 +149,8 @@ def _open(uri: str, table: Path, root: Path) -> CsvListing:
     if not any((root / path).is_file() for path in paths[:_PROBED]):
         raise UserError(
             "not-found",
-            f"None of the first {min(_PROBED, len(paths))} images of '{table}' is below '{root}'"
-            f" ('{paths[0]}' for example); name their folder as {table}:ROOT.",
+            f"The first {min(_PROBED, len(paths))} images of '{table}' are not below '{root}', such"
+            f" as '{paths[0]}'; name their folder as {table}:ROOT.",
         )
     return CsvListing(uri, root, paths, labels, malformed)
 
@@ -173,31 +166,15 @@ def _short_lines(file: TextIO) -> Iterator[str]:
 
 def _parse_line(line: str) -> tuple[str, int] | None:
     """Return (path, label), or None for a malformed line."""
-    line = line.strip()
-    if _QUOTE in (line[:1], line[-1:]):
-        path, label = _parse_quoted(line) or ("", "")
-    else:
-        before = line.rstrip(_DIGITS)
-        label, path = line[len(before) :], before.rstrip(_SEPARATORS)
-        if path == before:
+    if (match := _LABEL.search(line.strip())) is None or int(match[1]) >= MAX_CLASSES:
+        return None
+    path = line.strip()[: match.start()].rstrip(" \t,")
+    if path.startswith('"'):
+        inner = path[1:-1].replace('""', "\0")  # a quote inside quotes is doubled
+        if len(path) < 2 or path[-1] != '"' or '"' in inner or "\0" in path:
             return None
-    if not path or "\0" in path or not label or label.strip(_DIGITS):
-        return None
-    if len(label) > len(str(MAX_CLASSES)) or int(label) >= MAX_CLASSES:
-        return None
-    return path, int(label)
-
-
-def _parse_quoted(line: str) -> list[str] | None:
-    """Return the path and number of a line with quotes as Python's ``csv`` reads it, or None."""
-    for separator in _SEPARATORS:
-        try:
-            (fields,) = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
-        except csv.Error:  # text after a closing quote, or no closing quote
-            continue
-        if len(fields) == 2 and not fields[1].strip(_DIGITS):
-            return fields
-    return None
+        path = inner.replace("\0", '"')
+    return None if not path or "\0" in path else (path, int(match[1]))
 
 
 def _relative_path(path: str, root: Path, table: Path, number: int) -> str:
@@ -217,25 +194,18 @@ def _relative_path(path: str, root: Path, table: Path, number: int) -> str:
         elif len(pure.parts) > 1 and (root / pure.parts[1]).is_dir():
             pure = pure.relative_to("/")
     if pure.is_absolute() or ".." in path.replace("\\", "/").split("/"):
-        raise UserError(
-            "unsafe",
-            f"Line {number:,} of '{table}' leads out of the image root '{root}': {path!r}; correct"
-            f" the line, or name the folder of the images as {table}:ROOT.",
-        )
+        message = f"Line {number:,} of '{table}' leads out of the image root '{root}': {path!r}"
+        raise UserError("unsafe", f"{message}; correct it, or name the root as {table}:ROOT.")
     return str(pure)
 
 
 def _report_malformed(table: Path, malformed: list[int], good: int) -> None:
     """Print the numbers of skipped lines; raise UserError if half of all lines are malformed."""
-    if not malformed and good:
-        return
     numbers = ", ".join(f"{number:,}" for number in malformed[:_LISTED])
     more = f" and {len(malformed) - _LISTED:,} more" if len(malformed) > _LISTED else ""
-    lines = f"line{'s' * (len(malformed) > 1)} {numbers}{more}"
     if good <= len(malformed):
-        raise UserError(
-            "unsupported",
-            f"'{table}' is not a listing of images: {good:,} lines are 'path label',"
-            f" {len(malformed):,} are not{f' ({lines})' if malformed else ''}.",
-        )
-    notify(f"{table}: skipped {lines}, not 'path label' ({good:,} images remain).")
+        counts = f"{good:,} lines are 'path label', {len(malformed):,} are not"
+        message = f"'{table}' is not a listing of images: {counts} ({numbers}{more})."
+        raise UserError("unsupported", message)
+    if malformed:
+        notify(f"{table}: skipped malformed lines {numbers}{more} ({good:,} images remain).")

@@ -49,11 +49,12 @@ class IndexedFiles(Source):
         self.classes: list[str] | None = None
         if "label" in index:
             self.labels = torch.from_numpy(index["label"].copy())
-            stored = index.get("classes")
-            if stored is not None:
-                self.classes = json.loads(stored.tobytes())
-            else:
-                self.classes = read_class_names(folder, split, self.labels)
+            names = index.get("classes")
+            self.classes = (
+                read_class_names(folder, split, self.labels)
+                if names is None
+                else json.loads(names.tobytes())
+            )
 
     def __len__(self) -> int:
         return len(self.index["file"])
@@ -101,10 +102,8 @@ def scan_files(
 
 def damaged(path: str | Path, offset: int, reason: str) -> UserError:
     """Return the error for a damaged data file."""
-    return UserError(
-        "damaged",
-        f"'{path}' is damaged at byte {offset:,}: {reason}; copy or pack this file again.",
-    )
+    message = f"'{path}' is damaged at byte {offset:,}: {reason}; copy or pack this file again."
+    return UserError("damaged", message)
 
 
 def cached_index(
@@ -112,9 +111,8 @@ def cached_index(
     name: str,
     files: list[str],
     version: int,
-    build: Callable[[], Columns],
     dtypes: Mapping[str, str],
-    valid: Callable[[Columns], bool],
+    build: Callable[[], Columns],
 ) -> Columns:
     """Return the index of files in a folder: the cached one if no file changed, else a new one.
 
@@ -123,9 +121,8 @@ def cached_index(
         name: the index's name, for the cache file.
         files: file names relative to the folder.
         version: version of the index that ``build`` returns.
-        build: builds the index: columns [N], perhaps a column "label" int64 [N], and byte arrays.
-        dtypes: dtype of each column that must exist. Values of "file" are positions in ``files``.
-        valid: returns whether cached columns, N > 0, can be an index of these files.
+        dtypes: dtype of each column [N]; of byte arrays of other lengths "uint8".
+        build: builds the index. It may have a column "label" int64 [N], too.
 
     Raises:
         UserError: the files cannot be read, or an error of ``build``.
@@ -136,15 +133,13 @@ def cached_index(
         state = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(files, stats, strict=True)]
         key = json.dumps({"version": version, "files": state})
         places = _places(folder, f"localagg-index-{name}.safetensors")
+        sizes = np.array([s.st_size for s in stats])
         for place in places:
-            columns = _load(place, key)
-            if columns is not None and _fits(columns, dtypes, len(files), valid):
+            if (columns := _load(place, key, dtypes, sizes)) is not None:
                 return columns
         columns = build()
     except OSError as error:
-        raise UserError(
-            "environment", f"The data files in '{folder}' cannot be read: {error}."
-        ) from None
+        raise UserError("environment", f"Cannot read the files in '{folder}': {error}.") from None
     _save(places, key, columns)
     return columns
 
@@ -159,30 +154,24 @@ def _places(folder: Path, name: str) -> list[Path]:
     return places if writable else places[::-1]
 
 
-def _load(place: Path, key: str) -> Columns | None:
-    """Return the arrays in a cache file; None if it is missing, damaged, or of other files."""
+def _load(place: Path, key: str, dtypes: Mapping[str, str], sizes: np.ndarray) -> Columns | None:
+    """Return the index in a cache file; None if it is missing, damaged, or of other files."""
     try:
         with safe_open(place, framework="np") as cache:
             if (cache.metadata() or {}).get("localagg") != key:
                 return None
-            return {name: cache.get_tensor(name) for name in cache.keys()}  # noqa: SIM118
+            columns = {name: cache.get_tensor(name) for name in cache.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-
-
-def _fits(
-    columns: Columns, dtypes: Mapping[str, str], files: int, valid: Callable[[Columns], bool]
-) -> bool:
-    """Return whether cached columns have these dtypes, one length, and sound values."""
-    due = {**dtypes, **({"label": "int64"} if "label" in columns else {})}
-    if not due.keys() <= columns.keys():
-        return False
-    if any(str(columns[n].dtype) != due.get(n, columns[n].dtype) for n in columns):
-        return False
-    if len({columns[name].shape for name in due}) != 1 or columns["file"].ndim != 1:
-        return False
-    file = columns["file"]
-    return not len(file) or bool(0 <= file.min() <= file.max() < files and valid(columns))
+    due = {**dtypes, "label": "int64"} if "label" in columns else dtypes
+    if any(name not in columns or columns[name].dtype != dtype for name, dtype in due.items()):
+        return None
+    if len({columns[name].shape for name, dtype in due.items() if dtype != "uint8"}) > 1:
+        return None
+    file, offset, length = (columns[name] for name in POSITIONS)
+    sound = not len(file) or (0 <= file.min() <= file.max() < len(sizes))
+    sound = sound and bool(((offset >= 0) & (length >= 0)).all())
+    return columns if sound and bool((length <= sizes[file] - offset).all()) else None
 
 
 def _save(places: list[Path], key: str, columns: Columns) -> None:

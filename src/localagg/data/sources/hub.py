@@ -23,26 +23,18 @@ def find_hub_dataset(uri: str) -> Splits | None:
         return None
     name, _, config = uri.removeprefix(PREFIX).partition(":")
     if not name:
-        raise UserError(
-            "option-invalid", f"'{uri}' names no data set; write hf:NAME or hf:NAME:CONFIG."
-        )
+        raise UserError("option-invalid", f"'{uri}' has no name; write hf:NAME or hf:NAME:CONFIG.")
     if Path(name).exists():
         # datasets would read the folder, and may use one cache for two folders of the same name.
-        raise UserError(
-            "option-invalid",
-            f"'{name}' is a local file or folder, which datasets would read instead; give its path"
-            " without 'hf:', or work in another folder.",
-        )
+        message = f"'{name}' is a local path; write it without 'hf:', or work in another folder."
+        raise UserError("option-invalid", message)
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # the Hub's client, its transport and the readers raise many types
-        raise UserError(
-            "not-found",
-            f"'{uri}' cannot be loaded: {_reason(error)}; check the name (hf:NAME or"
-            " hf:NAME:CONFIG) and the network, or load it once with a network.",
-        ) from None
+        message = f"Cannot load '{uri}': {_reason(error)}; check the name and the network."
+        raise UserError("not-found", message) from None
     splits = {str(split): part for split, part in dict(loaded).items()}
     return Splits(list(splits), lambda split: from_datasets(uri, splits[split]))
 

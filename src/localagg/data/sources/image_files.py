@@ -67,7 +67,7 @@ def _size(entry: os.DirEntry[str]) -> int | None:
 
 
 def open_file(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a regular file, whose path may come from untrusted data, for reading.
+    """Open a regular file for reading; its path may come from untrusted data.
 
     Raises:
         OSError: the file cannot be opened, or is a pipe (which would block), device or folder.

@@ -122,7 +122,5 @@ def _open(uri: str, root: Path, training_classes: frozenset[str] = frozenset()) 
     files = sorted(walk_images(root))
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
-        raise UserError(
-            "no-images", f"'{root}' has no images ({extensions}); is it the right folder?"
-        )
+        raise UserError("no-images", f"'{root}' has no images ({extensions}); name another folder.")
     return ImageFolder(uri, root, files, training_classes)

@@ -52,17 +52,12 @@ def number_labels(
     if len(missing) == len(codes) or (not len(missing) and integers and set(values) == {-1}):
         return None
     if len(missing) and not partial:
-        raise UserError(
-            "no-labels",
-            f"{where(int(missing[0]))} has no label, but other images have one; label every image"
-            " or none.",
-        )
+        first = where(int(missing[0]))
+        message = f"{first} has no label, but other images have one; label every image or none."
+        raise UserError("no-labels", message)
     if len(values) > MAX_CLASSES:
-        raise UserError(
-            "too-large",
-            f"{where(0)} and the images after it have {len(values):,} different labels; at most"
-            f" {MAX_CLASSES:,} classes are supported.",
-        )
+        count = f"{len(values):,} different labels; at most {MAX_CLASSES:,} are supported."
+        raise UserError("too-large", f"{where(0)} and the images after it have {count}")
     if not integers or (renumber and names is None):
         ordered = sorted(values)
         numbers = {value: number for number, value in enumerate(ordered)}
@@ -72,11 +67,8 @@ def number_labels(
     lowest, count = (0, MAX_CLASSES) if names is None else (-1, len(names))
     wrong = np.flatnonzero((labels < lowest) | (labels >= count))
     if len(wrong):
-        raise UserError(
-            "damaged",
-            f"{where(int(wrong[0]))} has the label {labels[wrong[0]]}; labels are class numbers"
-            f" from 0 to {count - 1:,}, or words.",
-        )
+        label = f"the label {labels[wrong[0]]}; labels are numbers from 0 to {count - 1:,}"
+        raise UserError("damaged", f"{where(int(wrong[0]))} has {label}, or words.")
     return labels, names
 
 
@@ -103,19 +95,12 @@ def read_class_names(folder: Path, split: str, labels: Tensor) -> list[str]:
     except FileNotFoundError:
         return [str(label) for label in range(count)]
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            "damaged", f"'{path}' cannot be read: {error}; remove or correct it."
-        ) from None
+        raise UserError("damaged", f"Cannot read '{path}': {error}; remove it.") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            "damaged", f"'{path}' is not a JSON list of class names; remove or correct it."
-        )
+        raise UserError("damaged", f"'{path}' is not a JSON list of class names; remove it.")
     if len(names) < count:
-        raise UserError(
-            "mismatch",
-            f"'{path}' names {len(names):,} classes, but labels reach {count - 1:,}; remove the"
-            " file, or name all classes.",
-        )
+        reason = f"names {len(names):,} classes, but labels reach {count - 1:,}"
+        raise UserError("mismatch", f"'{path}' {reason}; remove the file, or name all classes.")
     return names
 
 
@@ -135,8 +120,7 @@ def held_out_to_training_labels(data: str, source: Source, held_out: Source) -> 
         more = f" and {len(unknown) - _LISTED:,} more" if len(unknown) > _LISTED else ""
         raise UserError(
             "mismatch",
-            f"The held-out images of '{data}' have classes that the training images lack:"
-            f" {', '.join(unknown[:_LISTED])}{more}; rename or remove them, or pretrain with"
-            " --eval-every 0.",
+            f"The held-out images of '{data}' have classes that training lacks:"
+            f" {', '.join(unknown[:_LISTED])}{more}; rename or remove them.",
         )
     return torch.tensor([number.get(name, -1) for name in names])

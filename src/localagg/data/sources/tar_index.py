@@ -105,11 +105,8 @@ def _members(path: Path) -> Iterator[_Member]:
 def _check_uncompressed(path: Path, start: bytes) -> None:
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
-            raise UserError(
-                "unsupported",
-                f"'{path}' is compressed by {kind}, which prevents random access; unpack it to a"
-                " plain .tar.",
-            )
+            message = f"'{path}' is compressed by {kind}; unpack it to a plain .tar."
+            raise UserError("unsupported", message)
 
 
 def _check_end_mark(path: Path, file: _HeaderReader, at: int) -> None:
@@ -146,12 +143,8 @@ def _samples(path: Path) -> Iterator[tuple[_Member | None, str | None, str]]:
     for key, group in itertools.groupby(visible, key=lambda member: split_name(member.name)[0]):
         members = list(group)
         if key in seen:
-            raise UserError(
-                "damaged",
-                f"'{path}' has the sample '{shown(key)}' a second time at byte"
-                f" {members[0].offset - BLOCK:,}; put the files of a sample side by side, and give"
-                " each sample its own key.",
-            )
+            reason = f"the sample '{shown(key)}' a second time; its files must lie side by side"
+            raise damaged(path, members[0].offset - BLOCK, reason)
         seen.add(key)
         kinds = {split_name(member.name)[1]: member for member in members}
         kind = next((kind for kind in LABEL_KINDS if kind in kinds), "")
@@ -168,12 +161,8 @@ def _find_image(path: Path, members: list[_Member]) -> _Member | None:
             found["." in extension].append(member)
     best = found[0] or found[1]
     if len(best) > 1:
-        raise UserError(
-            "damaged",
-            f"'{path}' has two images of one sample, '{shown(best[0].name)}' and"
-            f" '{shown(best[1].name)}' at byte {best[1].offset - BLOCK:,}; give them different"
-            " keys.",
-        )
+        names = f"'{shown(best[0].name)}' and '{shown(best[1].name)}'"
+        raise damaged(path, best[1].offset - BLOCK, f"two images of one sample, {names}")
     return best[0] if best else None
 
 
@@ -201,19 +190,8 @@ def open_index(folder: Path, name: str, files: list[str]) -> Columns:
         UserError: damage, with file and offset; labels that only some images have, or that are no
             class numbers; no images.
     """
-
-    def valid(found: Columns) -> bool:
-        names, ends = found.get("names"), found["name_end"]
-        return (
-            names is not None
-            and names.dtype == np.uint8
-            and bool(ends[-1] == len(names) and found["offset"].min() >= BLOCK)
-            and bool(found["length"].min() >= 0)
-        )
-
-    return cached_index(
-        folder, name, files, _VERSION, lambda: build_index(folder, files), _DTYPES, valid
-    )
+    dtypes = {**_DTYPES, "names": "uint8"}
+    return cached_index(folder, name, files, _VERSION, dtypes, lambda: build_index(folder, files))
 
 
 def build_index(folder: Path, files: list[str]) -> Columns:

@@ -23,7 +23,6 @@ from .tfrecord_index import (
     frame,
     open_index,
     read_example,
-    read_record,
 )
 
 PREFIXES = {"train": "train", "val": "validation"}
@@ -44,15 +43,14 @@ class TFRecords(IndexedFiles):
         path, offset, length = self.position(index)
         file = os.open(path, os.O_RDONLY)
         try:
-            data, _ = read_record(file, path, offset, length)
+            example, _, _ = read_example(file, path, offset, length)
         finally:
             os.close(file)
-        example = read_example(data, path, offset)
         if example.index not in (None, index):
             raise UserError(
                 "mismatch",
-                f"'{path}' stores at byte {offset:,} the index {example.index}, but stored {index}"
-                " when it was opened; open the data again.",
+                f"'{path}' now stores at byte {offset:,} the index {example.index}, and before"
+                f" {index}; open the data again.",
             )
         return Sample(index, example.image, self.label(index))
 
@@ -83,9 +81,7 @@ def find_tfrecords(uri: str) -> Splits | None:
 def _open(uri: str, folder: Path, prefix: str, files: list[str]) -> TFRecords:
     index = open_index(folder, prefix, files)
     if not len(index["file"]):
-        raise UserError(
-            "no-images", f"The {len(files):,} {prefix} files in '{folder}' have no records."
-        )
+        raise UserError("no-images", f"The {prefix} files in '{folder}' have no records.")
     return TFRecords(uri, folder, prefix, files, index)
 
 
@@ -110,9 +106,6 @@ def write_tfrecord(path: Path, records: Iterable[ImageRecord]) -> None:
         for record in records:
             data = write_example(record.image, record.label, record.index)
             if len(data) > RECORD_LIMIT:
-                raise UserError(
-                    "too-large",
-                    f"{record.name} has {len(record.image):,} bytes; a TFRecord holds at most"
-                    f" {RECORD_LIMIT:,}; exclude this image.",
-                )
+                size = f"{len(record.image):,} bytes, more than the limit of {RECORD_LIMIT:,}"
+                raise UserError("too-large", f"{record.name} has {size}; exclude this image.")
             file.write(frame(data))

@@ -28,29 +28,28 @@ _DTYPES = {**POSITIONS, "crc": "uint32"}  # the stored checksum of the record's 
 
 def frame(data: bytes) -> bytes:
     """Return a record: length, checksum of the length, data, checksum of the data."""
-    length = struct.pack("<Q", len(data))
-    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-    return length + next(checks) + data + next(checks)
+    parts = (struct.pack("<Q", len(data)), data)
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts)
 
 
-def read_record(file: int, path: str | Path, offset: int, length: int = 0) -> tuple[bytes, int]:
-    """Read the record at ``offset`` of an open file: its data and their stored checksum.
+def read_example(
+    file: int, path: str | Path, offset: int, length: int = 0
+) -> tuple[ImageExample, int, int]:
+    """Read the record at ``offset`` of an open file: (image, length of the data, their checksum).
 
     Both checksums are verified, and the length is checked before anything is allocated. The
     expected ``length``, if it is right, saves a second read.
 
     Raises:
-        UserError: the file is damaged or cut off there.
+        UserError: the file is damaged or cut off there, or the record holds something else.
     """
     record = os.pread(file, length + 16, offset)
     if len(record) < 12:
         raise damaged(path, offset, "the file ends inside the record's header")
     length, check = struct.unpack_from("<QI", record)
     if masked_crc32c(record[:8]) != check:
-        reason = "the checksum of the record's length is wrong"
-        raise damaged(
-            path, offset, reason if offset else f"{reason}, or it is no plain TFRecord file"
-        )
+        reason = "" if offset else ", or it is no plain TFRecord file"
+        raise damaged(path, offset, f"the checksum of the record's length is wrong{reason}")
     if length > RECORD_LIMIT:
         raise damaged(path, offset, f"a record of {length:,} bytes is no image")
     if len(record) != length + 16:
@@ -58,36 +57,16 @@ def read_record(file: int, path: str | Path, offset: int, length: int = 0) -> tu
         record = os.pread(file, length + 16, offset) if fits else b""
     if len(record) < length + 16:
         raise damaged(path, offset, "the file ends inside the record")
-    data, stored = record[12:-4], int.from_bytes(record[-4:], "little")
-    if masked_crc32c(data) != stored:
+    data, crc = record[12:-4], int.from_bytes(record[-4:], "little")
+    if masked_crc32c(data) != crc:
         raise damaged(path, offset, "the checksum of the record's data is wrong")
-    return data, stored
-
-
-def read_example(data: bytes, path: str | Path, offset: int) -> ImageExample:
-    """Parse the image in a record's data.
-
-    Raises:
-        UserError: the record holds something else.
-    """
     try:
-        return parse_example(data)
+        return parse_example(data), length, crc
     except BadExample as error:
-        raise UserError(
-            "unsupported",
-            f"'{path}' has at byte {offset:,} a record that is not an image of the reference's"
-            f" files: {error}.",
-        ) from None
-
-
-def _records(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Yield (offset, data, checksum) of every record of a file."""
-    with open(path, "rb") as file:
-        size, offset = os.fstat(file.fileno()).st_size, 0
-        while offset < size:
-            data, checksum = read_record(file.fileno(), path, offset)
-            yield offset, data, checksum
-            offset += 16 + len(data)
+        message = (
+            f"The record of '{path}' at byte {offset:,} is no image of the reference: {error}."
+        )
+        raise UserError("unsupported", message) from None
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -110,19 +89,14 @@ def files_by_split(folder: Path) -> dict[str, list[str]]:
         counts = {count for _, count, _ in files}
         numbers = [number for number, _, _ in files]
         if len(counts) > 1 or len(set(numbers)) < len(numbers):
-            raise UserError(
-                "mismatch",
-                f"'{folder}' has {prefix} files of two packings ({files[0][2]} and"
-                f" {files[-1][2]}, for example); keep those of one.",
-            )
+            names = f"{files[0][2]} and {files[-1][2]}"
+            message = f"'{folder}' has {prefix} files of two packings ({names}); keep one packing."
+            raise UserError("mismatch", message)
         # Places205 may have one file more than the names say, never fewer.
         absent = next((n for n, number in enumerate(numbers) if n != number), len(numbers))
         if absent < max(counts.pop(), max(numbers)):
-            raise UserError(
-                "not-found",
-                f"'{folder}' lacks number {absent} of its {prefix} files (it has {files[0][2]} and"
-                f" {len(files) - 1:,} more); copy it there.",
-            )
+            message = f"'{folder}' lacks number {absent} of its {prefix} files; copy it there."
+            raise UserError("not-found", message)
     return {prefix: [name for _, _, name in files] for prefix, files in sorted(found.items())}
 
 
@@ -136,12 +110,8 @@ def open_index(folder: Path, prefix: str, files: list[str]) -> Columns:
         UserError: damage, with file and offset; stored indices that are not 0..N-1; labels that
             only some records have, or that are no class numbers.
     """
-
-    def valid(found: Columns) -> bool:
-        return bool(found["offset"].min() >= 0)
-
     return cached_index(
-        folder, prefix, files, _VERSION, lambda: build_index(folder, files), _DTYPES, valid
+        folder, prefix, files, _VERSION, _DTYPES, lambda: build_index(folder, files)
     )
 
 
@@ -149,10 +119,13 @@ def build_index(folder: Path, files: list[str]) -> Columns:
     """Read every record of the files; return the columns of the index."""
 
     def scan(path: Path) -> Iterator[tuple[int, ...]]:
-        for offset, data, crc in _records(path):
-            _, label, index = read_example(data, path, offset)
-            labeled, indexed = label is not None, index is not None
-            yield offset, len(data), crc, index or 0, indexed, label or 0, labeled
+        with open(path, "rb") as file:
+            size, offset = os.fstat(file.fileno()).st_size, 0
+            while offset < size:
+                (_, label, index), length, crc = read_example(file.fileno(), path, offset)
+                labeled, indexed = label is not None, index is not None
+                yield offset, length, crc, index or 0, indexed, label or 0, labeled
+                offset += 16 + length
 
     names = ("offset", "length", "crc", "index", "indexed", "label", "labeled")
     columns = scan_files(folder, files, scan, names)
@@ -176,10 +149,8 @@ def _order(stored: np.ndarray, known: np.ndarray, where: Callable[[int], str]) -
         return np.arange(len(stored))
     if not known.all():
         row = int(np.argmin(known))
-        raise UserError(
-            "damaged",
-            f"{where(row)} stores no index, but other records do; pack the data again.",
-        )
+        message = f"{where(row)} stores no index, but other records do; pack the data again."
+        raise UserError("damaged", message)
     order = np.argsort(stored, kind="stable")
     wrong = np.flatnonzero(stored[order] != np.arange(len(stored)))
     if len(wrong):
@@ -187,8 +158,7 @@ def _order(stored: np.ndarray, known: np.ndarray, where: Callable[[int], str]) -
         reason = "a second time" if 0 <= stored[row] < due else f"but no record stores {due}"
         raise UserError(
             "mismatch",
-            f"{where(row)} stores the index {stored[row]} {reason}; the {len(stored):,} records of"
-            f" the split must store 0 to {len(stored) - 1:,}, each once (a file may be missing, or"
-            " be of another packing).",
+            f"{where(row)} stores the index {stored[row]} {reason}; the split must store 0 to"
+            f" {len(stored) - 1:,}, each once. Is a file missing, or of another packing?",
         )
     return order

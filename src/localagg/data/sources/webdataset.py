@@ -61,11 +61,9 @@ class WebDataset(IndexedFiles):
 def find_tars(uri: str) -> Splits | None:
     """Return the splits of a tar, a pattern, or the tars in a folder or its split folders.
 
-    Patterns contain ``*``, ``?``, ``[...]`` or WebDataset's ``{000..012}``. If all files that a
-    pattern names are of one split, that split is "train", as for a single file.
-
-    A folder that has images or other folders too is no folder of tars: archives are often kept
-    beside the files unpacked from them.
+    Patterns contain ``*``, ``?``, ``[...]`` or WebDataset's ``{000..012}``. A pattern of a single
+    split is "train", like a single file. A folder that has images or other folders too is no folder
+    of tars: archives are often kept beside the files unpacked from them.
 
     Raises:
         UserError: a pattern without a tar, or a missing tar of a range.
@@ -119,15 +117,11 @@ def _expand(pattern: str) -> list[str]:
         return [pattern]
     first, last = int(match[1]), int(match[2])
     if not 0 <= last - first < _MAX_FILES:
-        raise UserError(
-            "option-invalid", f"The range {match[0]} of '{pattern}' is empty; write {{000..012}}."
-        )
-    before, after, width = pattern[: match.start()], pattern[match.end() :], len(match[1])
-    return [
-        whole
-        for number in range(first, last + 1)
-        for whole in _expand(f"{before}{number:0{width}d}{after}")
-    ]
+        message = f"The range {match[0]} of '{pattern}' is empty; write {{000..012}}."
+        raise UserError("option-invalid", message)
+    numbers = (f"{number:0{len(match[1])}d}" for number in range(first, last + 1))
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [whole for number in numbers for whole in _expand(before + number + after)]
 
 
 def _splits(uri: str, tars: dict[str, list[Path]]) -> Splits | None:

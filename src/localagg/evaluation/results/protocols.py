@@ -7,7 +7,7 @@ comparable only if all fields are equal. A sentence stored by an earlier version
 from dataclasses import replace
 from typing import Any
 
-from ..config import TransferConfig, ViewConfig, option_names, option_value
+from ...config import TransferConfig, ViewConfig, option_names, option_value
 
 BANK, TRAINING_IMAGES = "the memory bank", "the training images"
 HELD_OUT, LEAVE_ONE_OUT = "held-out images", "training images, leave one out"

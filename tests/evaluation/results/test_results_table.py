@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from small_results import ENTRY, entry
 
 from localagg.config import PretrainConfig, TransferConfig, ViewConfig, option_names, override
-from localagg.evaluation.protocols import (
+from localagg.evaluation.results.protocols import (
     BANK,
     describe_protocol,
     is_fixed,
     knn_protocol,
     linear_protocol,
 )
-from localagg.evaluation.published import DATASETS, PUBLISHED, dataset_name
-from localagg.evaluation.results_file import append_result
-from localagg.evaluation.results_table import compare, tables
+from localagg.evaluation.results.published import DATASETS, PUBLISHED, dataset_name
+from localagg.evaluation.results.results_file import append_result
+from localagg.evaluation.results.results_table import compare, tables
 from localagg.models import create_encoder
 from localagg.recipes.builtin import readout_recipe
 from localagg.recipes.defaults import resolve_defaults
@@ -245,7 +245,7 @@ def test_printing_results_needs_no_torch(run):
     append_result(run, ENTRY)
     check = (
         "import sys; from pathlib import Path;"
-        " from localagg.evaluation.results_table import compare, tables;"
+        " from localagg.evaluation.results.results_table import compare, tables;"
         f" print(len(tables(compare([Path({str(run)!r})]))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import load_views
-from ..config import PretrainConfig, ViewConfig
-from ..data.loading.scan import typical_side
-from ..data.sources.open import Source, open_evaluation, open_images
-from ..recipes.defaults import resolve_defaults
-from .cluster_metrics import STARTS
+from ...checkpoint import load_views
+from ...config import PretrainConfig, ViewConfig
+from ...data.loading.scan import typical_side
+from ...data.sources.open import Source, open_evaluation, open_images
+from ...recipes.defaults import resolve_defaults
 from .protocols import knn_protocol, view_fields
 from .published import dataset_name
 from .results_file import append_result, read_results
@@ -36,7 +35,7 @@ def record_knn(run: Path, result: dict[str, Any]) -> None:
             "method": "k-means",
             "rows": reference_set,
             "clusters": found["clusters"],
-            "starts": STARTS,
+            "starts": found["starts"],
             "seeds": found["seeds"],
             **view_fields(views),
         }

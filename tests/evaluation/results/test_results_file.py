@@ -8,8 +8,8 @@ from expect import user_error
 from small_results import ENTRY, entry
 
 from localagg import __version__
-from localagg.evaluation.results_file import append_result, read_results
-from localagg.evaluation.results_table import compare
+from localagg.evaluation.results.results_file import append_result, read_results
+from localagg.evaluation.results.results_table import compare
 
 
 def test_results_are_kept_in_order_with_time_and_version(run):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ...errors import UserError
 from .protocols import describe_protocol
 from .published import PUBLISHED, PublishedNumber
 from .results_file import read_results
@@ -28,15 +28,13 @@ class _RowKey(NamedTuple):
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """Compare runs, and published numbers of the same protocols and data.
 
-    A column is one number under one protocol on the same measured and training images (by
-    fingerprint and count). A row is a run, or one of several weights of a run. The last of repeated
-    measurements counts.
+    A column is one number under one protocol on the same images (by fingerprint and count). A row
+    is a run, or one of several weights of a run. The last of repeated measurements counts.
 
     Returns:
-        {"columns": [{"measure", "protocol", "data", "dataset", "images", "fingerprint",
-        "training_images", "training_fingerprint", "asked", "known", "name"}], "rows": [{"run",
-        "weights": or None, "published": bool, "source": or None, "values": [number or None, one a
-        column], "intervals": [half width of the 95 % interval or None]}], "notes": [str]}.
+        {"columns": [{"name", and fields of an entry}], "rows": [{"run", "weights": or None,
+        "published": bool, "source": or None, "values": [number or None, one a column], "intervals":
+        [half width of the 95 % interval or None]}], "notes": [str]}.
 
     Raises:
         UserError: none of the runs has results, or one cannot be read.

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ..config import ViewConfig, override
-from ..recipes.builtin import readout_recipe
+from ...config import ViewConfig, override
+from ...recipes.builtin import readout_recipe
 from .protocols import BANK, knn_protocol, linear_protocol
 
 # (training images, held-out images, classes) that identify a data set of the literature.

@@ -25,8 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..errors import UserError
+from ... import __version__
+from ...errors import UserError
+from ...io.run_lock import lock_run
 
 _FILE = "results.json"
 _LOCK_SECONDS = 60
@@ -50,25 +51,15 @@ def append_result(run: Path, entry: dict[str, Any]) -> None:
             process for a minute. The file is left as it is.
         ValueError: a required field is missing, or a value is not a finite number.
     """
-    from filelock import FileLock, Timeout
-
-    from ..checkpoint import write_json
+    from ...checkpoint import write_json
 
     file = _results_path(run)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"when": when, "version": __version__, **entry}
     if fault := _find_fault(entry):
         raise ValueError(f"not a result: {fault}")
-    file.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(file.with_name(f".{_FILE}.lock"), timeout=_LOCK_SECONDS):
-            write_json(file, {"results": [*read_results(run), entry]})
-    except Timeout:
-        raise UserError(
-            "busy",
-            f"Another process has locked '{file}' for {_LOCK_SECONDS} s; wait until it has ended,"
-            " then measure again.",
-        ) from None
+    with lock_run(file.parent, f".{_FILE}.lock", timeout=_LOCK_SECONDS):
+        write_json(file, {"results": [*read_results(run), entry]})
 
 
 def read_results(run: Path) -> list[dict[str, Any]]:

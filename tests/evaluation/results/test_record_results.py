@@ -7,17 +7,17 @@ import pytest
 from localagg.checkpoint import save_weights, weights_digest
 from localagg.config import ViewConfig
 from localagg.data.sources.open import open_images
-from localagg.evaluation import published
 from localagg.evaluation.measure_run import measure_run
-from localagg.evaluation.protocols import LEAVE_ONE_OUT
-from localagg.evaluation.record_results import (
+from localagg.evaluation.results import published
+from localagg.evaluation.results.protocols import LEAVE_ONE_OUT
+from localagg.evaluation.results.record_results import (
     is_recorded,
     record_knn,
     record_low_shot,
     record_readouts,
 )
-from localagg.evaluation.results_file import append_result, read_results
-from localagg.evaluation.results_table import compare, tables
+from localagg.evaluation.results.results_file import append_result, read_results
+from localagg.evaluation.results.results_table import compare, tables
 from localagg.models import create_encoder
 
 
