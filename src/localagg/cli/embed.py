@@ -7,7 +7,7 @@ from typing import Any, Literal
 from .parse import positional
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Embed:
     """Write the embeddings of any images to a Parquet file: path, index, label, embedding."""
 

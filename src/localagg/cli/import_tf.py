@@ -8,7 +8,7 @@ from ..errors import printable
 from .parse import positional
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportTf:
     """Import weights from a checkpoint of the reference program, or of its PyTorch port."""
 

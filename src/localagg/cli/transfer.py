@@ -149,7 +149,7 @@ def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
         per_class=options.per_class,
         seeds=options.seeds,
         finetune=config.finetune,
-        **({"finetune_epochs": config.epochs} if "epochs" in typed else {}),
+        finetune_epochs=config.epochs if "epochs" in typed else 10,
     )
     rows = [
         [subset_name(subset), f"{subset['images']:,}", way, layer]

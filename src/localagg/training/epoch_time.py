@@ -1,4 +1,4 @@
-"""How long an epoch of a recipe takes on this machine, from a few seconds of its own steps."""
+"""Estimate the time of an epoch on this machine from a few seconds of training steps."""
 
 import functools
 import statistics
@@ -20,43 +20,53 @@ from .learner import Learner
 from .step import take_step
 from .time_shares import TimeShares
 
-_SECONDS = 1.5  # what each part is timed for
-_STEP_SECONDS = 0.4  # a step of CPU time, for which the batch is cut down
-_FEWEST = 8  # images of such a batch
+_SMALL_BATCH = 8  # images
 
 
-def epoch_time(config: PretrainConfig, data: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Estimate the seconds of an epoch of IR and of LA, without its clusterings and measurements.
+def epoch_time(
+    config: PretrainConfig,
+    data: str,
+    facts: dict[str, Any],
+    *,
+    seconds: float = 1.5,
+    step_seconds: float = 0.4,
+) -> dict[str, Any]:
+    """Estimate the seconds of an epoch of IR and of LA, without clusterings and measurements.
 
-    Steps of the run's own network, batch, bank and (random) clusters are timed, and apart from them
-    its workers on real images. On CUDA the two overlap, so the slower one counts; on a CPU they
-    share the cores, so their sum does. Images that fit in memory cost nothing to read. On a CPU
-    batches are cut down to what takes 0.4 s, so the time of very large batches is extrapolated.
+    Times training steps on random images with random clusters, and separately the workers on real
+    images. On CUDA the two overlap, so the slower one counts; on a CPU they share the cores, so
+    their sum counts. Images that fit in memory take no time to read. On a CPU the batch is reduced
+    to ``step_seconds``, so the time of large batches is extrapolated.
 
     Args:
-        config: a recipe's; what it leaves None is derived from the images.
+        config: configuration; missing options are derived from the images.
         data: data URI.
-        facts: of its training split, by ``inspect``.
+        facts: result of ``inspect`` for its training split.
+        seconds: duration of each measurement.
+        step_seconds: longest step on a CPU.
 
     Returns:
-        {"images", "batch", "network", "image_size", "device", "workers", "held", "read": seconds to
-        read and crop, "ir", "la": seconds to learn; "ir_epoch", "la_epoch": both together}.
+        {"images", "batch", "network", "image_size", "device", "workers", "held": whether images fit
+        in memory, "read": seconds to read and crop, "ir", "la": seconds of the steps, "ir_epoch",
+        "la_epoch": seconds of both}.
 
     Raises:
-        UserError: options and data do not go together, or no image can be read.
+        UserError: the options do not fit the data, or no image is readable.
     """
     source = open_images(data)
     resolved = resolve_defaults(config, len(source), typical_side(source))
-    size, batch = len(source) - len(facts["unreadable"]), require_resolved(resolved.batch_size)
-    held = _held(resolved, facts)
-    read = 0.0 if held else size * _reading(resolved, source)
+    size = len(source) - len(facts["unreadable"])
+    held = _size_in_memory(resolved, facts)
+    read = 0.0 if held else size * _reading_seconds(resolved, source, seconds)
     learner = Learner(resolved, len(source))
-    overlaps = learner.device.type == "cuda"
-    ir, la = (size * _learning(learner, aggregating, held) for aggregating in (False, True))
-    together: Callable[[float, float], float] = max if overlaps else lambda a, b: a + b
+    ir, la = (
+        size * _training_seconds(learner, aggregating, held, seconds, step_seconds)
+        for aggregating in (False, True)
+    )
+    together: Callable[..., float] = max if learner.device.type == "cuda" else lambda a, b: a + b
     return {
         "images": size,
-        "batch": batch,
+        "batch": require_resolved(resolved.batch_size),
         "network": resolved.encoder.model,
         "image_size": resolved.views.image_size,
         "device": learner.device.type,
@@ -70,8 +80,20 @@ def epoch_time(config: PretrainConfig, data: str, facts: dict[str, Any]) -> dict
     }
 
 
-def _held(config: PretrainConfig, facts: dict[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of the images if the run would hold them in memory."""
+def epoch_time_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return the estimate as rows of a printed table."""
+    network = f"{found['network']}, batch {found['batch']:,}, views of {found['image_size']} pixels"
+    read = f"{_duration(found['read'])} by {found['workers']} workers"
+    return [
+        ["learning", f"{network}, on {found['device']}"],
+        ["reading", "held in memory" if found["held"] else read],
+        ["IR", f"about {_duration(found['ir_epoch'])}"],
+        ["LA", f"about {_duration(found['la_epoch'])}, without its clustering"],
+    ]
+
+
+def _size_in_memory(config: PretrainConfig, facts: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of the images if a run would hold them in memory."""
     height, width = facts["height"], facts["width"]
     if config.memory == "never" or height is None:
         return None
@@ -82,81 +104,68 @@ def _held(config: PretrainConfig, facts: dict[str, Any]) -> tuple[int, int] | No
     return height[0], width[0]
 
 
-def _reading(config: PretrainConfig, source: Source) -> float:
-    """Seconds an image takes to be read, decoded and cropped, by all workers together."""
-    order = permutation(len(source), config.seed, ORDER, 0)
-    chunks, workers = list(order.split(_FEWEST)), config.workers
-    started, timed, done = time.perf_counter(), 0.0, 0
-    crop = functools.partial(training_crops, source, config.views, 0, 0)
-    for batch, failed in map_in_workers(crop, chunks, workers):
-        if timed == 0.0 and len(chunks) > 1:  # not timed: the workers have started
-            started, timed = time.perf_counter(), 1e-9
+def _reading_seconds(config: PretrainConfig, source: Source, seconds: float) -> float:
+    """Seconds to read, decode and crop one image, with all workers."""
+    chunks = list(permutation(len(source), config.seed, ORDER, 0).split(_SMALL_BATCH))
+    crops = functools.partial(training_crops, source, config.views, config.seed, 0)
+    started, spent, done = time.perf_counter(), 0.0, 0
+    for number, (batch, unreadable) in enumerate(map_in_workers(crops, chunks, config.workers)):
+        if number == 0 and len(chunks) > 1:  # includes the start of the workers
+            started = time.perf_counter()
             continue
-        done += len(batch.index) + len(failed)
-        timed = time.perf_counter() - started
-        if timed > _SECONDS:
+        done += len(batch.index) + len(unreadable)
+        spent = time.perf_counter() - started
+        if spent > seconds:
             break
-    return timed / done
+    return spent / done
 
 
-def _learning(learner: Learner, aggregating: bool, held: tuple[int, int] | None) -> float:
-    """Seconds an image takes to be learned from, in IR or in LA: of its size, or cropped."""
-    config, device = learner.config, learner.device
+def _training_seconds(
+    learner: Learner,
+    aggregating: bool,
+    held: tuple[int, int] | None,
+    seconds: float,
+    step_seconds: float,
+) -> float:
+    """Seconds to train on one image, which has the size ``held`` or is cropped by a worker."""
+    config, device, images = learner.config, learner.device, len(learner.bank.rows)
     if aggregating:
-        size, clusters = len(learner.bank.rows), require_resolved(config.objective.clusters)
-        labels = [torch.randint(k, (size,), dtype=torch.int32) for k in clusters]
+        clusters = require_resolved(config.objective.clusters)
+        labels = [torch.randint(k, (images,), dtype=torch.int32) for k in clusters]
         learner.labels = torch.stack(labels).to(device)
     augment = Augment(config.views, config.seed, cropped=held is None)
-    timer = TimeShares(device)
     shape = held or (require_resolved(config.views.image_size),) * 2
+    timer = TimeShares(device)
+    timer.next_step()  # on CUDA only each 20th step is timed; this is none of them
 
-    def step(count: int) -> None:
-        index = torch.arange(count) % len(learner.bank.rows)
-        images = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8, device=device)
-        take_step(
-            learner,
-            augment,
-            TrainingBatch(index, images, view_uniforms(config.seed, 0, index)),
-            0,
-            aggregating=aggregating,
-            size=count,
-            learning_rate=config.learning_rate,
-            timer=timer,
-        )
+    def seconds_per_image(count: int, at_least: float) -> float:
+        """The median of steps after the first, over ``at_least`` seconds."""
+        index = torch.arange(count) % images
+        pixels = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8, device=device)
+        batch = TrainingBatch(index, pixels, view_uniforms(config.seed, 0, index))
+        times: list[float] = []
+        while len(times) < 2 or sum(times[1:]) < at_least:
+            started = time.perf_counter()
+            take_step(
+                learner,
+                augment,
+                batch,
+                0,
+                aggregating=aggregating,
+                size=count,
+                learning_rate=config.learning_rate,
+                timer=timer,
+            )
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:]) / count
 
-    batch = require_resolved(config.batch_size)
+    size = require_resolved(config.batch_size)
     if device.type == "cpu":
-        seconds = _timed(step, min(batch, _FEWEST), 0.0)
-        batch = min(batch, max(_FEWEST, int(_STEP_SECONDS / seconds)))
-    return _timed(step, batch, _SECONDS)
-
-
-def _timed(step: Callable[[int], None], count: int, seconds: float) -> float:
-    """Seconds an image: the median of steps that follow a first one."""
-    times: list[float] = []
-    while len(times) < 2 or sum(times[1:]) < seconds:
-        started = time.perf_counter()
-        step(count)
-        _wait()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) / count
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def epoch_time_rows(found: dict[str, Any]) -> list[list[str]]:
-    """The estimate as rows of a printed table."""
-    learned = f"{found['network']}, batch {found['batch']:,}, views of {found['image_size']} pixels"
-    read = f"{_duration(found['read'])} by {found['workers']} workers"
-    return [
-        ["learning", f"{learned}, on {found['device']}"],
-        ["reading", "held in memory" if found["held"] else read],
-        ["IR", f"about {_duration(found['ir_epoch'])}"],
-        ["LA", f"about {_duration(found['la_epoch'])}, without its clustering"],
-    ]
+        first = seconds_per_image(min(size, _SMALL_BATCH), 0.0)
+        size = min(size, max(_SMALL_BATCH, int(step_seconds / first)))
+    return seconds_per_image(size, seconds)
 
 
 def _duration(seconds: float) -> str:
