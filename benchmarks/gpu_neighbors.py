@@ -15,17 +15,13 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from localagg.training.neighbors import (
-    SearchableBank,
-    find_neighbors,
-    neighborhood_loss,
-    store_by_row,
-)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import report
-from localagg.objectives import instance_softmax
+from localagg.engine.search import store_by_row
+from localagg.engine.searchable_bank import SearchableBank
+from localagg.objectives import instance_softmax, local_aggregation
 
 TEMPERATURE = 0.07
 Ways = dict[str, Callable[[], object]]
@@ -76,10 +72,9 @@ class Task:
         return torch.autograd.grad(loss, self.v)[0]
 
     def la(self) -> Tensor:
-        found = find_neighbors(
-            self.v, self.searchable, self.side_by_side, self.index, neighbors=self.neighbors
-        )
-        return self.gradient(neighborhood_loss(self.v, self.searchable, found))
+        options = {"neighbors": self.neighbors}
+        loss = local_aggregation(self.v, self.searchable, self.side_by_side, self.index, **options)
+        return self.gradient(loss)
 
     def ways(self) -> Ways:
         v, bank, index = self.v, self.bank, self.index

@@ -176,8 +176,8 @@ def main() -> None:
         f"kNN: {len(space['queries']):,} queries, {len(space['bank']):,} rows ({asked})",
         ["way", "s", "x cdist", "x product", "peak MB", "of product's", "votes unlike float64"],
         rows,
-        f"{THREADS} threads each. Votes of localagg.evaluation.knn unlike the naive float64 ones, exact ties"
-        f" included: {listed}; exact ties (of the k-th neighbor or of two classes): {ties}.",
+        f"{THREADS} threads each. Votes of localagg.evaluation.knn unlike the naive float64 ones,"
+        f" exact ties included: {listed}; exact ties (of the k-th neighbor or of two classes): {ties}.",
     )
 
 

@@ -18,13 +18,12 @@ SIZES = (50_000, 200_000, 1_280_000)
 
 def peak_mb(size: int, batch: int = 128, K: int = 4096, H: int = 10, dim: int = 128) -> float:
     """Extra peak of one step in this process."""
-    from localagg.training.neighbors import find_neighbors, neighborhood_loss
+    from localagg.objectives import local_aggregation
 
     def step(bank: torch.Tensor, labels: torch.Tensor) -> None:
         embedding = torch.nn.functional.normalize(torch.randn(batch, dim), dim=1).requires_grad_()
         index = torch.arange(batch)
-        found = find_neighbors(embedding, bank, labels, index, neighbors=min(K, len(bank)))
-        neighborhood_loss(embedding, bank, found).backward()
+        local_aggregation(embedding, bank, labels, index, neighbors=K).backward()
 
     bank = torch.randn(size, dim)
     for start in range(0, size, 10_000):

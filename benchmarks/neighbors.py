@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from localagg.training.neighbors import SearchableBank, store_by_row
 
 import report
 from localagg.engine import SETTINGS
+from localagg.engine.search import store_by_row
+from localagg.engine.searchable_bank import SearchableBank
 from localagg.engine.thread_pool import in_threads
 from localagg.io.machine import keep_freed_memory
 from localagg.objectives import instance_softmax, local_aggregation
@@ -119,10 +120,8 @@ def gradient(way, p: Problem) -> torch.Tensor:
 
 def product(p: Problem, dtype: torch.dtype) -> None:
     """The products alone, in tiles of a core's cache."""
-    queries, bank = (
-        p.v.detach().to(dtype),
-        p.searchable.rounded if dtype != p.bank.dtype else p.bank,
-    )
+    queries = p.v.detach().to(dtype)
+    bank = p.bank if dtype == p.bank.dtype else p.searchable.rounded
 
     def tiles(part: range) -> None:
         out = torch.empty(B, 2048, dtype=dtype)

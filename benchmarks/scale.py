@@ -7,7 +7,7 @@ thing that can be measured here: a step of two processes.
 
 Work of a rank, with b samples a rank, R ranks, B = b R, N rows, K neighbors, H clusterings of k
 clusters: B N / R similarities, b K rows gathered, the selection among b K candidates, and the
-collectives that ``localagg.training.sharded`` documents, as a ring sends them.
+collectives that ``localagg.engine.bank_shard`` and ``localagg.objectives`` document, as a ring sends them.
 """
 
 import argparse
@@ -27,9 +27,10 @@ import torch.nn.functional as F
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
+from localagg.distributed.differentiable import gather_rows
 from localagg.engine.kmeans import Points
 from localagg.engine.topk import largest
-from localagg.training import sharded
+from localagg.objectives import local_aggregation
 
 b, D, K, H, CLUSTERS, ITERATIONS = 128, 128, 4096, 10, 30_000, 20
 ROWS = (1_281_167, 14_000_000, 100_000_000, 1_000_000_000)
@@ -89,15 +90,14 @@ class Cost(NamedTuple):
 
 
 def traffic(samples: int, ranks: int) -> tuple[int, float]:
-    """(collectives, bytes that a rank sends) of a step, in float32; see ``localagg.training.sharded``."""
+    """(collectives, bytes that a rank sends) of a step, in float32."""
     if ranks == 1:
         return 0, 0.0
     B, others = samples * ranks, (ranks - 1) / ranks
-    groups = math.ceil(B / sharded.QUERIES)
     gathered = B * (4 * D + 8)
-    reduced = B * (4 * H + 12 + 12 + DIGITS * 256 + 24)
+    reduced = B * (4 * H + 12 + 12 + DIGITS * 256 + 16)
     scattered = 4 * B * D
-    return 4 + groups * (4 + DIGITS), others * (gathered + 2 * reduced + scattered)
+    return 8 + DIGITS, others * (gathered + 2 * reduced + scattered)
 
 
 def cost(rates: Rates, rows: int, ranks: int, *, clusterings: int = H) -> Cost:
@@ -149,13 +149,15 @@ def step_of(world: World, rows: int):
     generator = torch.Generator().manual_seed(world.rank)
     bank = MemoryBank(rows, D, part=world.part(rows))
     labels = torch.randint(0, 3000, (H, len(bank.rows)), generator=generator, dtype=torch.int32)
-    v = F.normalize(torch.randn(b, D, generator=generator), dim=1)
+    v = F.normalize(torch.randn(b, D, generator=generator), dim=1).requires_grad_()
     index = torch.randint(0, rows, (b,), generator=generator)
 
     def step() -> None:
-        batch = sharded.gather(world, v, index, b * world.size)
-        sharded.local_aggregation(world, batch, bank, labels, neighbors=K)
-        bank.update(batch.index, batch.embedding)
+        v_BD = gather_rows(world, v, b * world.size, torch.float32)
+        index_B = world.gather(index, b * world.size)
+        loss = local_aggregation(v_BD, bank.shard(world), labels, index_B, neighbors=K)
+        torch.autograd.grad(loss, v)
+        bank.update(index_B, v_BD.detach())
 
     return step
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from localagg.training.sharded import Batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -36,7 +35,8 @@ from localagg.data.sources.open import Source, open_images
 from localagg.data.sources.source import encoded_bytes
 from localagg.objectives import NCE_PARTITION_PER_IMAGE
 from localagg.training.learner import Learner, make_encoder
-from localagg.training.step import score
+from localagg.training.step import take_step
+from localagg.training.time_shares import TimeShares
 
 PNG = b"\x89PNG"
 PHASES = {"IR": False, "LA": True}
@@ -73,30 +73,20 @@ class Ours:
             epoch += 1
 
     def step(self, aggregating: bool) -> None:
-        learner, parts, last = self.learner, {}, time.perf_counter()
-
-        def done(part: str) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            parts[part] = parts.get(part, 0.0) + now - last
-            last = now
-
-        index, images, uniforms = next(self.batches)
-        done("data")
-        views = self.augment(images, 0, index, uniforms)
-        done("augmentation")
-        embedding = learner.network(views.contiguous(memory_format=torch.channels_last))
-        done("network")
-        v = embedding.detach()
-        scored = score(learner, Batch(v, index), aggregating)
-        done("loss engine")
-        learner.fabric.backward(embedding, gradient=scored.gradient)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        done("network")
-        learner.bank.update(index, v, momentum=0.5)
-        done("bank")
-        for part, seconds in parts.items():
+        timer = TimeShares(self.learner.device)
+        with timer("data"):
+            batch = next(self.batches)
+        take_step(
+            self.learner,
+            self.augment,
+            batch,
+            0,
+            aggregating=aggregating,
+            size=len(batch.index),
+            learning_rate=self.learner.config.learning_rate,
+            timer=timer,
+        )
+        for part, seconds in timer.seconds.items():
             self.seconds[aggregating].setdefault(part, []).append(seconds)
 
 

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from localagg.training.neighbors import store_by_row
 
 import report
 from localagg.bank import MemoryBank
 from localagg.distributed.collectives import World
+from localagg.distributed.differentiable import gather_rows
+from localagg.engine.search import store_by_row
 from localagg.io.machine import keep_freed_memory
-from localagg.training import sharded
+from localagg.objectives import local_aggregation
 
 B, D, H = 128, 128, 3
 
@@ -55,15 +56,16 @@ class Step:
         part = world.part(job.samples)
         own = slice(part.start, part.stop)
         v = F.normalize(torch.randn(job.samples, D, generator=generator), dim=1)
-        self.v = v[own].contiguous()
+        self.v = v[own].contiguous().requires_grad_()
         self.index = torch.randint(0, job.rows, (job.samples,), generator=generator)[own]
 
     def __call__(self) -> None:
-        batch = sharded.gather(self.world, self.v, self.index, self.samples)
-        sharded.local_aggregation(
-            self.world, batch, self.bank, self.labels, neighbors=self.neighbors
-        )
-        self.bank.update(batch.index, batch.embedding)
+        v = gather_rows(self.world, self.v, self.samples, torch.float32)
+        index = self.world.gather(self.index, self.samples)
+        shard = self.bank.shard(self.world)
+        loss = local_aggregation(v, shard, self.labels, index, neighbors=self.neighbors)
+        torch.autograd.grad(loss, self.v)
+        self.bank.update(index, v.detach())
 
 
 def serve(rank: int, core: int, store: str, jobs: list[Job], K: int, pipe: Connection) -> None:
