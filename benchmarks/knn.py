@@ -177,7 +177,7 @@ def main() -> None:
         ["way", "s", "x cdist", "x product", "peak MB", "of product's", "votes unlike float64"],
         rows,
         f"{THREADS} threads each. Votes of localagg.evaluation.knn unlike the naive float64 ones,"
-        f" exact ties included: {listed}; exact ties (of the k-th neighbor or of two classes): {ties}.",
+        f" exact ties included: {listed}; exact ties (k-th neighbor or two classes): {ties}.",
     )
 
 

@@ -7,7 +7,7 @@ thing that can be measured here: a step of two processes.
 
 Work of a rank, with b samples a rank, R ranks, B = b R, N rows, K neighbors, H clusterings of k
 clusters: B N / R similarities, b K rows gathered, the selection among b K candidates, and the
-collectives that ``localagg.engine.bank_shard`` and ``localagg.objectives`` document, as a ring sends them.
+collectives of ``engine.bank_shard`` and ``objectives``, as a ring sends them.
 """
 
 import argparse

@@ -70,7 +70,7 @@ class MemoryBank(nn.Module):
     def update(self, index: Tensor, embedding: Tensor, *, momentum: float = 0.5) -> None:
         """M_i <- normalize(m M_i + (1 - m) v_i) for the rows of a batch; LA section 3.2.
 
-        Of repeated indices the last position wins on every device. Indices outside of ``part``
+        The last of repeated indices wins on every device. Indices outside of ``part``
         are skipped; other ranks update them.
 
         Args:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Code = Literal[
-    "TODO",
     "option-invalid",  # a value out of range or of the wrong kind
     "option-unknown",  # no option, command, recipe, model or layer of this name
     "option-conflict",  # options that exclude each other, or have no effect together

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed.differentiable import sum_over_ranks
 from .engine import search
 from .engine.bank_shard import BankShard, Neighbors
 from .engine.searchable_bank import SearchableBank
@@ -84,7 +83,7 @@ def instance_softmax(
     sim_B = shard.similarity_to_own(v_BD, index)
     top_B = shard.world.maximum(log_Z_B.detach().clone())
     terms_2B = torch.stack([torch.exp(log_Z_B - top_B), sim_B])
-    Z_B, sim_B = sum_over_ranks(shard.world, terms_2B)
+    Z_B, sim_B = shard.sum(terms_2B)
     return (top_B + Z_B.log() - sim_B / temperature).mean()
 
 
@@ -125,7 +124,7 @@ def instance_nce(
     data_B = -torch.log(p_B / (p_B + base + eps)) * here_B
     noise_BC = -torch.log(base / (q_BC + base + eps)) * (rows_BC >= 0)
     terms_2 = torch.stack([data_B.sum(), noise_BC.sum()]) / len(v_BD)
-    data_term, noise_term = sum_over_ranks(shard.world, terms_2)
+    data_term, noise_term = shard.sum(terms_2)
     return data_term + noise_term, data_term, noise_term
 
 
@@ -207,7 +206,7 @@ def aggregation_loss(
         )
         close_B, other_B = shard.world.sum(sums_2B)  # float64: near 1 float32 would round the ratio
         ratio_B, rest_B = close_B / (close_B + other_B), other_B / (close_B + other_B)
-        # Of a ratio near 1 the rest is exact, and 1 - ratio is not.
+        # For a ratio near 1 the rest is exact, and 1 - ratio is not.
         loss_B = torch.where(ratio_B < 0.5, -torch.log(ratio_B + eps), -torch.log1p(eps - rest_B))
         scale_B = 1 / ((close_B + other_B) * (ratio_B + eps) * temperature)
         rows_BC = background.rows if shard.world.size == 1 else background.rows.clamp(min=0)

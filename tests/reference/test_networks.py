@@ -14,7 +14,7 @@ from localagg.interop import load_tf_checkpoint
 from localagg.interop.tf_variables import load_variables, map_variables
 from localagg.models import create_encoder
 from localagg.models.vgg import VGG16
-from localagg.training.learner import _decayed
+from localagg.training.learner import parameter_groups
 
 pytestmark = pytest.mark.reference
 FOLDERS = {"preact_resnet18": "resnet18", "alexnet_bn": "alexnet_bn_no_drop"}
@@ -133,7 +133,7 @@ def test_training_mode_and_the_statistics_it_leaves(recorded):
 def test_weights_that_decay_are_the_references(recorded):
     encoder, folder, _, _ = recorded
     variables = json.loads((folder / "variables.json").read_text())
-    decayed = {id(p) for p in _decayed(encoder, PretrainConfig())[0]["params"]}
+    decayed = {id(p) for p in parameter_groups(encoder, PretrainConfig())[0]["params"]}
     parameters, keys = dict(encoder.named_parameters()), map_variables(encoder)
     trained = {name for name in keys if keys[name] in parameters}
     assert trained == {name for name, variable in variables.items() if variable["trainable"]}

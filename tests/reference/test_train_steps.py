@@ -13,7 +13,7 @@ from localagg.interop import load_tf_checkpoint
 from localagg.interop.tf_variables import map_variables
 from localagg.models import create_encoder
 from localagg.objectives import instance_nce, local_aggregation
-from localagg.training.learner import _decayed
+from localagg.training.learner import parameter_groups
 
 pytestmark = pytest.mark.reference
 MEAN = "resnet_model/batch_normalization/moving_mean"
@@ -32,7 +32,7 @@ class Trainee:
         parameters = dict(self.encoder.named_parameters())
         self.params = [parameters[self.keys[name]] for name in names]
         assert len(self.params) == len(parameters)
-        groups = _decayed(self.encoder, config)
+        groups = parameter_groups(self.encoder, config)
         self.optimizer = torch.optim.SGD(groups, momentum=config.momentum)
 
     def step(self, images, recorded):

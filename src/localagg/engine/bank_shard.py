@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import World
+from ..distributed.differentiable import sum_over_ranks
 from . import search, topk
 from .searchable_bank import SearchableBank
 
@@ -36,7 +37,7 @@ class Neighbors(NamedTuple):
     similarity: Tensor
     """float [B, C]: their dot products with the query. -inf in places that are not used."""
     largest: Tensor | None
-    """float [B]: the largest similarity on any rank. None: this rank holds all rows."""
+    """float [B]: the largest similarity on any rank; None if this rank holds all rows."""
 
 
 class BankShard(NamedTuple):
@@ -68,6 +69,10 @@ class BankShard(NamedTuple):
     def rows(self) -> Tensor:
         """The rows [n, D] of this rank."""
         return self.bank.rows
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks; each rank's gradient is that of its own term."""
+        return sum_over_ranks(self.world, tensor)
 
     def local(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return (bool, int64), shaped as ``index``: whether this rank holds these rows of the

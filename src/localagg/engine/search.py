@@ -1,9 +1,8 @@
-"""The engine under the objectives: who is near in a bank, by one pass over it, never B x N.
+"""Search a bank for the nearest rows, and sum over them, in one pass and without a B x N array.
 
-One function, :func:`nearest`, with three back-ends: compiled loops for processors
-(``cpu_backend``), kernels for NVIDIA's GPUs (``cuda_backend``), and torch alone for the
-rest (``torch_backend``). All are exact: the same rows, up to rows whose similarities differ by
-less than float32's rounding.
+Three back-ends stand behind these functions: compiled loops for CPUs (``cpu_backend``), kernels
+for NVIDIA GPUs (``cuda_backend``), and plain torch (``torch_backend``). All are exact: they find
+the same rows, up to similarities that differ by less than the rounding of float32.
 
 Legend of shape suffixes: B queries, N rows of the bank, D embedding size, K neighbors,
 H clusterings.
@@ -25,31 +24,25 @@ from .searchable_bank import SearchableBank, not_finite_error
 def nearest(
     queries: Tensor, bank: Tensor | SearchableBank, k: int, *, at_least: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The K rows with the largest dot product with each query, exactly.
+    """Return the K rows with the largest dot product with each query, exactly.
 
-    Of rows with equal similarities (float32, summed in one order for all rows) the lowest are
-    taken. Beyond the bank it holds some 30 MiB and [B, K] arrays, whatever N is, and a bank's copy
-    where it is :class:`SearchableBank`.
-
-    A part of a bank, as one of several processes may hold it, gives the best of its own rows. Where
-    it is known that K rows of the whole bank reach some similarity, ``at_least`` spares each part
-    the search for others.
+    Equal similarities (float32, summed in one order for all rows) go to the lowest rows. The search
+    needs about 30 MiB and [B, K] arrays whatever N is. With several ranks each searches its own
+    rows, and ``at_least`` saves it the search for rows that cannot be among the K of all ranks.
 
     Args:
         queries: [B, D].
-        bank: [N, D] of any floating type, or prepared, which pays if it is searched again.
+        bank: [N, D] of any floating dtype; a SearchableBank is faster if searched repeatedly.
         k: K >= 1; more than N gives all N rows.
-        at_least: float [B], rows of lower similarity are not wanted. (A similarity that another
-            product gave may be lower here by its rounding.)
+        at_least: float [B]; rows of lower similarity are skipped, up to rounding.
 
     Returns:
-        (rows, similarity): int64 and float32 (or the common type, if that is wider)
-        [B, min(K, N)], without gradient, in no promised order. With ``at_least`` there are as many
-        places as the query with the most such rows needs; free ones are the last of their line and
-        hold row -1 and similarity -inf.
+        (rows, similarity): int64 and float32 (or the common dtype, if wider) [B, min(K, N)],
+        without gradient, in no promised order. With ``at_least`` lines are as long as the longest
+        needs; unused places come last and hold row -1 and similarity -inf.
 
     Raises:
-        UserError: on a processor, values that are not finite.
+        UserError: on a CPU, values that are not finite.
     """
     prepared = bank if isinstance(bank, SearchableBank) else SearchableBank(bank, copy=False)
     rows_ND, queries = prepared.refresh().rows, queries.detach()
@@ -63,20 +56,20 @@ def nearest(
     else:
         rows_BK, sim_BK = torch_backend.nearest(queries, rows_ND, k)
     if queries.device.type == "cpu" and not sim_BK.isfinite().all():
-        raise not_finite_error()  # what is not a number counts as the largest
+        raise not_finite_error()  # NaN counts as the largest
     if at_least is None:
         return rows_BK, sim_BK
     return compact_lists(rows_BK, sim_BK, (sim_BK >= at_least.unsqueeze(1)) & (rows_BK >= 0))
 
 
 def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: int) -> Tensor:
-    """A similarity [B] that about ``rank`` of ``sample`` rows, taken evenly from the bank, reach.
+    """Return a similarity [B] that about ``rank`` of ``sample`` evenly spaced rows reach.
 
-    It is as coarse as bfloat16. There is no bound to how far a sample misleads.
+    Its precision is that of bfloat16. A sample may mislead by any amount.
 
     Args:
         queries: [B, D].
-        bank: prepared.
+        bank: the rows.
         rank: 1..sample.
         sample: 1..N.
     """
@@ -87,8 +80,9 @@ def sample_threshold(queries: Tensor, bank: SearchableBank, rank: int, sample: i
 
 
 def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of listed rows that are kept, in their order, in as few places as the query with the
-    most of them needs; free ones are the last of their line and hold row -1, similarity -inf.
+    """Return the kept rows of each line, in order, in lines as long as the longest needs.
+
+    Unused places come last and hold row -1 and similarity -inf.
 
     Args:
         rows: int64 [B, K].
@@ -100,7 +94,7 @@ def compact_lists(rows: Tensor, similarity: Tensor, kept: Tensor) -> tuple[Tenso
 
 
 def sort_by_similarity(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`nearest` gives with the most similar rows first, equal ones by row."""
+    """Sort the result of :func:`nearest`: most similar rows first, equal ones by row."""
     rows, row_order = rows.sort(dim=1)
     similarity, by_similarity = torch.sort(
         similarity.gather(1, row_order), dim=1, descending=True, stable=True
@@ -109,20 +103,20 @@ def sort_by_similarity(rows: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor
 
 
 def store_by_row(labels: Tensor) -> Tensor:
-    """The same [H, N] labels, with those of one row side by side in memory: one read for all H."""
+    """Return the same [H, N] labels, those of one row adjacent in memory: one read for all H."""
     return labels.T.contiguous().T
 
 
-# --- What the objectives need of the rows found ---------------------------------------------------
+# --- Sums over listed rows, for the objectives ----------------------------------------------------
 
 
 def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
-    """Which rows share a cluster with the sample in any clustering.
+    """Return which rows share a cluster with the sample in any clustering.
 
     Args:
-        labels: int [H, N]; quickest from :func:`store_by_row`.
+        labels: int [H, N]; fastest from :func:`store_by_row`.
         own: the samples' labels, of the same type [H, B].
-        rows: int64 [B, K]; a row of -1 shares none.
+        rows: int64 [B, K]; -1 is never close.
 
     Returns:
         bool [B, K].
@@ -138,7 +132,7 @@ def close_rows(labels: Tensor, own: Tensor, rows: Tensor) -> Tensor:
 def similarities(
     embedding: Tensor, bank: Tensor, rows: Tensor, known: Tensor | None = None
 ) -> Tensor:
-    """v_i . M_j for listed rows j, differentiable in the embedding, never [B, K, D].
+    """Return v_i . M_j for listed rows j, differentiable in the embedding, without [B, K, D].
 
     Args:
         embedding: [B, D], at least float32.
@@ -153,7 +147,7 @@ def similarities(
 
 
 def weigh_rows(bank: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """sum_k weight_ik M_[rows_ik], without gradient.
+    """Return sum_k weight_ik M_[rows_ik], without gradient.
 
     Args:
         bank: [N, D].
@@ -217,7 +211,7 @@ def with_gradient(embedding: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 
 
 def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """log sum_j exp(v . M_j / t) [B]; its gradient is the softmax-weighted mean row over t.
+    """Return log sum_j exp(v . M_j / t) [B]; its gradient is the softmax-weighted mean row over t.
 
     One pass: log-sum-exp and weighted mean are carried from tile to tile with a running maximum.
 
@@ -242,18 +236,18 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
     return _WithGradient.apply(embedding, log_Z_B, mean_BD / temperature)
 
 
-# --- Which engine answers -------------------------------------------------------------------------
+# --- Choice of the backend ------------------------------------------------------------------------
 
 
 def missing_backend_note(rows: Tensor) -> str | None:
-    """A sentence for the user where a faster engine is made for this device but cannot run."""
+    """Return a sentence for the user if the fast backend of this device cannot run, or None."""
     if rows.device.type == "cpu" and len(rows) >= SETTINGS.min_compiled_rows:
         return load_cpu_backend()[1]
     return load_cuda_backend()[1] if rows.device.type == "cuda" else None
 
 
 def estimate_search_bytes(bank: SearchableBank, size: int, batch: int, neighbors: int) -> int:
-    """About what an LA step holds beside a bank of ``size`` such rows: copy, tiles, lists."""
+    """Estimate the bytes of an LA step beyond a bank of ``size`` such rows: copy, tiles, lists."""
     copied = 0 if bank.product_dtype == bank.rows.dtype else bank.product_dtype.itemsize
     listed = batch * min(neighbors, size)
     threads = torch.get_num_threads() if bank.rows.device.type == "cpu" else 1
@@ -262,7 +256,7 @@ def estimate_search_bytes(bank: SearchableBank, size: int, batch: int, neighbors
 
 
 def cpu_backend_for(rows: Tensor, queries: Tensor | None = None) -> ModuleType | None:
-    """The compiled loops, where they run and pay."""
+    """Return the compiled CPU backend if it runs here and is faster for these tensors."""
     types = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
     fits = (
         rows.device.type == "cpu"
@@ -275,7 +269,7 @@ def cpu_backend_for(rows: Tensor, queries: Tensor | None = None) -> ModuleType |
 
 
 def cuda_backend_for(rows: Tensor, most: int = 512) -> ModuleType | None:
-    """The kernels for NVIDIA's GPUs, where they run: rows of at most so many numbers."""
+    """Return the CUDA backend if it runs here and rows have at most ``most`` numbers."""
     if rows.device.type != "cuda" or rows.dtype == torch.float64:
         return None
     return load_cuda_backend()[0] if rows.shape[1] <= most or not rows.is_floating_point() else None
@@ -289,7 +283,7 @@ def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
 
         cpu_backend.compile_all()
         return cpu_backend, None
-    except Exception as error:  # of numba, LLVM or the folder of compiled code: all the same here
+    except Exception as error:  # numba, LLVM or the cache folder failed
         return None, _cannot("numba", error)
 
 
@@ -307,8 +301,8 @@ def load_cuda_backend() -> tuple[ModuleType | None, str | None]:
 def _cannot(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"{name} does not run here ({reason[0]}); neighbors are searched by torch alone, which"
-        " takes several times as long."
+        f"{name} does not run here ({reason[0]}); torch alone searches neighbors, which takes"
+        " several times as long."
     )
 
 
@@ -320,7 +314,7 @@ def _single(embedding: Tensor) -> Tensor:
 
 
 class _WithGradient(Function):
-    """A value [B] of each query, with its gradient [B, D] in the query known beforehand."""
+    """A value [B] whose gradient [B, D] is already known."""
 
     @staticmethod
     def forward(ctx, embedding: Tensor, value_B: Tensor, gradient_BD: Tensor) -> Tensor:

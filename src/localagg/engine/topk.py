@@ -1,4 +1,4 @@
-"""Which rows are the K largest of all ranks, exactly, without sending rows or similarities.
+"""Select the K largest values of all ranks, exactly, without sending rows or similarities.
 
 The K-th largest value of each query is found digit by digit (a radix selection) on the values' own
 bits: ranks sum histograms of 64 counts a query, 6 at most in float32 and 11 in float64. What goes
@@ -20,7 +20,7 @@ _BUCKETS = 1 << _BITS
 
 
 def ordered(values: Tensor) -> Tensor:
-    """Floats as integers of the same order: their bits, of negative numbers turned around.
+    """Convert floats to integers of the same order: their bits, inverted for negative numbers.
 
     Equal floats are equal integers (-0.0 and 0.0 too). NaN lies beyond the infinities.
 
@@ -36,17 +36,17 @@ def ordered(values: Tensor) -> Tensor:
 
 
 def disordered(keys: Tensor) -> Tensor:
-    """The floats that have these integers; the inverse of :func:`ordered`."""
+    """Convert integers of :func:`ordered` back to floats."""
     kind = {torch.int32: torch.float32, torch.int64: torch.float64}[keys.dtype]
     bits = torch.iinfo(keys.dtype)
     return (keys ^ (keys >> bits.bits - 1 & bits.max)).view(kind)
 
 
 def bounds(world: World, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Two values [B] that the ``count``-th largest of all ranks' lies between, and the second is
-    the largest of all. One all-reduce of [3, B].
+    """Return a lower bound [B] of the ``count``-th largest value of all ranks, and the largest [B].
 
-    A rank with ``count`` values has its least as a lower bound; the least of all is one always.
+    One all-reduce of [3, B]. The least value of a rank with ``count`` values is a lower bound, and
+    so is the least value of all.
 
     Args:
         world: the ranks.
@@ -66,10 +66,10 @@ def bounds(world: World, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def largest(
     world: World, value: Tensor, row: Tensor, count: int, between: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Which of this rank's candidates are among the ``count`` largest of all ranks' candidates.
+    """Return which of this rank's candidates are among the ``count`` largest of all ranks.
 
-    Where several tie at the last place the lowest rows are taken: those of the lowest ranks, as
-    rows are split by range, and of a rank its lowest.
+    Ties at the last place go to the lowest rows. Ranks hold ranges of rows in order, so these are
+    on the lowest ranks.
 
     Collectives: 1 to 6 (float64: to 11) all-reduces of [B, 64] int32, as many as the largest
     difference of ``between`` has digits; and one all-gather of [T] int64 where T > 0 queries have
@@ -100,8 +100,8 @@ def largest(
 def _kth_largest(
     world: World, value: Tensor, count: int, between: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count``-th largest value over all ranks, how many equal to it are still to be taken,
-    and whether there are more of those; all [B] and the same on every rank."""
+    """Return the ``count``-th largest value of all ranks, how many values equal to it belong to the
+    largest, and whether there are more of those; all [B] and the same on every rank."""
     low_B, high_B = ordered(between[0]), ordered(between[1])
     least, most = (high_B - low_B).aminmax()
     width = torch.iinfo(low_B.dtype).bits
@@ -123,17 +123,17 @@ def _kth_largest(
 
 
 def offsets(value: Tensor, low: Tensor) -> Tensor:
-    """How far the integer of each value lies above ``low``.
+    """Return the distance of the integer of each value above ``low``.
 
-    What lies below stands at it: that changes no count above it. Offsets may wrap around; their
-    digits are read as unsigned. (No two floats are as far apart as -1 is then from 0.)
+    Values below ``low`` are clamped to it, which changes no count above it. Offsets may wrap
+    around: their digits are read as unsigned. No two floats are so far apart that an offset is -1.
 
     Args:
         value: float [B, C]; -inf is none.
         low: [B], of :func:`ordered`.
 
     Returns:
-        integers [B, C] in any order of a line; -1 in places of none.
+        integers [B, C] in any order within a line; -1 in unused places.
     """
     if compiled := cpu_backend_for(value.flatten()):
         return compiled.offsets(value, low)
@@ -142,11 +142,11 @@ def offsets(value: Tensor, low: Tensor) -> Tensor:
 
 
 def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tensor:
-    """How many offsets that agree with a prefix have each digit; the others are dropped.
+    """Count the digits of offsets that agree with a prefix; the others are dropped.
 
     Args:
         offset: of :func:`offsets`, changed in place.
-        known: the bits in which they have to agree with the prefix.
+        known: the bits that must agree with the prefix.
         prefix: [B], with no other bits.
         shift: where the digit begins.
 
@@ -165,5 +165,5 @@ def count_digits(offset: Tensor, known: int, prefix: Tensor, shift: int) -> Tens
 
 
 def _shifts(bits: int) -> list[int]:
-    """Where the digits of ``bits`` bits begin, the highest first; the last may overlap."""
+    """Return the lowest bit of each digit of ``bits`` bits, highest first; the last may overlap."""
     return [max(0, top - _BITS) for top in range(bits, 0, -_BITS)]

@@ -52,7 +52,7 @@ class Learner:
                 "unsupported", "Several processes cannot share --device mps; use --device cpu."
             )
         fused = self.device.type in ("cpu", "cuda")  # one pass over weights, gradients, momenta
-        groups = _parameter_groups(self.encoder, config)
+        groups = parameter_groups(self.encoder, config)
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=fused)
         network = torch.compile(self.encoder) if config.compile else self.encoder
         self.network, self.optimizer = self.fabric.setup(network, optimizer)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def make_encoder(config: EncoderConfig, seed: int) -> Encoder:
     return create_encoder(config.model or "resnet18", config.dim, seed=seed, **options)
 
 
-def _parameter_groups(encoder: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(encoder: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
     """Return parameters with weight decay, and those of batch-norm without."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
