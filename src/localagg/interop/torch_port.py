@@ -2,12 +2,13 @@
 
 Its ``checkpoint.pth.tar`` is not a tar but a dict written by ``torch.save``: ``model_state_dict``
 (keys begin with ``module.``), ``memory_bank``, ``cluster_labels``, ``iteration`` and settings. The
-bank and the settings are objects of the port's classes, which are never unpickled: such a file
-must be saved again as tensors.
+bank and the settings are objects of the port's classes; ``weights_only=True`` reads them as
+:class:`_FieldsOnly`, which keeps their fields and runs none of their code.
 """
 
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,32 @@ _COUNTER = "num_batches_tracked"  # batch-norm's; unused, and absent from old fi
 _FIX = "save its model_state_dict (and memory_bank as a tensor) alone with torch.save"
 
 
+class _FieldsOnly:
+    """The fields of an object of a foreign class."""
+
+    def __init__(self, *_: object) -> None:
+        self.fields: dict[str, Any] = {}
+
+    def __setstate__(self, state: object) -> None:
+        self.fields = state if isinstance(state, dict) else {}
+
+
+# The port's files name its bank, its settings, and numpy's arrays of its losses.
+_NUMPY = ("core.multiarray._reconstruct", "core.multiarray.scalar", "ndarray", "dtype")
+_FOREIGN: list[Any] = [
+    (_FieldsOnly, "src.objectives.localagg.MemoryBank"),
+    (OrderedDict, "dotmap.DotMap"),
+    (_FieldsOnly, "builtins.bytes"),
+    *((_FieldsOnly, f"numpy.{name}") for name in _NUMPY),
+    *((_FieldsOnly, f"numpy._{name}") for name in _NUMPY[:2]),
+]
+
+
 def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint of the port, or of a plain state dict.
 
     Only tensors and plain containers are unpickled (``weights_only=True``). A checkpoint is a dict
-    with ``model_state_dict`` or ``state_dict``, and optionally ``memory_bank``, a tensor [N, D],
+    with ``model_state_dict`` or ``state_dict``, and optionally ``memory_bank`` [N, D],
     ``cluster_labels`` [H, N] and ``iteration``.
 
     Returns:
@@ -50,8 +72,10 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not weights:
         raise UserError("unsupported", f"'{path}' holds no state dict; {_FIX}.")
     found = {str(name).removeprefix("module."): _tensor(v, path) for name, v in weights.items()}
-    for name in (_BANK, _CLUSTERS):
-        value = saved.get(name)
+    bank = saved.get(_BANK)
+    if isinstance(bank, _FieldsOnly):
+        bank = bank.fields.get("bank_broadcast")
+    for name, value in ((_BANK, bank), (_CLUSTERS, saved.get(_CLUSTERS))):
         if isinstance(value, (tuple, list)) and value:
             value = value[0]  # the others are copies on other GPUs
         if value is not None:
@@ -63,7 +87,8 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _load(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_FOREIGN):
+            return torch.load(path, map_location="cpu", weights_only=True)
     # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
     except Exception as error:
         text = str(error) or type(error).__name__
