@@ -1,23 +1,79 @@
-"""Examples in the documentation run, and what it names exists."""
+"""Examples in the documentation run, and the names in it exist."""
 
 import dataclasses
 import doctest
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from localagg import config, objectives
+from localagg import config, objectives, pretrain
 from localagg.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def config_of_a_small_run() -> config.PretrainConfig:
+    return config.override(
+        config.PretrainConfig(),
+        model="resnet18_small", width=4, blocks=(1,), image_size=16, epochs=1, ir_epochs=1,
+        batch_size=6, workers=0, device="cpu",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_examples_run(page):
     failed, _ = doctest.testfile(str(page), module_relative=False)
     assert failed == 0
+
+
+def python_blocks(page: Path) -> list[str]:
+    """Python blocks that are programs, not sessions of an interpreter."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if ">>>" not in block]
+
+
+def test_the_python_example_of_the_readme_embeds_a_folder(tmp_path, flat, monkeypatch):
+    """With the run and the folder that it names; rows do not depend on the batch."""
+    config = config_of_a_small_run()
+    pretrain(config, str(flat), tmp_path / "runs" / "mine")
+    shutil.copytree(flat, tmp_path / "my-images")
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(ROOT / "README.md")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    rows = names["rows"]
+    assert rows.shape == (12, config.encoder.dim)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(12))
+    encoder, images = names["load_encoder"]("runs/mine"), torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images)[:2], encoder(images[:2]))
+
+
+def test_the_loop_of_ones_own_learns_on_one_process(tmp_path):
+    """The page on scaling, as torchrun with one process runs it."""
+    (block,) = python_blocks(ROOT / "docs" / "scaling.md")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 128))
+    store = f"file://{tmp_path / 'store'}"
+    block = block.replace('("gloo")', f"('gloo', init_method='{store}', rank=0, world_size=1)")
+    block = block.replace("30_000", "7").replace("4096", "20")
+    names: dict[str, Any] = {
+        "images": 50,
+        "network": lambda views: torch.nn.functional.normalize(network(views), dim=1),
+        "views": torch.rand(8, 3, 2, 2),
+        "index": torch.arange(8),
+        "batch_size": 8,
+    }
+    try:
+        exec(block, names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["loss"].item() > 0
+    assert network[1].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -73,11 +73,12 @@ def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
     sync_to_disk(run.absolute().parent)
 
 
-def read_run(run: Path) -> tuple[PretrainConfig, dict[str, Any]]:
+def read_run(run: str | Path) -> tuple[PretrainConfig, dict[str, Any]]:
     """Return a run's configuration and the facts beside it ("data", "fingerprint", "size").
 
     Raises UserError if it is not a run folder or its configuration is damaged.
     """
+    run = Path(run)
     path = run / "config.json"
     if not path.exists():
         problem = "is not a run folder (no config.json)" if run.exists() else "does not exist"
@@ -272,11 +273,12 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
     save_tensors(path, encoder.state_dict(), metadata)
 
 
-def load_encoder(path: Path) -> Encoder:
-    """Load the encoder of a run folder's latest checkpoint, or of a weights file.
+def load_encoder(path: str | Path) -> Encoder:
+    """Load the encoder of a run folder's latest checkpoint, or of a weights file, in eval mode.
 
     Raises UserError if there is none, localagg did not write it, or it is damaged.
     """
+    path = Path(path)
     if path.is_dir():
         read_run(path)
         path = latest(path) / "model.safetensors"
@@ -288,11 +290,12 @@ def load_encoder(path: Path) -> Encoder:
     with _convert_damage(path):
         encoder = create_encoder(**json.loads(metadata["localagg"]))
         encoder.load_state_dict(load_file(path))
-    return encoder
+    return encoder.eval()
 
 
-def load_views(path: Path) -> ViewConfig | None:
+def load_views(path: str | Path) -> ViewConfig | None:
     """Return the image settings of a run folder or weights file; None if it stores none."""
+    path = Path(path)
     if path.is_dir():
         return read_run(path)[0].views
     views = _read_metadata(path).get("views")
