@@ -119,3 +119,14 @@ def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit):
         parse(COMMANDS[name][0], name, [*words, "-h"])
     assert "--json FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("word", "value"), [("reference", "reference"), ("None", None)])
+def test_a_choice_that_may_be_none_takes_its_values_and_none(word, value):
+    options, _ = parse(COMMANDS["transfer"][0], "transfer", ["run", "--compat", word])
+    assert options.options.compat == value
+
+
+def test_none_among_other_values_of_a_list_is_refused():
+    with user_error("option-invalid", "--clusters: None stands alone"):
+        read("r --clusters None 3")

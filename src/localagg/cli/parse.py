@@ -13,7 +13,7 @@ import itertools
 import textwrap
 import types
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from ..config import (
     EncoderConfig,
@@ -75,6 +75,8 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = None if value == [None] else tuple(value)
+            if None in value and len(value) > 1:
+                raise UserError("option-invalid", f"{flag(name)}: None stands alone.")
     own = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     typed = {name: value for name, value in values.items() if name not in own}
     options = {name: value for name, value in values.items() if name in own}
@@ -157,16 +159,19 @@ def _add_options(
 
 def _argument_type(kind: Any) -> dict[str, Any]:
     """Keywords of ``add_argument`` for a type such as ``int | None`` or ``tuple[float, ...]``."""
-    optional = get_origin(kind) is types.UnionType
+    optional = get_origin(kind) in (types.UnionType, Union)  # Literal[...] | None is a Union
     if optional:
         kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     arms = get_args(kind)
     if get_origin(kind) is Literal:
-        names = [str(arm) for arm in arms]
-        convert = dict(zip(names, arms, strict=True)).get
-        return {"type": lambda word: convert(word, word), "choices": arms}
+        values = {str(arm): arm for arm in arms}
+        metavar = "{" + ",".join(values) + "}"
+        values |= {"None": None} if optional else {}
+        convert = values.get
+        choices = [*values.values()]
+        return {"type": lambda word: convert(word, word), "choices": choices, "metavar": metavar}
     if get_origin(kind) is tuple:
         nargs = "*" if arms[-1] is ... else len(arms)
         return {**_argument_type(arms[0] | None if optional else arms[0]), "nargs": nargs}
