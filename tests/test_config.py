@@ -17,7 +17,7 @@ from localagg.config import (
     require_resolved,
     to_dict,
 )
-from localagg.config.fields import REMOVED
+from localagg.config.fields import REMOVED, removed_options
 
 INVALID = [
     (PretrainConfig, {"epochs": -1}),
@@ -68,11 +68,11 @@ def test_a_configuration_survives_json():
     assert from_dict(PretrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_removed_options_load_if_they_hold_their_default():
-    for name, default in REMOVED.items():
-        assert from_dict(PretrainConfig, {name: default}) == PretrainConfig()
-        with user_error("option-unknown", name):
-            from_dict(PretrainConfig, {name: "used"})
+def test_removed_options_of_stored_runs_are_skipped_and_reported_if_changed():
+    stored = {"views": {"nvjpeg": True}, "objective": {"recluster_delay": 0}}
+    assert from_dict(PretrainConfig, stored) == PretrainConfig()
+    assert removed_options(stored) == {"nvjpeg": True}
+    assert removed_options(REMOVED) == {}
 
 
 def test_override_replaces_options_of_every_level_and_keeps_the_rest():

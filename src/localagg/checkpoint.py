@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .bank import MemoryBank
-from .config import PretrainConfig, ViewConfig, from_dict, to_dict
+from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
 from .distributed.collectives import World
 from .errors import UserError
 from .io.files import atomic_write, sync_to_disk, write_synced
@@ -74,7 +74,8 @@ def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
 
 
 def read_run(run: str | Path) -> tuple[PretrainConfig, dict[str, Any]]:
-    """Return a run's configuration and the facts beside it ("data", "fingerprint", "size").
+    """Return a run's configuration and the facts beside it ("data", "fingerprint", "size",
+    "removed": options of earlier versions that it changed).
 
     Raises UserError if it is not a run folder or its configuration is damaged.
     """
@@ -85,7 +86,8 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, dict[str, Any]]:
         raise UserError("not-found", f"'{run}' {problem}; pass the --out of an earlier pretrain.")
     with _convert_damage(path):
         facts = json.loads(path.read_text())
-        return from_dict(PretrainConfig, facts.pop("config")), facts
+        stored = facts.pop("config")
+        return from_dict(PretrainConfig, stored), {**facts, "removed": removed_options(stored)}
 
 
 @contextlib.contextmanager

@@ -188,6 +188,12 @@ def test_resume_refuses_other_data_and_other_options(tmp_path, pictures):
         resume(run, data=str(pictures))
     with user_error("mismatch", run, "--epochs", "9"):
         resume(run, override(QUICK, epochs=9), typed=["epochs"])
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["objective"]["recluster_delay"] = 5  # by an earlier version
+    (run / "config.json").write_text(json.dumps(stored))
+    assert checkpoint.read_run(run)[0].epochs == 1  # measurements go on
+    with user_error("unsupported", run, "--recluster-delay 5"):
+        resume(run)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

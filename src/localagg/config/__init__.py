@@ -6,6 +6,7 @@ from .fields import (
     option_names,
     option_value,
     override,
+    removed_options,
     require_resolved,
     to_dict,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "option_names",
     "option_value",
     "override",
+    "removed_options",
     "require_resolved",
     "to_dict",
 ]

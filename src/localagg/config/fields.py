@@ -9,7 +9,7 @@ from ..errors import UserError, suggest
 T = TypeVar("T")
 
 REMOVED = {"nvjpeg": False, "recluster_delay": 0}
-"""Options of earlier versions and their defaults. Stored configurations with these values load."""
+"""Options of earlier versions and their defaults. Finished runs that used them can be measured."""
 
 
 def flag(name: str) -> str:
@@ -31,7 +31,7 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        if name in REMOVED and name not in fields and value == REMOVED[name]:
+        if name in REMOVED and name not in fields:
             continue
         if name not in fields:
             hint = suggest(name, fields)
@@ -41,6 +41,17 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
             value = from_dict(nested, value)  # type: ignore[arg-type]
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
+
+
+def removed_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the :data:`REMOVED` options that a stored configuration changed, with their values."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= removed_options(value)
+        elif name in REMOVED and value != REMOVED[name]:
+            found[name] = value
+    return found
 
 
 def override(config: T, **options: Any) -> T:

@@ -125,7 +125,7 @@ def resume(
     run = Path(out)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
-        settings = continue_settings(run, stored, config, typed)
+        settings = continue_settings(run, stored, config, typed, facts["removed"])
         place = data or str(facts["data"])
         source = world.rank_zero_first(lambda: open_images(place))
         if source.fingerprint() != facts["fingerprint"]:

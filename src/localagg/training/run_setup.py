@@ -20,7 +20,11 @@ _FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may
 
 
 def continue_settings(
-    run: Path, stored: PretrainConfig, now: PretrainConfig | None, typed: Iterable[str]
+    run: Path,
+    stored: PretrainConfig,
+    now: PretrainConfig | None,
+    typed: Iterable[str],
+    removed: dict[str, Any],
 ) -> PretrainConfig:
     """Return the settings of a resumed run: its own, with those replaced that may change.
 
@@ -29,10 +33,17 @@ def continue_settings(
         stored: its settings.
         now: the settings that the user gave.
         typed: names of the options in ``now`` that the user set.
+        removed: options of earlier versions that the run changed.
 
     Raises:
-        UserError: an option that a resumed run keeps.
+        UserError: an option that a resumed run keeps, or that this version no longer has.
     """
+    for name, value in removed.items():
+        raise UserError(
+            "unsupported",
+            f"'{run}' runs with {flag(name)} {value}, which this version no longer has; resume it"
+            " with the version that began it, or start a new run with another --out.",
+        )
     for name in typed:
         value, before = option_value(now, name), option_value(stored, name)
         if name in _FREE:
