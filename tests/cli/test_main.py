@@ -1,5 +1,6 @@
 """Exit statuses and messages of the command line; commands are in test_commands.py."""
 
+import os
 import subprocess
 import sys
 
@@ -140,3 +141,15 @@ def test_an_exception_becomes_an_exit_status(error, status, named, monkeypatch, 
     else:
         assert cli.main(["recipes"]) == status
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["pretrain", "folder", "--help"]])
+def test_a_closed_pipe_ends_a_command_quietly(words):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "localagg", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""

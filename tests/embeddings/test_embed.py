@@ -22,7 +22,7 @@ from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed, weights_digest, write_embeddings
 from localagg.embeddings.table_writer import open_writer
 from localagg.models import create_encoder
-from localagg.recipes.defaults import resolve_defaults
+from localagg.recipes.derived_settings import resolve_defaults
 
 
 @pytest.fixture(scope="module")

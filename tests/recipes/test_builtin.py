@@ -6,7 +6,7 @@ from expect import user_error
 
 from localagg.config import override
 from localagg.recipes.builtin import RECIPES, readout_recipe, recipe
-from localagg.recipes.defaults import resolve_defaults
+from localagg.recipes.derived_settings import resolve_defaults
 from localagg.recipes.schedule import Schedule
 from localagg.training.learner import make_encoder
 

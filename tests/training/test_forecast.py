@@ -4,7 +4,7 @@ import torch
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
-from localagg.recipes.defaults import resolve_defaults
+from localagg.recipes.derived_settings import resolve_defaults
 from localagg.training.forecast import forecast
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain

@@ -2,11 +2,13 @@
 
 Results go to stdout and to ``--json FILE``, progress and messages to stderr. Exit statuses: 0 done;
 1 internal error, please report it; 2 invalid use or environment error (disk full, no permission),
-one sentence with the fix; 75 saved and stopped by SIGTERM or SIGUSR1; 130 stopped by Ctrl-C. In a
-job of several processes one reports the error, and all exit with its status.
+one sentence with the fix; 75 saved and stopped by SIGTERM or SIGUSR1; 130 stopped by Ctrl-C; 141
+the reader of a pipe left. In a job of several processes one reports the error, and all exit with
+its status.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _convert_worker_death():
             _run_command(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
     except UserError as error:
         return _report(str(error), 2)
     except Interrupted as stopped:
@@ -37,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         return ended.status
     except KeyboardInterrupt:
         return _report("stopped.", 130)
+    except BrokenPipeError:  # the reader left, as in ``localagg results RUN | head``
+        with open(os.devnull, "w") as devnull:  # for Python's own flush at exit
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
+        return 128 + 13  # the status of a program that SIGPIPE ends
     except OSError as error:  # disk full, no permission
         if error.filename is None:
             raise

@@ -24,7 +24,7 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 from .table import DTYPES, path_text
 from .table_writer import open_writer
 

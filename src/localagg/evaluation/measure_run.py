@@ -29,7 +29,7 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..models import Encoder
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 from .cluster_metrics import cluster_scores
 from .knn import VOTES, knn_accuracy, retrieval_scores
 from .knn_queries import EmbeddedQueries, QuerySelection, embed_queries, select_queries

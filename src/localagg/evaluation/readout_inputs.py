@@ -19,7 +19,7 @@ from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..errors import UserError
 from ..models import Encoder
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 from .results.protocols import default_drops
 
 _BATCH = 256  # views at a time

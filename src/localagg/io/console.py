@@ -36,6 +36,13 @@ def notify(message: str) -> None:
     console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
 
+class _TableConsole(Console):
+    """A console that leaves a closed pipe to the command line; rich would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on stdout, the first column aligned left, the others right."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -43,7 +50,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(_escaped(column), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_escaped, row))
-    Console().print(table)
+    _TableConsole().print(table)
 
 
 def _escaped(text: str) -> str:

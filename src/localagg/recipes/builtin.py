@@ -42,7 +42,7 @@ _CIFAR10 = PretrainConfig(
 
 RECIPES: dict[str, Recipe[PretrainConfig]] = {
     # localagg pretrain folder --data IMAGES --out RUN
-    # defaults.py derives all that depends on the number and size of the images.
+    # derived_settings.py derives all that depends on the number and size of the images.
     "folder": Recipe(
         PretrainConfig(),
         about="any images: K, clusters, epochs, batch and network follow their number and size",

@@ -15,7 +15,7 @@ from ..data.loading.scan import require_readable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
 from ..io.files import atomic_write
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 
 _COLUMNS = 8  # the evaluation view, and those of seven epochs
 _SMALL = 96  # pixels; smaller views are enlarged by a whole number

@@ -21,7 +21,7 @@ from ..io.console import notify
 from ..io.metrics_log import read_metrics
 from ..models import Encoder
 from ..recipes.builtin import recipe
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 from ..training.learner import Learner
 from ..training.loop import pretrain
 from .charts import curves, embedding_map, health_curves

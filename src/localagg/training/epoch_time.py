@@ -15,7 +15,7 @@ from ..data.loading.scan import typical_side
 from ..data.loading.workers import map_in_workers
 from ..data.sources.open import Source, open_images
 from ..engine.counter_rng import ORDER, permutation
-from ..recipes.defaults import resolve_defaults
+from ..recipes.derived_settings import resolve_defaults
 from .learner import Learner
 from .step import take_step
 from .time_shares import TimeShares

@@ -10,7 +10,7 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
-from ..recipes.defaults import explain_defaults, resolve_defaults
+from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import make_encoder
 

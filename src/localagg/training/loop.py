@@ -1,7 +1,8 @@
 """The training loop: IR for the first epochs, then LA. One straight function, sections in order.
 
 Precedence of settings: an option set by hand, then the recipe's, then the rule that derives the
-rest from the images (``recipes.defaults``). A resumed run takes all of them from its folder.
+rest from the images (``recipes.derived_settings``). A resumed run takes all from its folder. The
+path of a batch begins in ``data.loading`` and continues in ``step.take_step``.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from ..engine.search import missing_backend_note
 from ..errors import UserError
 from ..evaluation.online_knn import OnlineKnn
 from ..io.console import notify
-from ..recipes.defaults import explain_defaults, resolve_defaults
+from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import Learner
 from .recorder import START, WAITING, Recorder
@@ -160,7 +161,7 @@ def _how_to_resume(run: Path) -> str:
 def _train(
     run: Path, feed: Feed, learner: Learner, evaluate: OnlineKnn, progress: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train to the end of the schedule. ``take_step`` has the path of a batch."""
+    """Train to the end of the schedule."""
     config = learner.config
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))

@@ -23,7 +23,7 @@ from localagg.evaluation.results.results_file import append_result
 from localagg.evaluation.results.results_table import compare, tables
 from localagg.models import create_encoder
 from localagg.recipes.builtin import readout_recipe
-from localagg.recipes.defaults import resolve_defaults
+from localagg.recipes.derived_settings import resolve_defaults
 
 _ENTRIES = st.builds(
     entry,

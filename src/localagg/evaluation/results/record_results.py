@@ -7,7 +7,7 @@ from ...checkpoint import load_views
 from ...config import PretrainConfig, ViewConfig
 from ...data.loading.scan import typical_side
 from ...data.sources.open import Source, open_evaluation, open_images
-from ...recipes.defaults import resolve_defaults
+from ...recipes.derived_settings import resolve_defaults
 from .protocols import knn_protocol, view_fields
 from .published import dataset_name
 from .results_file import append_result, read_results

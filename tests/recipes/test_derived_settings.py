@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
-from localagg.recipes.defaults import derived_options, explain_defaults, resolve_defaults
+from localagg.recipes.derived_settings import derived_options, explain_defaults, resolve_defaults
 
 
 @given(st.integers(1, 3_000_000), st.integers(8, 500))
