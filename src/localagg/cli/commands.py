@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import (
+    clusters,
     demo,
     embed,
     import_tf,
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {
     "pretrain": (pretrain.Pretrain, pretrain.run),
     "knn": (knn.Knn, knn.run),
     "transfer": (transfer.Transfer, transfer.run),
+    "clusters": (clusters.Clusters, clusters.run),
     "embed": (embed.Embed, embed.run),
     "search": (search.Search, search.run),
     "results": (results.Results, results.run),

@@ -1,0 +1,76 @@
+"""Open the embeddings of a run or table, and the images that they came from."""
+
+from pathlib import Path
+
+from ..checkpoint import load_encoder, read_run, weights_digest
+from ..data.sources.open import Source, open_images
+from ..errors import UserError
+from ..io.console import notify
+from .embed import write_embeddings
+from .table import EmbeddingTable
+
+RUN_TABLE = "embeddings.parquet"
+
+
+def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> EmbeddingTable:
+    """Open a table of embeddings.
+
+    A run's table holds the embeddings of the central views of its training images. They are
+    computed at the first call, and again after the weights or the images changed.
+
+    Args:
+        path: table written by ``localagg embed``, or run folder.
+        workers: processes that decode.
+
+    Raises:
+        UserError: no such table or run, a damaged one, or images of a run that are missing.
+        Interrupted: Ctrl-C; finished batches are kept.
+    """
+    if isinstance(path, EmbeddingTable):
+        return path
+    run = Path(path)
+    if not run.is_dir():
+        return EmbeddingTable(run)
+    data, file = read_run(run)[1]["data"], run / RUN_TABLE
+    digest = weights_digest(load_encoder(run))
+    known = _open_unless_stale(file, digest)
+    try:
+        source = open_images(data)
+    except UserError as error:
+        if known is not None:  # the table needs no images
+            return known
+        raise UserError(
+            error.code,
+            f"The images of '{run}' cannot be opened: {error} If they moved, run localagg embed"
+            f" {run} --data URI --out FILE.parquet, and name that file instead of the run.",
+        ) from None
+    if known is None or known.facts["fingerprint"] != source.fingerprint():
+        notify(f"Embedding the {len(source):,} images of '{run}' once, into '{file}'.")
+        write_embeddings(run, data, file, workers=workers)
+        known = EmbeddingTable(file)
+    return known
+
+
+def _open_unless_stale(file: Path, digest: str) -> EmbeddingTable | None:
+    try:
+        table = EmbeddingTable(file)
+    except UserError:  # missing, damaged or of another version
+        return None
+    return table if table.facts["weights_digest"] == digest else None
+
+
+def open_table_images(table: EmbeddingTable) -> Source:
+    """Open the images of a table; its column ``index`` counts them.
+
+    Raises:
+        UserError: they moved, or changed since they were embedded.
+    """
+    data, facts = table.facts.get("data"), table.facts
+    if data is None:
+        raise UserError("unsupported", f"'{table.path}' names no images; embed them again.")
+    source = open_images(data, facts.get("split", "train"))
+    if source.fingerprint() != facts.get("fingerprint"):
+        raise UserError(
+            "mismatch", f"'{data}' changed since '{table.path}' was written; embed it again."
+        )
+    return source
