@@ -37,9 +37,13 @@ def launch(words: list[str], processes: int, run: str) -> None:
         run: the run folder, for messages.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or the system is Windows.
         ReportedElsewhere: a process failed or was interrupted, and has reported the reason.
     """
+    if os.name == "nt":
+        raise UserError(
+            "unsupported", "--processes needs Linux or macOS; on Windows remove the option."
+        )
     server = loopback_store()
     children: list[subprocess.Popen] = []
     with _forward_signals(children) as forwarded:

@@ -13,7 +13,9 @@ from types import FrameType
 from ..errors import Interrupted
 from ..io.console import notify
 
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+_STATUSES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75}
+# Windows has no SIGUSR1.
+EXIT_STATUS = {getattr(signal, n): s for n, s in _STATUSES.items() if hasattr(signal, n)}
 
 
 class StopRequest:

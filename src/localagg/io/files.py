@@ -33,12 +33,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file, or the entries of a folder, to disk; Windows opens no folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_at(file: int, length: int, offset: int) -> bytes:
+    """Read up to ``length`` bytes of an open file at an offset. Windows has no ``os.pread``."""
+    if hasattr(os, "pread"):
+        return os.pread(file, length, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, length)
 
 
 def write_synced(

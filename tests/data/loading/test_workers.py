@@ -1,6 +1,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +15,7 @@ from localagg.config import ViewConfig
 from localagg.data.loading.loader import Feed
 from localagg.data.loading.workers import convert_worker_death, map_in_workers
 from localagg.data.sources.open import open_images
+from localagg.errors import UserError
 
 
 def tensor(number):
@@ -60,3 +64,76 @@ def test_other_errors_pass_through():
         results.throw(ConnectionResetError())  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RuntimeError, match="of the network"), convert_worker_death():
         raise RuntimeError("of the network")
+
+
+def large(number):
+    return torch.full((2_000_000,), number, dtype=torch.uint8), {number: "its name"}
+
+
+SMALL_SHARED_MEMORY = """
+import sys
+sys.path[:0] = {path}
+from localagg.data.loading.workers import map_in_workers
+import test_workers
+for number, (values, names) in enumerate(map_in_workers(test_workers.large, range(30), 2)):
+    assert (values == number).all() and names == {{number: "its name"}}
+print("all")
+"""
+
+
+def test_batches_larger_than_shared_memory_arrive(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SMALL_SHARED_MEMORY.format(path=[os.path.dirname(__file__), *sys.path]))
+    mount = "mount -t tmpfs -o size=5m tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm needs root")
+    command = f"{mount} && exec {sys.executable} {script}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, timeout=60)
+    assert done.stdout == b"all\n", done.stderr
+
+
+def raise_memory_error(number):
+    if number == 3:
+        raise MemoryError("4 GiB are too many")
+    return number
+
+
+def raise_user_error(number):
+    raise UserError("damaged", "the second of two arguments")
+
+
+def exit_early(number):
+    os._exit(7)
+
+
+def unsent(number):
+    return threading.Lock()  # cannot be pickled
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "values"),
+    [
+        (raise_memory_error, "worker-died", ["MemoryError", "4 GiB", "--workers 0"]),
+        (raise_user_error, "damaged", ["the second of two"]),
+        (exit_early, "worker-died", ["status 7", "--workers 0"]),
+        (unsent, "worker-died", ["send", "--workers"]),
+    ],
+)
+def test_a_failing_worker_is_one_error_with_its_cause(function, code, values):
+    with user_error(code, *values):
+        list(map_in_workers(function, range(8), 2))
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "from localagg.data.loading.workers import map_in_workers\n"
+        "list(map_in_workers(len, [[1], [2]], 1))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=60, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError" in last
+    assert '__name__ == "__main__"' in last

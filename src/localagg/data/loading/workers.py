@@ -5,35 +5,102 @@ import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.queues
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...errors import UserError
+from ...errors import Code, UserError
 from ...io.machine import keep_freed_memory
 
 _TORCH_MESSAGES = ("DataLoader worker", "Pin memory thread exited")
+_CANNOT_SEND = 71  # EX_OSERR of sysexits.h
+_GUARD = (
+    "A worker process ended while it started. On this system each worker runs the script again:"
+    ' put the calls below if __name__ == "__main__":, or use workers=0.'
+)
 T = TypeVar("T")
 
 
+class _Unshared(NamedTuple):
+    """A tensor that shared memory had no room for; the pipe to the main process carries it."""
+
+    array: np.ndarray
+
+
+class _Failure(NamedTuple):
+    """Code and message of the UserError that a worker's exception becomes."""
+
+    code: Code
+    message: str
+
+
 class _Results(Dataset):
-    def __init__(self, function: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
-        self.function, self.inputs = function, inputs
+    def __init__(self, function: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> None:
+        self.function, self.inputs, self.workers = function, inputs, workers
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, number: int) -> Any:
-        return self.function(self.inputs[number])
+        if not self.workers:
+            return self.function(self.inputs[number])
+        try:
+            return _map_leaves(_share, self.function(self.inputs[number]))
+        except UserError as error:
+            return _Failure(error.code, str(error))
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            name = "".join(traceback.format_exception_only(error)).strip()
+            return _Failure(
+                "worker-died",
+                f"A worker process failed at {place}: {name}; use --workers 0 for a full report.",
+            )
+
+
+def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to each value in tuples, except in dicts, which hold no tensors."""
+    if isinstance(value, tuple) and not isinstance(value, _Unshared | _Failure):
+        parts = [_map_leaves(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return function(value)
+
+
+def _share(value: Any) -> Any:
+    """Move a tensor to shared memory, or return its values where /dev/shm is full.
+
+    Docker gives 64 MB by default. torch would try in a thread that sends results, where a failure
+    loses the result, and the main process waits for it forever (pytorch #5040).
+    """
+    if isinstance(value, Tensor):
+        try:
+            value.share_memory_()
+        except (RuntimeError, OSError):
+            return _Unshared(value.numpy())
+    return value
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _received(value: Any) -> Any:
+    return torch.from_numpy(value.array) if isinstance(value, _Unshared) else value
 
 
 def map_in_workers(
@@ -50,26 +117,33 @@ def map_in_workers(
         pin: return tensors in page-locked memory, from which CUDA copies while it computes.
 
     Raises:
-        UserError: a worker has died.
+        UserError: the function raised an exception in a worker, or a worker has died.
     """
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError("worker-died", _GUARD)  # a worker runs the user's script at its start
     keep_freed_memory()  # workers inherit the setting
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about more workers than cores: workers wait for disks too
         loader = DataLoader(
-            _Results(function, inputs),
+            _Results(function, inputs, workers),
             batch_size=None,
+            collate_fn=_unchanged,  # torch's would make tensors of arrays
             num_workers=workers,
             worker_init_fn=_initialize_worker,
             prefetch_factor=4 if workers else None,
             pin_memory=pin,
         )
         others = set(multiprocessing.active_children())
-        results = iter(loader)
-    started = set(multiprocessing.active_children()) - others
+    started: set[BaseProcess] = set()
     at_exit = functools.partial(_kill, started)
     atexit.register(at_exit)
     with convert_worker_death(started):
-        yield from results
+        results = iter(loader)
+        started |= set(multiprocessing.active_children()) - others
+        for result in results:
+            if isinstance(result, _Failure):
+                raise UserError(*result)
+            yield _map_leaves(_received, result)
     atexit.unregister(at_exit)
 
 
@@ -98,18 +172,45 @@ def convert_worker_death(workers: Iterable[BaseProcess] = ()) -> Iterator[None]:
             raise
         # Report one death once: torch's handler would raise again, wherever this thread is then.
         # A later loop still notices deaths, because it polls its workers while it waits.
+        _ignore_deaths()
+        raise UserError("worker-died", _cause_of_death(str(error), workers)) from None
+
+
+def _ignore_deaths() -> None:
+    """Remove torch's handler, which raises when a worker dies."""
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise UserError(
-            "worker-died",
-            "A worker process that reads images was killed, most often because memory (or /dev/shm)"
-            " ran out; use fewer --workers, or --workers 0 to read in the main process.",
-        ) from None
+
+
+def _cause_of_death(message: str, workers: Iterable[BaseProcess]) -> str:
+    """Return what ended a worker, and the way out, by torch's message or its exit status."""
+    if found := re.search(r"exit code (\d+)", message):
+        status = int(found[1])
+    else:
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], 1)
+        status = next((worker.exitcode for worker in workers if worker.exitcode), -1)
+    if status == _CANNOT_SEND:
+        return (
+            "A worker process could not send its images to the main process (its message is above);"
+            " use fewer --workers, or --workers 0 to read in the main process."
+        )
+    if status > 0 and multiprocessing.get_start_method() != "fork":
+        return _GUARD
+    if status > 0:
+        return (
+            f"A worker process that reads images exited with status {status}; use --workers 0 to"
+            " read in the main process and see why."
+        )
+    return (
+        "A worker process that reads images was killed, most often because memory ran out;"
+        " use fewer --workers, or --workers 0 to read in the main process."
+    )
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
     """Kill the workers of a loop that an error ended. They ignore SIGTERM, by which Python would
     end them at exit, so that it would wait forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report these deaths
+    _ignore_deaths()
     for worker in workers:
         if worker.is_alive():
             worker.kill()
@@ -117,10 +218,19 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 def _initialize_worker(_: int) -> None:
     """Leave Ctrl-C and a scheduler's signals to the parent process, and end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = _skip_lost_connections
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # pyright: ignore
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_unsent(error: BaseException, _: Any) -> None:
+    """End the worker if its result cannot be sent: the main process would wait for it forever."""
+    sys.stderr.write(f"localagg: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(_CANNOT_SEND)
 
 
 def _end_with_parent() -> None:

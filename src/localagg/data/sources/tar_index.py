@@ -22,6 +22,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...io.console import notify
+from ...io.files import read_at
 from .file_index import POSITIONS, Columns, cached_index, damaged, scan_files
 from .image_files import EXTENSIONS
 from .labels import number_labels
@@ -95,9 +96,9 @@ def _members(path: Path) -> Iterator[_Member]:
             at = archive.offset
             if member.isreg():
                 start, length = member.offset_data, member.size
-                header = os.pread(file.fileno(), BLOCK, start - BLOCK)
+                header = read_at(file.fileno(), BLOCK, start - BLOCK)
                 holds_label = split_name(member.name)[1] in LABEL_KINDS and length <= _TEXT_LIMIT
-                label = os.pread(file.fileno(), length, start) if holds_label else b""
+                label = read_at(file.fileno(), length, start) if holds_label else b""
                 yield _Member(member.name, start, length, crc32(header), label)
         _check_end_mark(path, file, at)
 

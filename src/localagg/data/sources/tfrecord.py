@@ -41,7 +41,7 @@ class TFRecords(IndexedFiles):
             UserError: the record was damaged or replaced since the index was built.
         """
         path, offset, length = self.position(index)
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             example, _, _ = read_example(file, path, offset, length)
         finally:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...io.crc32c import masked_crc32c
+from ...io.files import read_at
 from .file_index import POSITIONS, Columns, cached_index, damaged, scan_files
 from .labels import number_labels
 from .tf_example import BadExample, ImageExample, parse_example
@@ -43,7 +44,7 @@ def read_example(
     Raises:
         UserError: the file is damaged or cut off there, or the record holds something else.
     """
-    record = os.pread(file, length + 16, offset)
+    record = read_at(file, length + 16, offset)
     if len(record) < 12:
         raise damaged(path, offset, "the file ends inside the record's header")
     length, check = struct.unpack_from("<QI", record)
@@ -54,7 +55,7 @@ def read_example(
         raise damaged(path, offset, f"a record of {length:,} bytes is no image")
     if len(record) != length + 16:
         fits = offset + length + 16 <= os.fstat(file).st_size
-        record = os.pread(file, length + 16, offset) if fits else b""
+        record = read_at(file, length + 16, offset) if fits else b""
     if len(record) < length + 16:
         raise damaged(path, offset, "the file ends inside the record")
     data, crc = record[12:-4], int.from_bytes(record[-4:], "little")
