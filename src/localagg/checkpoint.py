@@ -270,6 +270,7 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
     ``views`` are the image settings of its training, which measurements repeat.
     """
     metadata = {"localagg": json.dumps(encoder.spec)}
+    metadata["normalization"] = json.dumps(to_dict(encoder.normalization))
     if views is not None:
         metadata["views"] = json.dumps(to_dict(views))
     save_tensors(path, encoder.state_dict(), metadata)

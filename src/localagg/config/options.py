@@ -20,6 +20,9 @@ class EncoderConfig:
     Default: resnet18_small for images up to 64 pixels, else resnet18."""
     dim: int = 128
     """Dimension of the embedding."""
+    weights: str | None = None
+    """Weights to start from: a .safetensors or .pth file, a run folder, or pretrained (timm's or
+    torchvision's, from their cache or by download). Default: random weights."""
     width: int = 64
     """resnet18_small: channels of the first stage; each further stage doubles them."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)

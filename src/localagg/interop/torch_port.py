@@ -19,7 +19,7 @@ from ..bank import MemoryBank
 from ..errors import UserError
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
-from ..models.torchvision_resnet import TorchvisionResNet
+from ..models.torchvision_resnet import TorchvisionResNet, library_name
 from .tf_variables import LoadReport, check_bank, shape_error, warn_missing
 
 NETWORKS = ("preact_resnet18", "resnet18", "resnet50")
@@ -180,8 +180,8 @@ def _map_names(encoder: Encoder, targets: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _torchvision_name(key: str) -> str:
-    key = key.replace("backbone.stem.0.", "conv1.").replace("backbone.stem.1.", "bn1.")
-    key = re.sub(r"^backbone\.stages\.(\d)\.", lambda stage: f"layer{int(stage[1]) + 1}.", key)
+    if key.startswith("backbone."):
+        return library_name(key.removeprefix("backbone."))
     return re.sub(r"^head\.", "fc.", key)
 
 

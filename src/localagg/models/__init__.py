@@ -1,6 +1,16 @@
 """Encoders: images in, unit rows out. One file for each architecture, listed in BACKBONES."""
 
-from .backbone import Compat
+from .backbone import Compat, Normalization
 from .encoder import BACKBONES, Encoder, available_models, create_encoder
+from .weights import WeightsReport, load_weights
 
-__all__ = ["BACKBONES", "Compat", "Encoder", "available_models", "create_encoder"]
+__all__ = [
+    "BACKBONES",
+    "Compat",
+    "Encoder",
+    "Normalization",
+    "WeightsReport",
+    "available_models",
+    "create_encoder",
+    "load_weights",
+]

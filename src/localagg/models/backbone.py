@@ -1,6 +1,7 @@
 """The interface of all backbones, and how the reference pools, flattens and initializes."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,20 @@ Compat = Literal["reference"]
 _POOL_BY_2, _POOL_BY_4 = 200_000, 800_000
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """The images that a network was made for; by default those of ImageNet's usual networks."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel of pixels in 0-1; the encoder subtracts it."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Deviation of each channel; the encoder divides by it."""
+    interpolation: str = "bilinear"
+    """Resize filter of its training. For information: views are resized by --augmentation."""
+    image_size: int = 224
+    """Side of its training images in pixels."""
+
+
 class Backbone(nn.Module):
     """A network without its embedding head.
 
@@ -26,6 +41,22 @@ class Backbone(nn.Module):
     """Size of the vector that the head reads."""
     layers: Sequence[str]
     """Names of the maps, from first to last."""
+    normalization = Normalization()
+    """The images that the network was made for."""
+
+    def published_names(self, keys: Iterable[str]) -> list[dict[str, str]]:
+        """Return the namings {key of the state dict: name in files of the network's library}."""
+        return []
+
+    def pretrained_weights(self) -> dict[str, Tensor]:
+        """Return the weights that the network's library offers, from its cache or by download.
+
+        Raises:
+            UserError: there are none, or they are neither in the cache nor reachable.
+        """
+        raise UserError(
+            "unsupported", "This network has no pretrained weights; use --weights FILE or RUN."
+        )
 
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, map [B, C, H, W]) from first to last, each computed on demand.
@@ -65,6 +96,16 @@ class Backbone(nn.Module):
 
     def initialize_head(self, head: nn.Linear) -> None:
         """Set the head's initial weights; the default keeps torch's."""
+
+
+def download_error(model: str, error: Exception) -> UserError:
+    """Return the error for pretrained weights that cannot be had."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return UserError(
+        "not-found",
+        f"The pretrained weights of {model} are not in the cache and cannot be downloaded"
+        f" ({reason}); load them elsewhere and use --weights FILE.",
+    )
 
 
 def image_size_error(size: Sequence[int], model: str, sides: str, rest: str) -> UserError:

@@ -1,6 +1,7 @@
 """The encoder: a backbone, an embedding head, and normalization of pixels and embeddings."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, suggest
 from .alexnet import AlexNet
-from .backbone import Backbone, Compat
+from .backbone import Backbone, Compat, Normalization
 from .preact_resnet import preact_resnet18, preact_resnet50
 from .small_resnet import SmallResNet
 from .timm_backbone import TimmBackbone
@@ -30,8 +31,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 class Encoder(nn.Module):
     """A backbone and an embedding head with bias, which maps images to unit rows.
 
-    The encoder normalizes pixels itself (ImageNet's mean and deviation, as in the reference), so
-    that images are passed as they are and weights files are complete.
+    The encoder normalizes pixels itself, so that images are passed as they are and weights files
+    are complete. Mean and deviation are ImageNet's, as in the reference; timm's networks have
+    their own.
     """
 
     mean: Tensor
@@ -46,8 +48,17 @@ class Encoder(nn.Module):
             self.hidden = nn.Sequential(nn.Linear(backbone.channels, backbone.channels), nn.ReLU())
         self.head = nn.Linear(backbone.channels, dim)
         backbone.initialize_head(self.head)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        usual = backbone.normalization
+        self.register_buffer("mean", torch.tensor(usual.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(usual.std).view(1, 3, 1, 1))
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and deviation of the pixels, and the images that the backbone was made for."""
+        mean, std = (
+            tuple(round(v, 6) for v in b.flatten().tolist()) for b in (self.mean, self.std)
+        )
+        return replace(self.backbone.normalization, mean=mean, std=std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return unit rows [B, dim], float32 (float64 from float64 weights).

@@ -1,12 +1,13 @@
 """Any network of timm as a backbone: ``timm:NAME``. Needs the extra ``localagg[timm]``."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError, suggest
-from .backbone import Backbone
+from .backbone import Backbone, Normalization, download_error
 
 
 class TimmBackbone(Backbone):
@@ -40,12 +41,14 @@ class TimmBackbone(Backbone):
                 raise UserError(
                     "unsafe", f"timm:{name} starts from random weights; leave out '{option}'."
                 )
+        self.name, self.options = name, options
         # Any: the networks of timm have these attributes, but no common type that declares them.
         self.model: Any = timm.create_model(name, num_classes=0, **options)
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(
                 "unsupported", f"timm:{name} does not return its inner maps; use another network."
             )
+        self.normalization = _normalization(self.model.pretrained_cfg)
         self.channels = getattr(self.model, "head_hidden_size", self.model.num_features)
         self.layers = [str(layer) for layer in range(len(self.model.feature_info))]
 
@@ -60,6 +63,22 @@ class TimmBackbone(Backbone):
         found = self._call(forward, x, indices=wanted, stop_early=True, intermediates_only=True)
         return {self.layers[n]: map_BCHW for n, map_BCHW in zip(wanted, found, strict=True)}
 
+    def published_names(self, keys: Iterable[str]) -> list[dict[str, str]]:
+        """Return timm's naming."""
+        return [{key: key.removeprefix("model.") for key in keys}]
+
+    def pretrained_weights(self) -> dict[str, Tensor]:
+        """Return the weights of this name at timm, in its naming."""
+        import timm
+
+        try:
+            with _cache_alone_if_offline():
+                model = timm.create_model(self.name, pretrained=True, num_classes=0, **self.options)
+        # No network, a proxy, no such weights, a damaged file: any error of timm, its hub, torch.
+        except Exception as error:
+            raise download_error(f"timm:{self.name}", error) from None
+        return model.state_dict()
+
     def _call(self, function: Any, x: Tensor, **arguments: Any) -> Any:
         try:
             return function(x, **arguments)
@@ -68,3 +87,31 @@ class TimmBackbone(Backbone):
                 "mismatch",
                 f"This network of timm does not take images of {x.shape[2]}x{x.shape[3]}: {error}",
             ) from None
+
+
+@contextlib.contextmanager
+def _cache_alone_if_offline() -> Iterator[None]:
+    """Stop the Hub's client from trying for a minute where there is no network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of whatever HTTP library the client uses
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _normalization(found: dict[str, Any]) -> Normalization:
+    """Return the images of timm's ``pretrained_cfg``."""
+    usual = Normalization()
+    return Normalization(
+        mean=tuple(found.get("mean", usual.mean)),
+        std=tuple(found.get("std", usual.std)),
+        interpolation=found.get("interpolation", usual.interpolation),
+        image_size=found.get("input_size", (usual.image_size,))[-1],
+    )

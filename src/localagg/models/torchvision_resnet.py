@@ -1,12 +1,13 @@
 """torchvision's ResNets (also ResNeXt and wide ones) as backbones, with named maps."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, download_error
 
 
 class TorchvisionResNet(Backbone):
@@ -21,6 +22,7 @@ class TorchvisionResNet(Backbone):
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
+        self.name = name
         resnet: Any = torchvision.models.get_model(name, weights=None, **options)
         self.channels = resnet.fc.in_features
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -33,6 +35,33 @@ class TorchvisionResNet(Backbone):
         for layer, stage in enumerate(self.stages, start=1):
             x = stage(x)
             yield str(layer), x
+
+    def published_names(self, keys: Iterable[str]) -> list[dict[str, str]]:
+        """Return torchvision's naming, and that of ``nn.Sequential(*resnet.children())``."""
+        torchvisions = {key: library_name(key) for key in keys}
+        numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+        children = {
+            key: re.sub(r"^\w+", lambda child: str(numbers[child[0]]), name)
+            for key, name in torchvisions.items()
+        }
+        return [torchvisions, children]
+
+    def pretrained_weights(self) -> dict[str, Tensor]:
+        """Return torchvision's default weights: supervised by ImageNet's labels."""
+        weights = torchvision.models.get_model_weights(self.name)
+        try:
+            return weights.DEFAULT.get_state_dict(
+                progress=True, check_hash=True, map_location="cpu", weights_only=True
+            )
+        # No network, a proxy, a damaged file: URLError, OSError, RuntimeError, ...
+        except Exception as error:
+            raise download_error(self.name, error) from None
+
+
+def library_name(key: str) -> str:
+    """Return torchvision's name of a parameter of :class:`TorchvisionResNet`."""
+    key = key.replace("stem.0.", "conv1.").replace("stem.1.", "bn1.")
+    return re.sub(r"^stages\.(\d)\.", lambda stage: f"layer{int(stage[1]) + 1}.", key)
 
 
 def torchvision_resnets() -> list[str]:

@@ -10,9 +10,11 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
+from ..models import load_weights
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import make_encoder
+from .run_setup import check_start_weights
 
 
 def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
@@ -23,22 +25,28 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
         data: data URI, of which a few image headers are read.
 
     Returns:
-        {"images", "notes": sentences on derived options, "config", "steps": {"epoch", "ir", "la",
-        "total", "drops", "images_seen"}, "memory": {part: bytes}, "checkpoint_bytes"}. Bank,
+        {"images", "notes": sentences on derived options and weights, "config", "steps": {"epoch",
+        "ir", "la", "total", "drops", "images_seen"}, "memory": {part: bytes}, "checkpoint_bytes"}.
+        Bank,
         labels, weights and checkpoint are exact; images, views, activations and the loss engine
         are estimates.
 
     Raises:
         UserError: the options do not fit the data.
     """
+    check_start_weights(config, None)
     source = open_images(data)
     size, side = len(source), typical_side(source)
     resolved = resolve_defaults(config, size, side)
     schedule = Schedule(resolved, size)
     memory = _memory(resolved, size, side)
+    notes = explain_defaults(config, resolved, size)
+    if (weights := resolved.encoder.weights) is not None:
+        encoder = make_encoder(resolved.encoder, resolved.seed)
+        notes.append(load_weights(encoder, weights).describe(weights))
     return {
         "images": size,
-        "notes": explain_defaults(config, resolved, size),
+        "notes": notes,
         "config": to_dict(resolved),
         "steps": {
             "epoch": schedule.la_steps,

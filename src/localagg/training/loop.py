@@ -27,7 +27,9 @@ from .learner import Learner
 from .recorder import START, WAITING, Recorder
 from .run_setup import (
     check_ranks,
+    check_start_weights,
     continue_settings,
+    load_start_weights,
     lock_run_for_all,
     open_feed,
     set_first_state,
@@ -73,6 +75,7 @@ def pretrain(
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         if world.rank == 0:
             checkpoint.check_new(run)
+        check_start_weights(config, start)
         source = world.rank_zero_first(lambda: open_images(data))
         fingerprint = source.fingerprint()
         if start is not None:
@@ -81,8 +84,9 @@ def pretrain(
         check_ranks(resolved, world)
         for line in explain_defaults(config, resolved, len(source)):
             notify(line)
-        feed = open_feed(source, resolved, world)
         learner = Learner(resolved, len(source), world)
+        load_start_weights(learner.encoder, resolved, world)
+        feed = open_feed(source, resolved, world)
         evaluate = OnlineKnn(resolved, data, source, feed.valid, world=world)
         facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
         if start is not None:
@@ -147,6 +151,7 @@ def resume(
             learner = Learner(settings, len(source), world)
             evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
             if newest is None:  # killed before its first checkpoint
+                load_start_weights(learner.encoder, settings, world)
                 set_first_state(learner, feed, facts)
             else:
                 learner.restore(newest)

@@ -14,6 +14,7 @@ from ..distributed.collectives import World
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..io.run_lock import lock_run
+from ..models import Encoder, load_weights
 from .learner import Learner
 
 _FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
@@ -89,6 +90,40 @@ def settings_after_ir(config: PretrainConfig, start: Path, fingerprint: str) -> 
         ir_epochs=max(config.ir_epochs or 0, require_resolved(before.ir_epochs)),
         ir_batch_size=before.ir_batch_size or before.batch_size,
     )
+
+
+def check_start_weights(config: PretrainConfig, start: str | Path | None) -> None:
+    """Check that a run that should start from weights does so.
+
+    Raises:
+        UserError: a network of timm that names weights without --weights; or both --start and
+            --weights.
+    """
+    model, weights = config.encoder.model or "", config.encoder.weights
+    if start is not None and weights is not None:
+        raise UserError(
+            "option-conflict",
+            f"--start '{start}' brings its own weights; remove --weights {weights}.",
+        )
+    name, _, tag = model.removeprefix("timm:").partition(".")
+    if model.startswith("timm:") and tag and weights is None and start is None:
+        raise UserError(
+            "option-missing",
+            f"{model} names the weights '{tag}'; load them by --weights pretrained or --weights"
+            f" FILE, or use --model timm:{name} for random weights.",
+        )
+
+
+def load_start_weights(encoder: Encoder, config: PretrainConfig, world: World) -> None:
+    """Load the weights that a run starts from, and report what was loaded.
+
+    Raises:
+        UserError: see :func:`localagg.models.load_weights`.
+    """
+    weights = config.encoder.weights
+    if weights is not None:
+        report = world.rank_zero_first(lambda: load_weights(encoder, weights))
+        notify(report.describe(weights))
 
 
 def check_ranks(config: PretrainConfig, world: World) -> None:
