@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import PretrainConfig, TransferConfig
     from .data.sources.open import open_images
     from .embeddings.embed import embed
+    from .embeddings.model import Model, load
     from .errors import UserError
     from .evaluation.knn import knn_accuracy
     from .evaluation.linear import transfer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .training.loop import pretrain, resume
 
 _MODULES = {
+    "Model": "embeddings.model",
     "PretrainConfig": "config",
     "RECIPES": "recipes",
     "TransferConfig": "config",
@@ -38,6 +40,7 @@ _MODULES = {
     "create_encoder": "models",
     "embed": "embeddings.embed",
     "knn_accuracy": "evaluation.knn",
+    "load": "embeddings.model",
     "open_images": "data",
     "pretrain": "training.loop",
     "recipe": "recipes",
@@ -47,12 +50,14 @@ _MODULES = {
 
 __all__ = [
     "RECIPES",
+    "Model",
     "PretrainConfig",
     "TransferConfig",
     "UserError",
     "create_encoder",
     "embed",
     "knn_accuracy",
+    "load",
     "open_images",
     "pretrain",
     "recipe",

@@ -10,6 +10,8 @@ from lightning_utilities.core import rank_zero
 from ..errors import UserError
 from .searchable_bank import has_bfloat16_units
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 def make_fabric(device: str = "auto", precision: str = "auto", number: int | None = None) -> Fabric:
     """Return Lightning Fabric on one device.
@@ -21,8 +23,12 @@ def make_fabric(device: str = "auto", precision: str = "auto", number: int | Non
             choice.
 
     Raises:
-        UserError: this machine lacks the device.
+        UserError: unknown device, or this machine lacks it.
     """
+    if device not in DEVICES:
+        raise UserError(
+            "option-invalid", f"The device is '{device}'; it must be one of {', '.join(DEVICES)}."
+        )
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(device, True):
         raise UserError("environment", f"--device {device}: torch finds none; use --device cpu.")

@@ -84,7 +84,12 @@ class Encoder(nn.Module):
         return list(self.backbone.layers)
 
     def features(
-        self, images: Tensor, layers: Iterable[str | int], *, compat: Compat | None = None
+        self,
+        images: Tensor,
+        layers: Iterable[str | int],
+        *,
+        compat: Compat | None = None,
+        flatten: bool = True,
     ) -> dict[str, Tensor]:
         """Return read-out features {name: [B, values]}, pooled and flattened as in the reference.
 
@@ -95,6 +100,7 @@ class Encoder(nn.Module):
             images: as in :meth:`forward`.
             layers: names out of :attr:`layers`; 3 means "3". Others raise UserError.
             compat: "reference" also copies the reference's slip in VGG.
+            flatten: if false, return the maps themselves [B, C, H, W].
         """
         if compat not in (None, "reference"):
             raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
@@ -106,6 +112,8 @@ class Encoder(nn.Module):
                     "option-unknown", f"{self.spec['model']} has no layer '{name}'; it has {known}."
                 )
         maps = self.backbone.maps(self._normalize_pixels(images), names)
+        if not flatten:
+            return {name: maps[name] for name in names}
         return {name: self.backbone.flatten_map(maps[name], compat) for name in names}
 
     def _normalize_pixels(self, images: Tensor) -> Tensor:

@@ -223,11 +223,24 @@ def _decode(data: bytes, upright: bool) -> np.ndarray:
                 raise UnreadableImage("its data end before the image does") from None
     if pixels is None or colors == "CMYK":
         pixels = np.array(_to_rgb(image or open_image(data)))
-    if upright and image is not None:
-        turn = orientation(image)
-        pixels = np.flip(pixels, _TURNS[turn])
-        pixels = np.ascontiguousarray(pixels.swapaxes(0, 1) if turn > 4 else pixels)
-    return pixels
+    return _turned(pixels, image) if upright and image is not None else pixels
+
+
+def decode_opened(image: Image.Image, *, upright: bool = False) -> Tensor:
+    """Decode an image that Pillow opened or made, by the rules of :func:`decode`.
+
+    Raises:
+        UnreadableImage: truncated, or samples of 32 bits.
+    """
+    pixels = np.array(_to_rgb(image))
+    return _as_tensor(_turned(pixels, image) if upright else pixels).contiguous()
+
+
+def _turned(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Pixels [H, W, 3] after turning by the image's EXIF orientation."""
+    turn = orientation(image)
+    pixels = np.flip(pixels, _TURNS[turn])
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn > 4 else pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

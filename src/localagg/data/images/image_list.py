@@ -1,0 +1,170 @@
+"""Images given as Python objects: files, encoded bytes, Pillow's images, arrays and tensors."""
+
+import os
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...errors import UserError
+from ..sources.source import Sample, Source, content_hash
+from .decode import decode_opened
+
+_KINDS = "a path, encoded bytes, a PIL image, an array [H, W, 3] or a tensor [3, H, W]"
+_ROUNDING = 1e-4  # by which resized floats may leave 0-1
+
+
+class ImageList:
+    """Images in the form of a source.
+
+    All of them are checked at once, so that a wrong one is reported before any work.
+
+    Args:
+        images: one image, or several: paths, encoded bytes, PIL images, arrays [H, W], [H, W, 3]
+            or [H, W, 4], tensors [1, H, W], [3, H, W] or [4, H, W]; also an array [N, H, W, 3] or
+            a tensor [N, 3, H, W]. Pixels are uint8 in 0-255, or floating in 0-1, which are rounded
+            to 256 levels. Alpha is dropped.
+        upright: turn PIL images by their EXIF orientation.
+
+    Raises:
+        UserError: no image, no such file, an object of another kind, shape, dtype or range.
+    """
+
+    uri = "the given images"
+    classes: list[str] | None = None
+    labels: Tensor | None = None
+
+    def __init__(self, images: Any, *, upright: bool = False) -> None:
+        self.images, self.upright = _as_list(images), upright
+        if not self.images:
+            raise UserError("no-images", f"The list of images is empty; pass {_KINDS}.")
+        for number, image in enumerate(self.images):
+            self._check(number, image)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = self.images[index]
+        if isinstance(image, str | os.PathLike):
+            return Sample(index, _path(image).read_bytes(), None)
+        if isinstance(image, bytes | bytearray | memoryview):
+            return Sample(index, bytes(image), None)
+        if isinstance(image, Image.Image):
+            return Sample(index, decode_opened(image, upright=self.upright), None)
+        return Sample(index, _pixels(image), None)
+
+    def name(self, index: int) -> str:
+        """Return the image's path, or its place in the list."""
+        image = self.images[index]
+        return str(_path(image)) if isinstance(image, str | os.PathLike) else f"image {index}"
+
+    def file(self, index: int) -> Path | None:
+        """Return the image's file, if it is one."""
+        image = self.images[index]
+        return _path(image) if isinstance(image, str | os.PathLike) else None
+
+    def label(self, index: int) -> int | None:
+        """Return None: these images have no labels."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Return a hash that stays the same only while every index means the same image."""
+        return content_hash(self, [self.name(i) for i in range(len(self))])
+
+    def stored_bytes(self) -> int:
+        """Return the size of files, bytes and pixels together."""
+        samples = (self[i].image for i in range(len(self)))
+        return sum(s.nbytes if isinstance(s, Tensor) else len(s) for s in samples)
+
+    def _check(self, number: int, image: Any) -> None:
+        """Raise UserError unless :meth:`__getitem__` can read an image (or its decoder will)."""
+        if isinstance(image, str | os.PathLike):
+            path = _path(image)
+            if path.is_dir():
+                raise UserError(
+                    "not-found",
+                    f"'{path}' is a folder; pass its files, or localagg.open_images('{path}').",
+                )
+            if not path.exists():
+                raise UserError("not-found", f"There is no image file '{path}'; correct the path.")
+        elif isinstance(image, np.ndarray | Tensor) or hasattr(image, "__array__"):
+            if problem := _pixel_problem(image):
+                raise UserError("option-invalid", f"Image {number} of the list {problem}.")
+        elif not isinstance(image, bytes | bytearray | memoryview | Image.Image):
+            raise UserError(
+                "option-invalid",
+                f"Image {number} of the list is of type {type(image).__name__}; pass {_KINDS}.",
+            )
+
+
+def as_source(images: Any, *, upright: bool = False) -> Source:
+    """Return images as a source: one from :func:`~localagg.open_images` as it is, else a list.
+
+    Raises:
+        UserError: as :class:`ImageList`.
+    """
+    return images if hasattr(images, "fingerprint") else ImageList(images, upright=upright)
+
+
+def _as_list(images: Any) -> list[Any]:
+    one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    if isinstance(images, one):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor) and images.dtype not in (object,):
+        pixels = not isinstance(images, np.ndarray) or images.dtype.kind not in "US"
+        if pixels and images.ndim < 4:
+            return [images]
+    elif not isinstance(images, Iterable) or isinstance(images, Mapping | Set):
+        raise UserError(
+            "option-invalid",
+            f"The images are of type {type(images).__name__}; pass a list, of which each is"
+            f" {_KINDS}.",
+        )
+    return list(images)
+
+
+def _path(image: Any) -> Path:
+    return Path(image).expanduser()
+
+
+def _pixel_problem(image: Any) -> str | None:
+    """Describe what is wrong with an array or tensor, and the fix; None if nothing is."""
+    channels_first = isinstance(image, Tensor)
+    values = image.detach() if isinstance(image, Tensor) else np.asarray(image)
+    shape, kind = tuple(values.shape), str(values.dtype).removeprefix("torch.")
+    bands = shape[0 if channels_first else -1] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or bands not in (1, 3, 4) or 0 in shape:
+        expected = "a tensor is [3, H, W]" if channels_first else "an array is [H, W, 3]"
+        return f"has shape {list(shape)}; {expected} (or of 1 or 4 channels)"
+    if kind == "uint8":
+        return None
+    if "float" not in kind:
+        return f"is of dtype {kind}; pass uint8 in 0-255, or floating values in 0-1"
+    low, high = float(values.min()), float(values.max())
+    if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:  # also NaN
+        return (
+            f"has floating values from {low:.4g} to {high:.4g}; pass floating values in 0-1, or"
+            " uint8 in 0-255"
+        )
+    return None
+
+
+def _pixels(image: Any) -> Tensor:
+    """Return an array or tensor as uint8 [3, H, W]."""
+    if isinstance(image, Tensor):
+        pixels = image.detach().cpu()
+    else:
+        array = np.asarray(image)
+        pixels = torch.from_numpy(np.array(array))  # a copy: arrays may be read-only
+        pixels = pixels.permute(2, 0, 1) if array.ndim == 3 else pixels
+    if pixels.ndim == 2:
+        pixels = pixels.unsqueeze(0)
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.double() * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = pixels[:3] if len(pixels) == 4 else pixels
+    return pixels.expand(3, -1, -1).contiguous()

@@ -1,0 +1,232 @@
+"""One object to embed images in Python: network, view, device and memory bank of a run."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint import load_bank, load_encoder, load_views, read_run
+from ..config import PretrainConfig, ViewConfig
+from ..data.images.image_list import as_source
+from ..data.loading.cropping import evaluation_crops
+from ..data.loading.scan import require_readable, typical_side
+from ..data.sources.open import Source, open_images
+from ..engine.device import make_fabric
+from ..engine.search import nearest, sort_by_similarity
+from ..errors import UserError
+from ..io.console import show_progress
+from ..models import Encoder
+from ..recipes.derived_settings import resolve_defaults
+
+EXPORTED_NAME = "localagg.safetensors"
+"""The weights file within an exported folder, and on the Hugging Face Hub."""
+_BATCH = 64
+_HUB_NAME = re.compile(r"(hf:)?(\w[\w.-]*/\w[\w.-]*)")
+
+
+class Neighbors(NamedTuple):
+    """Images of a memory bank that are most similar to queries, the most similar first."""
+
+    index: np.ndarray
+    """int64 [n, k]: bank rows, which are the images' indices in the run's data."""
+    similarity: np.ndarray
+    """float32 [n, k]: cosine, -1 to 1."""
+    paths: list[list[str]]
+    """Names of the images, n lists of k."""
+
+
+class Model:
+    """A trained network that embeds images; made by :func:`load`.
+
+    It can be pickled, and used by several threads.
+
+    Args:
+        encoder: the network.
+        views: its measured view; unset sizes follow from the images, as in ``localagg embed``.
+        run: the run folder, whose memory bank :meth:`nearest` searches.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        UserError: this machine lacks the device.
+    """
+
+    def __init__(
+        self, encoder: Encoder, views: ViewConfig, run: Path | None = None, device: str = "auto"
+    ) -> None:
+        self.device = make_fabric(device, "32-true").device
+        self.encoder = encoder.to(self.device).eval()
+        self.views, self.run = views, run
+        self._bank: Tensor | None = None
+        self._source: Source | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.encoder.spec['model']}, dim={self.dim}, device={self.device.type})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bank": None, "_source": None}  # read again where it is unpickled
+
+    @property
+    def dim(self) -> int:
+        """Size of the embedding."""
+        return self.encoder.spec["dim"]
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that :meth:`features` takes, from first to last."""
+        return self.encoder.layers
+
+    def embed(self, images: Any) -> np.ndarray:
+        """Return the embeddings of images: float32 unit rows [n, dim], in their order.
+
+        The rows are those of ``localagg embed`` in its default precision, up to rounding.
+
+        Args:
+            images: one image or a list, which may mix paths, encoded bytes, PIL images, arrays
+                [H, W, 3] and tensors [3, H, W]; pixels are uint8 in 0-255 or floating in 0-1. Or a
+                source from :func:`localagg.open_images`.
+
+        Raises:
+            UserError: an empty list, a missing or unreadable file, or an object of another kind,
+                shape, dtype or range.
+        """
+        return self._map(images, lambda views: {"": self.encoder(views)})[""]
+
+    def features(
+        self, images: Any, layers: Iterable[str | int], *, flatten: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Return what layers compute of images: {name: float32 [n, values]}.
+
+        Args:
+            images: as in :meth:`embed`.
+            layers: names out of :attr:`layers`; 3 means "3". The network runs once for all.
+            flatten: pool and flatten the maps as the reference's read-outs do; else return the maps
+                themselves [n, C, H, W].
+
+        Raises:
+            UserError: no or unknown layers, or the errors of :meth:`embed`.
+        """
+        names = [layers] if isinstance(layers, str | int) else list(layers or ())
+        names = [str(name) for name in names]
+        if not names:
+            raise UserError("option-missing", f"Name at least one layer of {self.layers}.")
+        return self._map(images, lambda views: self.encoder.features(views, names, flatten=flatten))
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Return the measured views of images, which the network reads: uint8 [n, 3, S, S].
+
+        The network itself scales and normalizes pixels. Raises the errors of :meth:`embed`.
+        """
+        source = as_source(images, upright=self.views.exif_orientation)
+        return self._crop(source, self._resolve_views(source), torch.arange(len(source)))
+
+    def nearest(self, rows: np.ndarray | Tensor, k: int = 10) -> Neighbors:
+        """Return the images of the run's memory bank with the most similar rows, exactly.
+
+        Args:
+            rows: float [n, dim], from :meth:`embed`; they are scaled to unit length.
+            k: number of neighbors, capped at the images of the bank.
+
+        Raises:
+            UserError: the model has no bank, its images have moved or changed, or rows of another
+                shape or with values that are not finite.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise UserError("option-invalid", f"k is {k}; it must be an integer of at least 1.")
+        shape = getattr(rows, "shape", ())
+        if len(shape) != 2 or shape[1] != self.dim:
+            raise UserError(
+                "option-invalid",
+                f"The rows are of shape {list(shape)}; pass [n, {self.dim}] from embed.",
+            )
+        bank_ND, source = self._open_bank()
+        queries_QD = F.normalize(torch.as_tensor(rows).detach().cpu().float(), dim=1)
+        found, similarity = sort_by_similarity(*nearest(queries_QD, bank_ND, k))
+        paths = [[source.name(i) for i in line] for line in found.tolist()]
+        return Neighbors(found.numpy(), similarity.clamp(-1, 1).numpy(), paths)
+
+    @torch.no_grad()
+    def _map(
+        self, images: Any, function: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        """Apply a function of views [B, 3, S, S] batch by batch; return its values together."""
+        source = as_source(images, upright=self.views.exif_orientation)
+        views, found = self._resolve_views(source), []
+        with show_progress("embedding") as show:
+            for index in torch.arange(len(source)).split(_BATCH):
+                values = function(self._crop(source, views, index).to(self.device))
+                found.append({name: value.float().cpu() for name, value in values.items()})
+                show(int(index[-1]) + 1, len(source))
+        return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
+
+    def _resolve_views(self, source: Source) -> ViewConfig:
+        if self.views.image_size is not None and self.views.eval_crop is not None:
+            return self.views
+        config = PretrainConfig(views=self.views)
+        return resolve_defaults(config, len(source), typical_side(source)).views
+
+    def _crop(self, source: Source, views: ViewConfig, index: Tensor) -> Tensor:
+        loaded, unreadable = evaluation_crops(source, views, False, index)
+        require_readable(source, unreadable, "error")
+        return loaded.images
+
+    def _open_bank(self) -> tuple[Tensor, Source]:
+        """Return the bank's rows float32 [N, dim] on the CPU, and the run's images."""
+        if self.run is None:
+            raise UserError(
+                "unsupported", "Weights alone have no memory bank; load the run folder instead."
+            )
+        if self._bank is None or self._source is None:
+            _, facts = read_run(self.run)
+            source = open_images(facts["data"])
+            if source.fingerprint() != facts["fingerprint"]:
+                raise UserError(
+                    "mismatch",
+                    f"'{facts['data']}' no longer holds the {facts['size']:,} images of the bank of"
+                    f" '{self.run}'; restore them.",
+                )
+            self._bank, self._source = F.normalize(load_bank(self.run).float(), dim=1), source
+        return self._bank, self._source
+
+
+def load(source: str | Path, *, views: ViewConfig | None = None, device: str = "auto") -> Model:
+    """Load a trained network for use in Python.
+
+    Args:
+        source: a run folder, a weights file (.safetensors), a folder of ``localagg export --to
+            hub``, or the name of such a one on the Hugging Face Hub, "USER/NAME" (downloaded once).
+        views: the view of images. Default: the measured view that the run or file stores.
+        device: auto (a GPU if there is one), cpu, cuda or mps.
+
+    Raises:
+        UserError: no such run, file or name, or not weights of localagg; no such device.
+    """
+    path = _find(str(source))
+    encoder = load_encoder(path)
+    run = path if path.is_dir() else None
+    return Model(encoder, views or load_views(path) or ViewConfig(), run, device)
+
+
+def _find(source: str) -> Path:
+    """Return a run folder or weights file, downloaded from the Hub if need be."""
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / EXPORTED_NAME).is_file():
+        return path / EXPORTED_NAME
+    name = _HUB_NAME.fullmatch(source)
+    if path.exists() or name is None or path.parent.exists():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name[2], EXPORTED_NAME))
+    except (OSError, ValueError) as error:  # offline, unknown, private, or without this file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            "not-found",
+            f"'{source}' is neither a folder nor a file, and as a name on the Hugging Face Hub it"
+            f" cannot be downloaded ({reason}); correct the path or name.",
+        ) from None
