@@ -40,3 +40,10 @@ def assert_same(one: Path, other: Path) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     lines = [read_metrics(run) for run in (one, other)]
     assert lines[0] == lines[1]
+    assert floors(one) == floors(other)
+
+
+def floors(run: Path) -> dict | None:
+    """Floors in the summary of a finished run."""
+    summary = checkpoint.read_progress(checkpoint.latest(run))["summary"]
+    return summary and summary["floors"]

@@ -12,6 +12,7 @@ from damage import middle_lost
 from expect import user_error
 from ranks import Pool
 from safetensors.torch import load_file, save_file
+from small_runs import floors
 
 from localagg import checkpoint
 from localagg.bank import MemoryBank
@@ -72,6 +73,9 @@ def assert_close(one: Path, other: Path, within: float = 1e-10) -> None:
             most = 1e-3 * (within > 0) if name == "effective_rank" else within
             close = pytest.approx(value, abs=most, rel=0) if isinstance(value, float) else value
             assert b[name] == close, f"{name} of step {a['step']}"
+    measured, others = (floors(run)["values"] for run in (one, other))
+    for name, values in measured.items():
+        assert others[name] == pytest.approx(values, abs=1e-3 * (within > 0), rel=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """``localagg pretrain``."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def run(options: Pretrain) -> dict[str, Any] | None:
     from ..io.console import console
 
     if not console.quiet and not options.dry_run:  # only the first rank prints
-        _print(result)
+        _print(result, options.data)
     return None if console.quiet else result
 
 
@@ -133,16 +134,27 @@ def _start(options: Pretrain) -> dict[str, Any]:
     )
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], data: str | None) -> None:
     from ..io.console import print_table
 
     shares = result["shares"].items()
     print_table(["part", "share of the time"], [[part, f"{share:.1%}"] for part, share in shares])
     if hint := result.get("hint"):
         print(hint)
+    if floors := result.get("floors"):
+        from ..evaluation.floors import floor_rows, floor_title
+
+        print(floor_title(floors, result["images"]))
+        print_table(*floor_rows(floors["values"]))
+        print(floors["verdict"])
     measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
-    print(f"{result['seconds']:.0f} s. {measured or 'No accuracy was measured.'}")
-    print(f"The run is in {result['run']}")
+    print(f"{result['seconds']:.0f} s{measured and f'. At the end: {measured}'}.")
+    print(f"The run is in {result['run']}. Next:")
+    run = shlex.quote(result["run"])
+    images = "IMAGES" if data is None else shlex.quote(data)
+    print(f"  localagg clusters {run}")
+    print(f"  localagg embed {run} --data {images} --out embeddings.parquet")
+    print("  localagg search embeddings.parquet IMAGE")
 
 
 def _print_forecast(result: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ class PretrainConfig:
     unreadable: Literal["error", "skip"] = "error"
     """Unreadable images. error: stop before the first step; skip: exclude and count them."""
     eval_every: int = 1
-    """Epochs between measurements by nearest neighbors; 0 disables them."""
+    """Epochs between measurements by nearest neighbors; 0 disables them and the floors."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_seconds: float = 60.0

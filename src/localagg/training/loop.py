@@ -20,7 +20,8 @@ from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..engine.search import missing_backend_note
 from ..errors import UserError
 from ..evaluation.online_knn import OnlineKnn
-from ..io.console import notify
+from ..evaluation.run_floors import RunFloors
+from ..io.console import notify, show_progress
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import Learner
@@ -64,7 +65,10 @@ def pretrain(
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
-        "shares": {part of the time: 0-1}, "hint": advice that reduces its waiting, or None}.
+        "floors": {"images": measured, "neighbors": k of 200-NN, "clusters": k, "values": {"raw
+        pixels", "starting network", "trained network": {metric: value}}, "verdict": a sentence}
+        (see :func:`.measure_floors`; None with ``eval_every=0``), "shares": {part of the time:
+        0-1}, "hint": advice that reduces its waiting, or None}.
 
     Raises:
         UserError: options, data and folder do not fit together; a process died.
@@ -88,6 +92,7 @@ def pretrain(
         load_start_weights(learner.encoder, resolved, world)
         feed = open_feed(source, resolved, world)
         evaluate = OnlineKnn(resolved, data, source, feed.valid, world=world)
+        floors = RunFloors(run, resolved, data, feed, world)
         facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
         if start is not None:
             facts["start"] = str(start)
@@ -96,7 +101,7 @@ def pretrain(
                 checkpoint.check_new(run)  # again: another process may have begun it meanwhile
                 checkpoint.begin_run(run, resolved, facts)
             set_first_state(learner, feed, facts)
-            return _train(run, feed, learner, evaluate, START)
+            return _train(run, feed, learner, evaluate, floors, START)
 
 
 def resume(
@@ -150,13 +155,14 @@ def resume(
             feed = open_feed(source, settings, world, progress)
             learner = Learner(settings, len(source), world)
             evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
+            floors = RunFloors(run, settings, place, feed, world)
             if newest is None:  # killed before its first checkpoint
                 load_start_weights(learner.encoder, settings, world)
                 set_first_state(learner, feed, facts)
             else:
                 learner.restore(newest)
             notify(f"Resuming '{run}' after step {learner.step:,}.")
-            return _train(run, feed, learner, evaluate, progress)
+            return _train(run, feed, learner, evaluate, floors, progress)
 
 
 def _how_to_resume(run: Path) -> str:
@@ -164,7 +170,12 @@ def _how_to_resume(run: Path) -> str:
 
 
 def _train(
-    run: Path, feed: Feed, learner: Learner, evaluate: OnlineKnn, progress: dict[str, Any]
+    run: Path,
+    feed: Feed,
+    learner: Learner,
+    evaluate: OnlineKnn,
+    floors: RunFloors,
+    progress: dict[str, Any],
 ) -> dict[str, Any]:
     """Train to the end of the schedule."""
     config = learner.config
@@ -175,6 +186,15 @@ def _train(
         note := missing_backend_note(learner.bank.rows)
     ):
         notify(note)
+
+    # --- Floors: before the first checkpoint, which keeps them ---
+    if progress is START and config.eval_every:
+        with (
+            convert_worker_death(),
+            recorder.timer("measuring", once=True),
+            show_progress("measuring floors") as show,
+        ):
+            recorder.floors = floors.measure_start(learner.encoder, learner.fabric.autocast, show)
 
     with convert_worker_death(), recorder:
         while learner.step < schedule.total_steps:
@@ -216,4 +236,9 @@ def _train(
             recorder.checkpoint()
             if learner.step < schedule.total_steps:
                 recorder.stop_if_asked()
-        return recorder.finish()
+        if config.eval_every:
+            with recorder.timer("measuring", once=True):
+                recorder.floors |= floors.measure_end(
+                    learner.encoder, learner.fabric.autocast, recorder.floors
+                )
+        return recorder.finish(floors.summary(recorder.floors))

@@ -60,6 +60,7 @@ class Recorder:
         self._hinted = False
         self._seconds_before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
+        self.floors: dict[str, dict[str, float]] = dict(progress.get("floors", {}))
         self._started = self._saved = time.monotonic()
         self._checkpoint_due = self._stop_agreed = False
         self.metrics = NoMetricsLog()
@@ -244,6 +245,7 @@ class Recorder:
                 "seconds": self.seconds(),
                 "shares": self.timer.seconds,
                 "final": self.final,
+                "floors": self.floors,
                 "health": self.health.state(),
                 **self.feed.state(),
                 "summary": summary,
@@ -265,8 +267,8 @@ class Recorder:
                 raise UserError("not-finite", f"{what}; the run cannot begin; check its --start.")
             self._stop_not_finite(what, self._deferred.last)
 
-    def finish(self) -> dict[str, Any]:
-        """Return the summary of the run, saved with its last checkpoint."""
+    def finish(self, floors: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the summary of the run with its floors, saved with its last checkpoint."""
         shares = {part: round(share, 4) for part, share in self.timer.shares().items()}
         summary = {
             "run": str(self.run),
@@ -276,6 +278,7 @@ class Recorder:
             "steps": self.learner.step,
             "seconds": round(self.seconds(), 2),
             "final": self.final,
+            "floors": floors,
             "shares": shares,
             "hint": data_loading_hint(shares.get(WAITING, 0.0), self.feed),
         }

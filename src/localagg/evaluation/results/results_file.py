@@ -11,6 +11,7 @@ The file holds ``{"results": [entry, ...]}`` (``FILE/results.json`` of a weights
      "training_fingerprint", "training_images": of the training split,
      "asked": images measured, "known": training images used,
      "left_out": {...: images}, "capped": {"200": neighbors that voted instead},
+     "row": name beside the run's in tables, as of floors,
      "dataset": a well-known name or absent, "weights_digest" and perhaps "step": of the weights,
      "when": UTC, "version": of this package}
 
@@ -33,7 +34,7 @@ _FILE = "results.json"
 _LOCK_SECONDS = 60
 _OPTIONAL = {
     **dict.fromkeys(("fingerprint", "training_fingerprint", "dataset", "weights_digest"), str),
-    **dict.fromkeys(("when", "version"), str),
+    **dict.fromkeys(("when", "version", "row"), str),
     **dict.fromkeys(("images", "training_images", "asked", "known", "step"), int),
     **dict.fromkeys(("intervals", "left_out", "capped"), dict),
 }

@@ -46,9 +46,10 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
         entries = read_results(run)
         if not entries:
             notes.append(f"{run} has no results yet; measure it with localagg knn {run}.")
-        several = len({_weights_name(entry) for entry in entries}) > 1
+        several = len({_weights_name(entry) for entry in entries if "row" not in entry}) > 1
         for entry in entries:
-            key = _RowKey(str(run), _weights_name(entry) if several else None, None)
+            weights = entry.get("row") or (_weights_name(entry) if several else None)
+            key = _RowKey(str(run), weights, None)
             row = cells.setdefault(key, {})
             for name, value in entry["values"].items():
                 column = (*_comparison_key(entry), name)
