@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from localagg.data.sources.source import ImageRecord, Source
-from localagg.data.sources.tf_example import parse_example
-from localagg.data.sources.tfrecord import tfrecord_name, tfrecord_rows, write_tfrecord
+from localagg.data.sources.tfrecords.tf_example import parse_example
+from localagg.data.sources.tfrecords.tfrecord import tfrecord_name, tfrecord_rows, write_tfrecord
 from localagg.io.crc32c import masked_crc32c
 
 BYTES, FLOAT, INT64 = 1, 2, 3

@@ -13,7 +13,7 @@ from .hub import find_hub_dataset
 from .image_folder import find_image_folder
 from .source import Sample, Source
 from .splits import ALIASES, MissingSplit, Splits, find_stored_name
-from .tfrecord import find_tfrecords
+from .tfrecords.tfrecord import find_tfrecords
 from .webdataset import find_tars
 
 __all__ = [

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from localagg.data import open_evaluation, open_images
-from localagg.data.sources import tfrecord_index
+from localagg.data.sources.tfrecords import tfrecord_index
 from localagg.data.sources.source import ImageRecord
-from localagg.data.sources.tfrecord import write_tfrecord
+from localagg.data.sources.tfrecords.tfrecord import write_tfrecord
 
 
 def write(path, *payloads):
@@ -271,7 +271,7 @@ def test_written_files_read_back_and_follow_the_format(pictures, tmp_path, files
 
 
 def test_an_image_over_the_limit_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("localagg.data.sources.tfrecord.RECORD_LIMIT", 20)
+    monkeypatch.setattr("localagg.data.sources.tfrecords.tfrecord.RECORD_LIMIT", 20)
     with user_error("too-large", "large.png", "21"):
         write_tfrecord(tmp_path / "t", [ImageRecord(0, "large.png", bytes(21), None)])
 

@@ -12,10 +12,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import UserError
-from .file_index import IndexedFiles
-from .source import ImageRecord, Sample
-from .splits import Splits
+from ....errors import UserError
+from ..file_index import IndexedFiles
+from ..source import ImageRecord, Sample
+from ..splits import Splits
 from .tf_example import write_example
 from .tfrecord_index import (
     RECORD_LIMIT,

@@ -17,7 +17,7 @@ from make_tfrecords import (
     payloads,
 )
 
-from localagg.data.sources.tf_example import BadExample, parse_example, write_example
+from localagg.data.sources.tfrecords.tf_example import BadExample, parse_example, write_example
 
 
 @pytest.mark.parametrize("label", [0, 1, 127, 128, 999, 2**40, 2**63 - 1, -1, -(2**63), None])

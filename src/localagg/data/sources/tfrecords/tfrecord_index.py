@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError
-from ...io.crc32c import masked_crc32c
-from ...io.files import read_at
-from .file_index import POSITIONS, Columns, cached_index, damaged, scan_files
-from .labels import number_labels
+from ....errors import UserError
+from ....io.crc32c import masked_crc32c
+from ....io.files import read_at
+from ..file_index import POSITIONS, Columns, cached_index, damaged, scan_files
+from ..labels import number_labels
 from .tf_example import BadExample, ImageExample, parse_example
 
 RECORD_LIMIT = 1 << 28  # bytes; a larger length of an image's record is damage
