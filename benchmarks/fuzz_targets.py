@@ -175,7 +175,7 @@ def _read_tars(folder: Path) -> Any:
 
     source = open_images(folder)
     found = [(source[i].image, source[i].label) for i in range(len(source))]
-    words = [None if label is None else (source.classes or [])[label] for _, label in found]
+    words = [(source.classes or [])[n] if n is not None and n >= 0 else None for _, n in found]
     # Whatever is accepted must be what Python's tarfile finds.
     due = make.by_tarfile(folder)
     assert [image for image, _ in found] == [image for image, _ in due]

@@ -86,7 +86,8 @@ def by_index(folder: Path, *, labeled: bool) -> dict[int, tuple[bytes, int | Non
     stored = [index for _, _, index in found]
     order = range(len(found)) if None in stored else stored
     pairs = zip(order, found, strict=True)
-    return {i: (image, label if labeled else None) for i, (image, label, _) in pairs}
+    missing = -1 if labeled else None
+    return {i: (x, y if labeled and y is not None else missing) for i, (x, y, _) in pairs}
 
 
 # (image's size, label, index) by file. No prefix or suffix of a file is one of the highest indices,

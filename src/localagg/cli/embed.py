@@ -17,8 +17,12 @@ class Embed:
     """Data URI."""
     out: str
     """Parquet file to write."""
-    split: Literal["train", "val", "test"] = "train"
-    """Split of the data."""
+    split: str = "train"
+    """Split of the data: train, val, test or stored names, separated by commas."""
+    pages: Literal["first", "all"] = "first"
+    """Multi-page TIFF files and animations. all: each page is an image."""
+    image_column: str | None = None
+    """Column of images of a table. Default: by its type, name and first bytes."""
     layer: str | None = None
     """Write the read-out features of this layer. Default: the embedding."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -29,11 +33,13 @@ class Embed:
 
 def run(options: Embed) -> dict[str, Any]:
     """Write the embeddings and print their count."""
+    from ..data.sources.open import add_options
     from ..embeddings.embed import write_embeddings
 
+    data = add_options(options.data, pages=options.pages, image_column=options.image_column)
     result = write_embeddings(
         Path(options.run),
-        options.data,
+        data,
         Path(options.out),
         split=options.split,
         layer=options.layer,

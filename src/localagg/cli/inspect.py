@@ -1,9 +1,9 @@
 """``localagg inspect``."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import PretrainConfig, override
 from ..data.sources.image_files import walk_images
@@ -21,6 +21,12 @@ class Inspect:
 
     data: str = positional("URI")
     """Data URI."""
+    split: str | None = None
+    """Stored splits to read as train, separated by commas: train,unlabeled. Default: train."""
+    pages: Literal["first", "all"] = "first"
+    """Multi-page TIFF files and animations. all: each page is an image."""
+    image_column: str | None = None
+    """Column of images of a table. Default: by its type, name and first bytes."""
     decode: bool = False
     """Decode all images. Default: check headers and ends, and decode 512 and doubtful images."""
     recipe: str = "folder"
@@ -43,8 +49,13 @@ def run(options: Inspect) -> dict[str, Any]:
     notify(f"Inspecting {options.data}.")
     with show_progress(count_files(options.data)):  # importing torch takes seconds
         from ..data.inspect.inspect_dataset import inspect, summary_rows
+        from ..data.sources.open import add_options
         from ..io.machine import cores
         from ..report.contact_sheet import check_sheet
+    data = add_options(
+        options.data, split=options.split, pages=options.pages, image_column=options.image_column
+    )
+    options = replace(options, data=data)
     if options.augmented is not None:
         check_sheet(Path(options.sheet), options.augmented)
     workers = min(cores(), 16) if options.workers is None else options.workers

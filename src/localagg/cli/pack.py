@@ -19,6 +19,12 @@ class Pack:
     """Data URI."""
     destination: str = positional("DST")
     """Folder to create."""
+    split: str | None = None
+    """Stored splits to read as train, separated by commas: train,unlabeled. Default: train."""
+    pages: Literal["first", "all"] = "first"
+    """Multi-page TIFF files and animations. all: each page is an image."""
+    image_column: str | None = None
+    """Column of images of a table. Default: by its type, name and first bytes."""
     format: Literal["arrow", "tfrecord", "webdataset"] = "arrow"
     """File format: Arrow of the datasets library, TFRecords of the reference program, or tars."""
     size: int | None = None
@@ -36,14 +42,18 @@ class Pack:
 def run(options: Pack) -> dict[str, Any]:
     """Pack the images and print a summary."""
     from ..data.pack.pack_dataset import pack, pack_rows
+    from ..data.sources.open import add_options
     from ..io.console import print_table
 
     if options.keep and options.size is not None:
         raise UserError(
             "option-conflict", f"--keep and --size {options.size} exclude each other; omit one."
         )
+    data = add_options(
+        options.source, split=options.split, pages=options.pages, image_column=options.image_column
+    )
     result = pack(
-        options.source,
+        data,
         options.destination,
         format=options.format,
         size=options.size,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import PretrainConfig, flag, from_dict, option_names, option_value, override
 from ..errors import UserError, printable
@@ -23,6 +23,12 @@ class Pretrain:
     options: PretrainConfig = field(default_factory=PretrainConfig)
     data: str | None = None
     """Data URI: folder of images, Parquet, TFRecords, listing, saved dataset, or digits."""
+    split: str | None = None
+    """Stored splits to read as train, separated by commas: train,unlabeled. Default: train."""
+    pages: Literal["first", "all"] = "first"
+    """Multi-page TIFF files and animations. all: each page is an image."""
+    image_column: str | None = None
+    """Column of images of a table. Default: by its type, name and first bytes."""
     out: str | None = None
     """Run folder to create. Default: runs/RECIPE."""
     start: str | None = None
@@ -114,20 +120,25 @@ def _start(options: Pretrain) -> dict[str, Any]:
         )
     if options.data is None:
         raise UserError("option-missing", "Name the images to learn from with --data.")
+    from ..data.sources.open import add_options
+
+    data = add_options(
+        options.data, split=options.split, pages=options.pages, image_column=options.image_column
+    )
     config = options.options
     if options.typed & {"neighbors", "clusters"}:  # explicit values are not scaled
         config = override(config, sized_for=None)
     if options.dry_run:
         from ..training.forecast import forecast
 
-        found = forecast(config, options.data)
+        found = forecast(config, data)
         _print_forecast(found)
         return found
     from ..training.loop import pretrain
 
     return pretrain(
         config,
-        options.data,
+        data,
         options.out or f"runs/{options.name}",
         start=options.start,
         rank_timeout=options.rank_timeout,

@@ -19,7 +19,7 @@ from ..config import PretrainConfig, ViewConfig, require_resolved, to_dict
 from ..data.images.augment import evaluation_view
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source, open_images, report_unread
 from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import show_progress
@@ -140,6 +140,7 @@ def write_embeddings(
     start, fabric = time.perf_counter(), make_fabric()
     encoder = load_encoder(weights).to(fabric.device).eval()
     source = open_images(data, split)
+    report_unread(data)
     views = _resolve_views(weights, source)
     facts = _describe(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}

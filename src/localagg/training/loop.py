@@ -15,7 +15,7 @@ from ..data.images.augment import Augment
 from ..data.loading.loader import Feed, on_device
 from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
-from ..data.sources.open import open_images
+from ..data.sources.open import open_images, report_unread
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..engine.search import missing_backend_note
 from ..errors import UserError
@@ -81,6 +81,8 @@ def pretrain(
             checkpoint.check_new(run)
         check_start_weights(config, start)
         source = world.rank_zero_first(lambda: open_images(data))
+        if world.rank == 0:
+            report_unread(data)
         fingerprint = source.fingerprint()
         if start is not None:
             config = settings_after_ir(config, Path(start), fingerprint)

@@ -106,7 +106,7 @@ def test_a_source_without_labels_and_splits(pictures, tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_partly_labeled_images_are_packed_as_arrow_alone(pictures, tmp_path, format):
+def test_partly_labeled_images_are_packed(pictures, tmp_path, format):
     image = (pictures / "val" / "temple" / "01.jpg").read_bytes()
     kinds = datasets.ClassLabel(names=["a", "b"])
     table = datasets.Dataset.from_list(
@@ -115,13 +115,8 @@ def test_partly_labeled_images_are_packed_as_arrow_alone(pictures, tmp_path, for
     )
     table.save_to_disk(tmp_path / "some")
     uri, folder = str(tmp_path / "some"), tmp_path / "packed"
-    if format == "arrow":
-        pack(uri, folder, format=format, verify=True)
-        assert open_images(folder).labels.tolist() == [0, -1, 1]
-        return
-    with user_error("unsupported", "1 of 3", "train", uri, format):
-        pack(uri, folder, format=format)
-    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+    pack(uri, folder, format=format, verify=True)
+    assert open_images(folder).labels.tolist() == [0, -1, 1]
 
 
 def test_a_test_split_keeps_its_name_if_the_format_has_one(pictures, tmp_path):

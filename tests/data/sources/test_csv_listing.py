@@ -195,8 +195,8 @@ def test_many_malformed_lines_are_counted(tree, capsys):
     ("content", "code", "value"),
     [
         ("", "unsupported", "0 lines"),
-        ("name,kind\na,b\nc,d\n", "unsupported", "(1, 2, 3)"),
-        ("temple/01.jpg 1\na,b\nc,d\n", "unsupported", "1 lines"),
+        ("word,kind\na,b\nc,d\n", "unsupported", "(1, 2, 3)"),
+        ("temple/01.jpg 1\na,b\nc,d\n", "unsupported", "1 line"),
         ("none/a.jpg 0\nnone/b.jpg 0\n", "not-found", "'none/a.jpg'"),
     ],
 )

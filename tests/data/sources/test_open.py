@@ -169,7 +169,7 @@ def test_a_table_without_images_names_its_columns(tmp_path):
 def test_a_missing_split_names_those_there_are(table):
     with user_error("not-found", "'val'", "train"):
         open_images(next((table / "parquet").glob("train*")), "val")
-    with user_error("option-invalid", "'dev'"):
+    with user_error("not-found", "'dev'", "test"):
         open_images(table / "parquet", "dev")
 
 

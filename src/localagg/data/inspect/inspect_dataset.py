@@ -14,7 +14,7 @@ import torch
 
 from ...io.console import ProgressCallback, show_progress
 from ..loading.workers import map_in_workers
-from ..sources.open import Source, open_images, report_other_splits, stored_splits
+from ..sources.open import Source, open_images, report_unread, stored_splits
 from .identical_images import digest_candidates, summarize_duplicates, summarize_shared
 from .inspect_image import inspect_chunk
 
@@ -41,8 +41,9 @@ def inspect(
 
     Returns:
         {"data": uri, "splits": {"train" | "val" | "test": facts}, "left_out_splits": [names of
-        others]} with facts {"images", "bytes", "classes": {name: images} or
-        None, "height", "width": [smallest, median, largest], "formats", "modes": {name: images},
+        others], "unread_files": [{"kind", "fix", "files", "names"}]} with facts {"images", "bytes",
+        "classes": {name: images} or None, "height", "width": [smallest, median, largest],
+        "formats", "modes": {name: images},
         "duplicates": {"images", "groups", "labels_differ", "named": up to 1,000 groups},
         "shared": images identical to images of train, or None for train itself,
         "near_empty": names, "odd" and "unreadable": [{"name", "reason"}], "decoded": images whose
@@ -53,7 +54,7 @@ def inspect(
     """
     with show_progress(f"opening {uri}"):
         splits = {split: open_images(uri, split) for split in stored_splits(uri)}
-        others = report_other_splits(uri)
+        unread = report_unread(uri)
     facts, digests, sizes = {}, {}, {}
     for split, source in splits.items():
         count = len(source) if decode_all else min(samples, len(source))
@@ -69,7 +70,12 @@ def inspect(
         if "train" in digests and split != "train":
             shared = summarize_shared(source, digests[split], digests["train"])
             facts[split]["shared"] = shared
-    return {"data": uri, "splits": facts, "left_out_splits": others}
+    return {
+        "data": uri,
+        "splits": facts,
+        "left_out_splits": unread.splits,
+        "unread_files": [kind.to_json() for kind in unread.files],
+    }
 
 
 def _inspect_images(

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ..sources.labels import write_class_names
 from ..sources.source import ImageRecord, Source
+from ..sources.tars.webdataset import write_tar
 from ..sources.tfrecords.tfrecord import PREFIXES, tfrecord_name, tfrecord_rows, write_tfrecord
-from ..sources.webdataset import write_tar
 from .arrow_files import complete_arrow, write_arrow
 
 

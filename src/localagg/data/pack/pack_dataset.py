@@ -18,7 +18,7 @@ import torch
 
 from ...errors import UserError
 from ...io.console import notify, show_progress
-from ..sources.open import open_images, report_other_splits, stored_splits
+from ..sources.open import open_images, report_unread, stored_splits
 from ..sources.source import Source
 from .formats import FORMATS
 from .partial_folder import PartialFolder, check_destination, check_free_space
@@ -67,10 +67,11 @@ def pack(
 
     Returns:
         The contents of ``pack-report.json``, "destination" and "seconds". The report has "data",
-        "format", "size", "quality", "images", "bytes", "verified", "left_out_splits", "duplicates"
-        (groups of identical images, over all splits, as {"split", "index", "name"}), and "splits":
-        {split: {"images", "bytes", "classes" (count or None), "formats": {name: images}, "shrunk",
-        "unreadable": [{"index", "name", "reason"}], "malformed_lines": [numbers], "files"}}.
+        "format", "size", "quality", "images", "bytes", "verified", "left_out_splits",
+        "unread_files", "duplicates" (groups of identical images, over all splits, as {"split",
+        "index", "name"}), and "splits": {split: {"images", "bytes", "classes" (count or
+        None), "formats": {name: images}, "shrunk", "unreadable": [{"index", "name", "reason"}],
+        "malformed_lines": [numbers], "files"}}.
 
     Raises:
         UserError: a source, option or destination is invalid, space is too small, or images were
@@ -128,13 +129,6 @@ def _plan_splits(
     splits = []
     for name in names:
         source = open_images(uri, name)
-        if format != "arrow" and source.labels is not None and (source.labels < 0).any():
-            unlabeled = int((source.labels < 0).sum())
-            raise UserError(
-                "unsupported",
-                f"{unlabeled:,} of {len(source):,} images in the split {name} of '{uri}' have no"
-                f" label, but in {format} all images have one or none has; use --format arrow.",
-            )
         target = "val" if format == "tfrecord" and name == "test" else name
         size = estimate_bytes(source, shrink) + len(source) * FORMATS[format].overhead
         count = max(1, min(len(source), -(-size // shard_bytes)))
@@ -165,6 +159,7 @@ def _fill_folder(
         _check_packed(split, workers, verify, partial)
     facts = {split.target: _split_report(split, partial) for split in splits}
     identical = partial.identical_images([split.files for split in splits])
+    unread = report_unread(uri)
     report: dict[str, Any] = {
         "data": uri,
         "format": format,
@@ -179,7 +174,8 @@ def _fill_folder(
             ]
             for g in identical
         ],
-        "left_out_splits": report_other_splits(uri),
+        "left_out_splits": unread.splits,
+        "unread_files": [kind.to_json() for kind in unread.files],
         "splits": facts,
     }
     (partial.folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,30 +1,31 @@
-"""Listings: a CSV with a line ``path label`` for each image, as Places205 is distributed.
+"""Listings: a table with a line for each image, its path and perhaps its label and split.
 
-Paths are relative to an image root: the folder of the CSV, or ROOT in ``FILE.csv:ROOT``. The
+Paths are relative to an image root: the folder of the table, or ROOT in ``FILE.csv:ROOT``. The
 archive of Places205 unpacks into a long folder that its lists omit; as in the reference, that
 folder below the root is found. The index is the order of the lines.
 """
 
-import re
-from collections.abc import Iterator
+import itertools
+import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .image_files import read_file
-from .labels import MAX_CLASSES
+from .image_files import EXTENSIONS, read_file, walk_images
+from .labels import number_labels
+from .listing_table import SUFFIXES, ListedImage, Listing, read_listing
 from .source import Sample, Source, content_hash
 from .splits import SPLIT_NAMES, Splits, split_folders
 
 PLACES_FOLDER = "data/vision/torralba/deeplearning/images256"
-_LINE_LIMIT = 8192  # characters; a longer line is no path
-_LABEL = re.compile(r'[ \t,]"?([0-9]{1,7})"?$')
 _LISTED = 8  # line numbers in a message
 _PROBED = 64  # paths looked up to check the root
+_SEARCHED = 100_000  # files among which a path that is not below the root is looked for
 
 
 class CsvListing(Source):
@@ -34,11 +35,25 @@ class CsvListing(Source):
     """
 
     def __init__(
-        self, uri: str, root: Path, paths: list[str], labels: list[int], malformed: list[int]
+        self,
+        uri: str,
+        root: Path,
+        paths: list[str],
+        labels: list[int | str | None],
+        malformed: list[int],
     ) -> None:
         self.uri, self.root, self.paths, self.malformed = uri, root, paths, malformed
-        self.labels: Tensor | None = torch.tensor(labels, dtype=torch.int64)
-        self.classes: list[str] | None = [str(label) for label in range(max(labels) + 1)]
+        self.labels: Tensor | None = None
+        self.classes: list[str] | None = None
+        distinct = [*dict.fromkeys(label for label in labels if label is not None)]
+        if not all(isinstance(label, int) for label in distinct):
+            distinct = [*dict.fromkeys(map(str, distinct))]
+            labels = [None if label is None else str(label) for label in labels]
+        position = {label: code for code, label in enumerate(distinct)}
+        codes = np.array([-1 if label is None else position[label] for label in labels])
+        if found := number_labels(distinct, codes, self.name):
+            self.labels = torch.from_numpy(found[0])
+            self.classes = found[1] or [str(n) for n in range(int(found[0].max()) + 1)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,37 +97,76 @@ def find_csv_listing(uri: str) -> Splits | None:
     """Return the splits of ``FILE.csv`` or of a ``FOLDER`` with train_*.csv; both take ``:ROOT``.
 
     Raises:
-        UserError: two listings of one split, or the image root is not a folder.
+        UserError: not a listing, two listings of one split, or the image root is not a folder.
     """
     for place in [len(uri), *(i for i, letter in enumerate(uri) if letter == ":")]:
         table, explicit = Path(uri[:place]).expanduser(), uri[place + 1 :]
-        if table.suffix.lower() == ".csv" and table.is_file():
-            files, root = {"train": table}, table.parent
-        elif table.is_dir() and uri[:place]:
-            files, root = _split_listings(table), table
-        else:
-            continue
-        if files:
-            root = Path(explicit).expanduser() if explicit else root
-            if not root.is_dir():
-                raise UserError("not-found", f"The image root '{root}' of '{uri}' is not a folder.")
-            places = root / PLACES_FOLDER
-            return _splits(uri, files, places if places.is_dir() else root)
+        if table.suffix.lower() in SUFFIXES and table.is_file():
+            return _file_splits(uri, table, _image_root(uri, table.parent, explicit))
+        if explicit and uri[:place] and (files := _split_listings(table)):
+            return _folder_splits(uri, files, _image_root(uri, table, explicit))
     return None
 
 
-def _splits(uri: str, files: dict[str, Path], root: Path) -> Splits:
-    return Splits(list(files), lambda split: _open(uri, files[split], root))
+def _file_splits(uri: str, table: Path, root: Path) -> Splits:
+    """Return the splits of a listing: those of its column ``split``, else "train"."""
+    listing = read_listing(table)
+    images: dict[str, list[ListedImage]] = {}
+    for image in listing.images:
+        images.setdefault(image.split, []).append(image)
+
+    def open_split(split: str) -> CsvListing:
+        return _open(uri, table, root, Listing(images.get(split, []), listing.malformed))
+
+    return Splits([*images] or ["train"], open_split)
+
+
+def find_listings_in_folder(uri: str, folder: Path) -> Splits | None:
+    """Return the splits of a folder with train_*.csv and val_*.csv that list images below it.
+
+    Raises:
+        UserError: the first lines do not name images below the folder.
+    """
+    if not (files := _split_listings(folder)):
+        return None
+    root = _image_root(uri, folder, "")
+    for table in files.values():
+        _open(uri, table, root, read_listing(table, _PROBED))
+    splits = _folder_splits(uri, files, root)
+
+    def reads(path: str) -> bool:
+        nonlocal listed
+        if listed is None:
+            listed = {path for split in splits.names for path in splits.open(split).paths}
+            listed |= {table.relative_to(folder).as_posix() for table in files.values()}
+        return path in listed
+
+    listed: set[str] | None = None
+    return splits._replace(root=root, reads=reads)
+
+
+def _image_root(uri: str, default: Path, explicit: str) -> Path:
+    root = Path(explicit).expanduser() if explicit else default
+    if not root.is_dir():
+        raise UserError("not-found", f"The image root '{root}' of '{uri}' is not a folder.")
+    places = root / PLACES_FOLDER
+    return places if places.is_dir() else root
+
+
+def _folder_splits(uri: str, files: dict[str, Path], root: Path) -> Splits:
+    return Splits(
+        [*files], lambda split: _open(uri, files[split], root, read_listing(files[split]))
+    )
 
 
 def _split_listings(folder: Path) -> dict[str, Path]:
     """Return a folder's train_*.csv and val_*.csv by split; none beside split folders of images."""
     found: dict[str, Path] = {}
-    if split_folders(folder):
+    if not folder.is_dir() or split_folders(folder):
         return found
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.iterdir()):
         split, _, rest = path.stem.partition("_")
-        if split not in SPLIT_NAMES or not rest:
+        if path.suffix.lower() != ".csv" or split not in SPLIT_NAMES or not rest:
             continue
         if split in found:
             names = f"{found[split].name} and {path.name}"
@@ -122,62 +176,55 @@ def _split_listings(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _open(uri: str, table: Path, root: Path) -> CsvListing:
-    """Read a CSV of ``path label`` lines, separated by blanks, tabs or a comma.
-
-    Either field may stand in double quotes, as Python's ``csv`` writes a path with a comma. A path
-    without quotes may contain blanks and commas too.
+def _open(uri: str, table: Path, root: Path, listing: Listing) -> CsvListing:
+    """Return the images of a listing.
 
     Raises:
         UserError: a path that leaves the root, at least as many malformed lines as good ones, or
             none of the first 64 images exists.
     """
-    paths, labels, malformed = [], [], []
-    try:
-        with open(table, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(_short_lines(lines), 1):
-                if not line.strip():
-                    continue
-                if (entry := _parse_line(line)) is None:
-                    malformed.append(number)
-                    continue
-                paths.append(_relative_path(entry[0], root, table, number))
-                labels.append(entry[1])
-    except OSError as error:
-        raise UserError("environment", f"'{table}' cannot be read: {error}.") from None
-    _report_malformed(table, malformed, len(paths))
-    if not any((root / path).is_file() for path in paths[:_PROBED]):
+    _report_malformed(table, listing.malformed, len(listing.images))
+    paths = [
+        _relative_path(image.path, root, table, image.line, listing) for image in listing.images
+    ]
+    spell = _find_spelling(paths[:_PROBED], root)
+    if spell is None:
+        first = listing.images[0].path
         raise UserError(
             "not-found",
             f"The first {min(_PROBED, len(paths))} images of '{table}' are not below '{root}', such"
-            f" as '{paths[0]}'; name their folder as {table}:ROOT.",
+            f" as '{first}'; {_where_else(first, root, table)}.",
         )
-    return CsvListing(uri, root, paths, labels, malformed)
+    labels = [image.label for image in listing.images]
+    return CsvListing(uri, root, [*map(spell, paths)], labels, listing.malformed)
 
 
-def _short_lines(file: TextIO) -> Iterator[str]:
-    """Yield lines; an overlong line is cut and marked as malformed by a NUL."""
-    while line := file.readline(_LINE_LIMIT):
-        whole = line
-        while not whole.endswith("\n") and (whole := file.readline(_LINE_LIMIT)):
-            line = line[:_LINE_LIMIT] + "\0"
-        yield line
+def _find_spelling(paths: list[str], root: Path) -> Callable[[str], str] | None:
+    """Return how paths become files: as they are, with "/" for a backslash, or with an extension.
+
+    None: no path becomes a file.
+    """
+    spellings: list[Callable[[str], str]] = [lambda path: path, lambda p: p.replace("\\", "/")]
+    spellings += [lambda path, end=end: path + end for end in sorted(EXTENSIONS)]
+    return next((s for s in spellings if any((root / s(path)).is_file() for path in paths)), None)
 
 
-def _parse_line(line: str) -> tuple[str, int] | None:
-    """Return (path, label), or None for a malformed line."""
-    if (match := _LABEL.search(line.strip())) is None or int(match[1]) >= MAX_CLASSES:
-        return None
-    path = line.strip()[: match.start()].rstrip(" \t,")
-    if path.startswith('"'):
-        inner = path[1:-1].replace('""', "\0")  # a quote inside quotes is doubled
-        if len(path) < 2 or path[-1] != '"' or '"' in inner or "\0" in path:
-            return None
-        path = inner.replace("\0", '"')
-    return None if not path or "\0" in path else (path, int(match[1]))
+def _where_else(path: str, root: Path, table: Path) -> str:
+    """Return the way out if no listed image exists: the folder that holds the first one, if any."""
+    if "://" in path or path.startswith(("http:/", "https:/")):
+        return "download the images first; a listing names local files"
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    for found, _ in itertools.islice(walk_images(root), _SEARCHED):
+        if PurePosixPath(found).name != parts[-1]:
+            continue
+        folder = PurePosixPath(found).parts[: -len(parts)]
+        if PurePosixPath(found).parts[-len(parts) :] == parts:
+            return f"name their folder as {table}:{root.joinpath(*folder)}"
+        return f"the first one lies at '{root / found}'; correct the paths"
+    return f"name the folder that holds them as {table}:ROOT"
 
 
-def _relative_path(path: str, root: Path, table: Path, number: int) -> str:
+def _relative_path(path: str, root: Path, table: Path, number: int, listing: Listing) -> str:
     """Return the path relative to the root.
 
     A leading slash is dropped if the root has the path's first folder: Places205's own lists write
@@ -195,7 +242,9 @@ def _relative_path(path: str, root: Path, table: Path, number: int) -> str:
             pure = pure.relative_to("/")
     if pure.is_absolute() or ".." in path.replace("\\", "/").split("/"):
         message = f"Line {number:,} of '{table}' leads out of the image root '{root}': {path!r}"
-        raise UserError("unsafe", f"{message}; correct it, or name the root as {table}:ROOT.")
+        absolute = [image.path for image in listing.images if image.path.startswith("/")]
+        common = os.path.commonpath([os.path.dirname(path) for path in absolute] or ["ROOT"])
+        raise UserError("unsafe", f"{message}; correct it, or name the root as {table}:{common}.")
     return str(pure)
 
 
@@ -204,8 +253,8 @@ def _report_malformed(table: Path, malformed: list[int], good: int) -> None:
     numbers = ", ".join(f"{number:,}" for number in malformed[:_LISTED])
     more = f" and {len(malformed) - _LISTED:,} more" if len(malformed) > _LISTED else ""
     if good <= len(malformed):
-        counts = f"{good:,} lines are 'path label', {len(malformed):,} are not"
-        message = f"'{table}' is not a listing of images: {counts} ({numbers}{more})."
-        raise UserError("unsupported", message)
+        counts = f"{good:,} lines name an image, {len(malformed):,} do not ({numbers}{more})"
+        fix = "write lines 'path label', or a header such as path,label"
+        raise UserError("unsupported", f"'{table}' is not a listing of images: {counts}; {fix}.")
     if malformed:
         notify(f"{table}: skipped malformed lines {numbers}{more} ({good:,} images remain).")

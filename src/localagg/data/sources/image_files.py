@@ -10,8 +10,41 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-_COMMON = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".avif")
-EXTENSIONS = frozenset([*_COMMON, ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm"])
+from .file_kinds import IMAGE_KINDS, kind_of
+
+_COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".avif")
+_PHONE = (".heic", ".heif", ".hif")  # pillow-heif reads these
+_MEDICAL = (".dcm", ".dicom")  # pydicom
+EXTENSIONS = frozenset(
+    [*_COMMON, ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm", *_PHONE, *_MEDICAL]
+)
+
+# Folders that operating systems and network storage keep beside people's files.
+_SYSTEM = (
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@tmp", "$recycle.bin", "lost+found"),
+    *("__macosx", "system volume information"),
+)
+
+
+def is_system_folder(name: str) -> bool:
+    """Return whether a folder is hidden, or one of the operating system."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def is_image_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is an image by its extension; without one, by its first bytes.
+
+    DICOM files are often named by numbers: ``IM0001`` or ``1.2.840.10008``.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix and not suffix[1:].isdigit():
+        return suffix in EXTENSIONS
+    try:
+        with open_file(path) as file:
+            kind = kind_of(file.read(132))
+    except OSError:
+        return False
+    return kind == "DICOM" if suffix else kind in IMAGE_KINDS
 
 
 def walk_images(
@@ -19,23 +52,30 @@ def walk_images(
 ) -> Iterator[tuple[str, int]]:
     """Yield (path relative to the root with '/', size in bytes) of every image file.
 
-    Hidden entries, pipes and devices are skipped. A link without a target counts as an image of
+    Hidden entries, system folders, folders without permission, pipes and devices are skipped;
+    :func:`unread_files.count_unread` counts them. A link without a target counts as an image of
     size 0, so that reading it reports the broken link.
 
     A link to a folder is followed unless its target contains the link. Below such a link
     (``linked`` holds the targets followed so far), further links are followed only to folders
     outside of the root, and each target once: links to each other would otherwise never end.
     """
-    with os.scandir(root / prefix) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
+    try:
+        with os.scandir(root / prefix) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+    except PermissionError:
+        if not prefix:
+            raise
+        return
     for entry in ordered:
         path = prefix + entry.name
         if entry.name.startswith("."):
             continue
         if not is_folder(entry):
-            is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            if is_image and (size := _size(entry)) is not None:
+            if is_image_file(entry.path) and (size := _size(entry)) is not None:
                 yield path, size
+        elif is_system_folder(entry.name):
+            continue
         elif not entry.is_symlink():
             yield from walk_images(root, path + "/", linked)
         else:

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .image_files import EXTENSIONS, is_folder, walk_images
+from .image_files import is_folder, is_image_file, is_system_folder, walk_images
 from .labels import number_labels
 from .source import Sample, Source, content_hash
-from .splits import ALIASES, Splits, split_folders
+from .splits import ALIASES, Splits, check_mixed_splits, split_folders
 
 _LISTED = 5  # folders in a message
+_LEVELS = 2  # of folders without images of their own between a URI and its splits
 
 
 class ImageFolder(Source):
     """Image files under a root, sorted by relative path; the first folder of a path is its class.
 
-    Labels exist only if every file lies in a class folder and there are at least two of them, or
-    if one of them is among ``training_classes``. Then files outside of class folders have label -1.
+    Folders that all files share are no classes. Labels exist only if every file lies in a class
+    folder and there are at least two of them, or if one of them is among ``training_classes``. Then
+    files outside of class folders have label -1.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class ImageFolder(Source):
         self.paths = [path for path, _ in files]
         self.classes: list[str] | None = None
         self.labels: Tensor | None = None
-        tops = [path.partition("/")[0] if "/" in path else None for path in self.paths]
-        names = sorted({top for top in tops if top is not None})
+        tops, names, shared = _class_folders(self.paths, training_classes)
+        if _are_shards(root / shared, names):
+            return
         if (len(names) > 1 and None not in tops) or not training_classes.isdisjoint(names):
             code = {name: position for position, name in enumerate(names)}
             codes = np.array([-1 if top is None else code[top] for top in tops])
-            if found := number_labels(names, codes, self.name, partial=True):
+            if found := number_labels(names, codes, self.name):
                 self.labels, self.classes = torch.from_numpy(found[0]), found[1]
 
     def __len__(self) -> int:
@@ -71,26 +74,56 @@ class ImageFolder(Source):
         return sum(self._sizes)
 
 
-def find_image_folder(uri: str) -> Splits | None:
-    """Return the splits of any folder: its sub-folders named like splits, else "train".
+def _class_folders(
+    paths: list[str], training_classes: frozenset[str]
+) -> tuple[list[str | None], list[str], str]:
+    """Return each file's class folder or None, their sorted names, and the folder they share."""
+    shared = ""
+    while True:
+        tops = [_top(path[len(shared) :]) for path in paths]
+        names = sorted({top for top in tops if top is not None})
+        alone = len(names) == 1 and None not in tops and training_classes.isdisjoint(names)
+        if not alone:
+            return tops, names, shared
+        shared += names[0] + "/"
+
+
+def _top(path: str) -> str | None:
+    return path.partition("/")[0] if "/" in path else None
+
+
+def _are_shards(root: Path, names: list[str]) -> bool:
+    """Return whether folders are numbered parts of a download, as img2dataset writes: 00000/."""
+    numbered = bool(names) and all(name.isdigit() for name in names)
+    return numbered and any(
+        (root / f"{names[0]}{end}").is_file() for end in (".parquet", "_stats.json", ".csv")
+    )
+
+
+def find_image_folder(uri: str, root: Path) -> Splits | None:
+    """Return the splits of a folder of images: its sub-folders named like splits, else "train".
+
+    A folder that holds nothing but another one stands for it: flowers/flowers/train.
 
     Raises:
-        UserError: other sub-folders beside those of splits hold images too. Reading either kind
-            alone would lose images, or train on held-out ones.
+        UserError: other sub-folders beside those of splits hold images too, or splits lie inside of
+            classes. Reading either kind alone would lose images, or train on held-out ones.
     """
-    root = Path(uri).expanduser()
-    if not root.is_dir():
+    if not any(walk_images(root)):
         return None
-    splits = split_folders(root)
+    splits = _find_split_folders(root)
     if not splits:
-        return Splits(["train"], lambda split: _open(uri, root))
+        return Splits(
+            ["train"], lambda _: _open(uri, root), root, lambda p: is_image_file(root / p)
+        )
+    place = next(iter(splits.values())).parent
     named = {folder.name for folder in splits.values()}
-    others = [name for name in _folders(root) if name not in named and _holds_own(root, name)]
+    others = [name for name in _folders(place) if name not in named and _holds_own(place, name)]
     if others:
         more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
         raise UserError(
             "mismatch",
-            f"'{root}' has images in folders named like splits, {', '.join(sorted(named))}, and in"
+            f"'{place}' has images in folders named like splits, {', '.join(sorted(named))}, and in"
             f" others, {', '.join(others[:_LISTED])}{more}. If all are classes, move them into a"
             " folder 'train'; otherwise move the others elsewhere.",
         )
@@ -99,15 +132,41 @@ def find_image_folder(uri: str) -> Splits | None:
     def open_split(split: str) -> ImageFolder:
         if train is None or split == train:
             return _open(uri, splits[split])
-        classes = _folders(splits[train])
-        return _open(uri, splits[split], frozenset(classes if len(classes) > 1 else ()))
+        return _open(uri, splits[split], frozenset(_training_classes(splits[train])))
 
-    return Splits(list(splits), open_split)
+    inside = tuple(folder.relative_to(root).as_posix() + "/" for folder in splits.values())
+    return Splits(
+        [*splits],
+        open_split,
+        root,
+        lambda path: path.startswith(inside) and is_image_file(root / path),
+    )
+
+
+def _find_split_folders(root: Path) -> dict[str, Path]:
+    """Return the split folders of a folder, or of the only folder of images in it."""
+    for _ in range(_LEVELS + 1):
+        if splits := split_folders(root):
+            return {name: folder for name, folder in splits.items() if any(walk_images(folder))}
+        holding = [name for name in _folders(root) if _holds_own(root, name)]
+        with os.scandir(root) as entries:
+            images = any(is_image_file(e.path) for e in entries if not e.name.startswith("."))
+        if len(holding) != 1 or images:
+            break
+        root = root / holding[0]
+    return {}
+
+
+def _training_classes(folder: Path) -> list[str]:
+    """Return the names of the class folders of training; none for fewer than two."""
+    while len(names := _folders(folder)) == 1:
+        folder = folder / names[0]
+    return names
 
 
 def _folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.name[0] != "." and is_folder(e))
+        return sorted(e.name for e in entries if not is_system_folder(e.name) and is_folder(e))
 
 
 def _holds_own(root: Path, name: str) -> bool:
@@ -120,7 +179,5 @@ def _holds_own(root: Path, name: str) -> bool:
 
 def _open(uri: str, root: Path, training_classes: frozenset[str] = frozenset()) -> ImageFolder:
     files = sorted(walk_images(root))
-    if not files:
-        extensions = " ".join(sorted(EXTENSIONS))
-        raise UserError("no-images", f"'{root}' has no images ({extensions}); name another folder.")
+    check_mixed_splits(uri, {path.rpartition("/")[0] for path, _ in files})
     return ImageFolder(uri, root, files, training_classes)

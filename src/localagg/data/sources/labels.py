@@ -25,47 +25,45 @@ def number_labels(
     *,
     names: list[str] | None = None,
     renumber: bool = False,
-    partial: bool = False,
 ) -> tuple[np.ndarray, list[str] | None] | None:
-    """Convert labels to class numbers 0..C-1.
+    """Convert labels to class numbers 0..C-1, and missing labels to -1.
 
-    Words are numbered in sorted order. Integers are class numbers already, and all -1 means that
-    the data have no labels: so data sets hide the labels of their test split.
+    Words are numbered in sorted order; an empty word is a missing label. Integers are class numbers
+    already, and -1 is a missing label: so data sets hide the labels of their test split.
 
     Args:
         values: the distinct labels, integers or words.
         codes: int [N], each image's position in ``values``; -1 without a label.
         where: names an image in an error by its index.
-        names: class names that belong to integers. An image may then have the label -1.
-        renumber: number integers in sorted order too, unless they have names.
-        partial: images may have no label; theirs is -1.
+        names: class names that belong to integers.
+        renumber: number integers in sorted order too, unless they have names. Then -1 beside 1
+            alone is a class.
 
     Returns:
-        int64 [N] and the class names, None for numbers without names; or None without labels.
+        int64 [N] and the class names, None for numbers without names; or None without any label.
 
     Raises:
-        UserError: images without a label among others that have one, a label out of range, or
-            over a million classes.
+        UserError: a label out of range, or over a million classes.
     """
     integers = all(isinstance(value, int) for value in values)
-    missing = np.flatnonzero(codes < 0)
-    if len(missing) == len(codes) or (not len(missing) and integers and set(values) == {-1}):
+    renumber = renumber and names is None
+    classes = {-1, 1} if renumber else set()
+    missing = {"", -1} if set(values) != classes else {""}
+    used = [value for value in values if value not in missing]
+    if not used or (codes < 0).all():
         return None
-    if len(missing) and not partial:
-        first = where(int(missing[0]))
-        message = f"{first} has no label, but other images have one; label every image or none."
-        raise UserError("no-labels", message)
-    if len(values) > MAX_CLASSES:
-        count = f"{len(values):,} different labels; at most {MAX_CLASSES:,} are supported."
+    if len(used) > MAX_CLASSES:
+        count = f"{len(used):,} different labels; at most {MAX_CLASSES:,} are supported."
         raise UserError("too-large", f"{where(0)} and the images after it have {count}")
-    if not integers or (renumber and names is None):
-        ordered = sorted(values)
-        numbers = {value: number for number, value in enumerate(ordered)}
-        found = np.array([*(numbers[value] for value in values), -1])  # code -1 is the last item
-        return found[codes], [str(value) for value in ordered]
-    labels = np.array(values, np.int64)[codes]
-    lowest, count = (0, MAX_CLASSES) if names is None else (-1, len(names))
-    wrong = np.flatnonzero((labels < lowest) | (labels >= count))
+    if not integers or renumber:
+        used, names = sorted(used), [str(value) for value in sorted(used)]
+        numbers = {value: number for number, value in enumerate(used)}
+    else:
+        numbers = {value: int(value) for value in used}
+    # The last item stands for the code -1.
+    labels = np.array([*(numbers.get(value, -1) for value in values), -1], np.int64)[codes]
+    count = MAX_CLASSES if names is None else len(names)
+    wrong = np.flatnonzero((labels < -1) | (labels >= count))
     if len(wrong):
         label = f"the label {labels[wrong[0]]}; labels are numbers from 0 to {count - 1:,}"
         raise UserError("damaged", f"{where(int(wrong[0]))} has {label}, or words.")
@@ -83,7 +81,7 @@ def read_class_names(folder: Path, split: str, labels: Tensor) -> list[str]:
     Args:
         folder: the data's folder.
         split: name of the split as in the names of its files.
-        labels: int64 [N], not negative.
+        labels: int64 [N]; -1 without a label.
 
     Raises:
         UserError: the file is damaged, or names fewer classes than there are labels.

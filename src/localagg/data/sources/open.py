@@ -1,42 +1,78 @@
-"""Open a data URI: choose the kind of source, then its split."""
+"""Open a data URI: find the data there, then choose the split and the form of its images."""
 
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from ...errors import UserError, suggest
+from ...errors import UserError
 from ...io.console import notify
-from .arrow_tables import find_parquet, find_saved_dataset
-from .csv_listing import find_csv_listing
-from .digits import find_digits
-from .hub import find_hub_dataset
-from .image_folder import find_image_folder
+from .combined import CombinedSplits, Pages
+from .find_data import find_splits
 from .source import Sample, Source
-from .splits import ALIASES, MissingSplit, Splits, find_stored_name
-from .tfrecords.tfrecord import find_tfrecords
-from .webdataset import find_tars
+from .splits import ALIASES, STORED, MissingSplit, find_stored_name
+from .unread_files import UnreadFiles, count_unread, describe_unread
 
 __all__ = [
     "Sample",
     "Source",
+    "add_options",
     "open_evaluation",
     "open_images",
-    "report_other_splits",
+    "report_unread",
     "stored_splits",
 ]
 
-# Each returns the splits at a URI, or None if the URI is not of its kind. The first match counts.
-# To add a source, write its module and add its function here.
-SOURCES: tuple[Callable[[str], Splits | None], ...] = (
-    find_digits,
-    find_hub_dataset,
-    find_csv_listing,
-    find_saved_dataset,
-    find_tfrecords,
-    find_parquet,
-    find_tars,
-    find_image_folder,
-)
+_OPTION = re.compile(r"(split|pages|image-column)=(.+)")
+_notes: set[str] = set()  # printed once
+
+
+class DataOptions(NamedTuple):
+    """Options of a data URI: ``PLACE#split=train,extra&pages=all&image-column=left``."""
+
+    split: tuple[str, ...] = ()
+    """Stored splits to learn from, in place of train."""
+    pages: bool = False
+    """Each page of a file is an image."""
+    column: str | None = None
+    """Column of images of a table."""
+
+
+def add_options(
+    uri: str, *, split: str | None = None, pages: str | None = None, image_column: str | None = None
+) -> str:
+    """Return a data URI with options at its end.
+
+    Raises:
+        UserError: ``pages`` is not "first" or "all".
+    """
+    place, (chosen, all_pages, column) = parse_uri(uri)
+    if pages not in (None, "first", "all"):
+        raise UserError("option-invalid", f"--pages is '{pages}'; use first or all.")
+    options = {
+        "split": split or ",".join(chosen),
+        "pages": "all" if pages == "all" or (all_pages and pages is None) else "",
+        "image-column": image_column or column,
+    }
+    texts = [f"{name}={value}" for name, value in options.items() if value]
+    return place + ("#" + "&".join(texts) if texts else "")
+
+
+def parse_uri(uri: str | os.PathLike[str]) -> tuple[str, DataOptions]:
+    """Return the place in a data URI, and its options.
+
+    Raises:
+        UserError: an invalid value.
+    """
+    place, mark, text = os.fspath(uri).rpartition("#")
+    found = [_OPTION.fullmatch(part) for part in text.split("&")]
+    if not mark or os.path.exists(os.fspath(uri)) or not all(found):
+        return os.fspath(uri), DataOptions()
+    options = {match[1]: match[2] for match in found if match}
+    if options.get("pages", "all") not in ("first", "all"):
+        raise UserError("option-invalid", f"--pages is '{options['pages']}'; use first or all.")
+    split = tuple(filter(None, options.get("split", "").split(",")))
+    return place, DataOptions(split, options.get("pages") == "all", options.get("image-column"))
 
 
 def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
@@ -49,17 +85,36 @@ def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
             such as ``train-*.tar`` or ``train-{000..012}.tar``; ``hf:NAME`` or ``hf:NAME:CONFIG``
             from the Hugging Face Hub; a folder of the reference's TFRecords; a listing
             ``FILE.csv`` or ``FILE.csv:ROOT`` with lines ``path label``, or a folder with
-            ``train_*.csv`` and ``val_*.csv`` (also with ``:ROOT``).
-        split: "train", "val" or "test". Data without splits are "train".
+            ``train_*.csv`` and ``val_*.csv`` (also with ``:ROOT``). Options may follow, see
+            :class:`DataOptions`.
+        split: "train", "val" or "test"; or stored names, separated by commas. Data without splits
+            are "train".
 
     Raises:
         UserError: no such path, no images in it, no such split, or damaged data.
     """
-    uri = os.fspath(uri)
-    if split not in ALIASES:
-        raise UserError("option-invalid", f"Unknown split '{split}'; use train, val or test.")
-    splits = _find_splits(uri)
-    return splits.open(find_stored_name(uri, splits.names, split))
+    place, options = parse_uri(uri)
+    splits = find_splits(place, options.column)
+    names = [name for name in splits.names if name not in options.split]
+    if split == "train" and options.split:
+        chosen = options.split
+    elif split in ALIASES:
+        chosen = (find_stored_name(place, names, split),)
+    else:
+        chosen = tuple(split.split(","))
+    if unknown := [name for name in chosen if name not in splits.names]:
+        known = ", ".join(splits.names)
+        raise MissingSplit("not-found", f"'{place}' has no split '{unknown[0]}'; it has {known}.")
+    parts = {name: splits.open(name) for name in chosen}
+    source = parts[chosen[0]] if len(parts) == 1 else CombinedSplits(place, parts)
+    _print_note(splits.note or getattr(source, "note", ""))
+    return Pages(source) if options.pages else source
+
+
+def _print_note(note: str) -> None:
+    if note and note not in _notes:
+        _notes.add(note)
+        notify(note)
 
 
 def open_evaluation(uri: str | os.PathLike[str]) -> Source | None:
@@ -76,46 +131,48 @@ def stored_splits(uri: str | os.PathLike[str]) -> list[str]:
     Raises:
         UserError: no such path, no readable data, or only splits of other names.
     """
-    names = _find_splits(os.fspath(uri)).names
-    if not (known := _known(names)):
+    place, options = parse_uri(uri)
+    splits = find_splits(place, options.column)
+    known = _known([name for name in splits.names if name not in options.split])
+    if options.split:
+        known = {"train": options.split[0], **known}
+    if not known:
+        names = ", ".join(splits.names)
         raise UserError(
             "not-found",
-            f"'{uri}' has no split train, val or test; it has {', '.join(names)}: rename one.",
+            f"'{place}' has no split train, val or test; it has {names}: choose one with --split"
+            f" {splits.names[0]}.",
         )
     return list(known)
 
 
-def report_other_splits(uri: str | os.PathLike[str]) -> list[str]:
-    """Return the stored splits that nothing reads, such as ``extra``, and print a notice."""
-    names = _find_splits(os.fspath(uri)).names
-    known = _known(names).values()
-    others = [name for name in names if name not in known]
+class Unread(NamedTuple):
+    """Stored splits and files that nothing reads."""
+
+    splits: list[str]
+    files: list[UnreadFiles]
+
+
+def report_unread(uri: str | os.PathLike[str]) -> Unread:
+    """Return the stored splits and the files that are not read, and print a line on each."""
+    place, options = parse_uri(uri)
+    splits = find_splits(place, options.column)
+    known = {*_known(splits.names).values(), *options.split}
+    others = [name for name in splits.names if name not in known]
     if others:
         notify(
-            f"'{uri}' also has the splits {', '.join(others)}, which are not read: only train, val"
-            " and test are, each under one name."
+            f"'{place}' also has the splits {', '.join(others)}, which are not read;"
+            f" --split {','.join(['train', *others] if 'train' in known else others)} reads them."
         )
-    return others
+    files = [] if splits.root is None else count_unread(splits.root, splits.reads)
+    told = [kind for kind in files if kind.kind != "index of localagg"]
+    if told:
+        total = sum(kind.files for kind in told)
+        notify(f"{total:,} other files of '{place}' are not read: {describe_unread(told)}.")
+    return Unread(others, files)
 
 
 def _known(names: Sequence[str]) -> dict[str, str]:
     """Return the stored name of each of train, val and test that exists."""
-    own = {"train": ALIASES["train"], "val": ("val", "validation", "valid"), "test": ("test",)}
-    found = {split: [n for n in candidates if n in names] for split, candidates in own.items()}
+    found = {split: [n for n in candidates if n in names] for split, candidates in STORED.items()}
     return {split: stored[0] for split, stored in found.items() if stored}
-
-
-def _find_splits(uri: str) -> Splits:
-    for find in SOURCES:
-        if (splits := find(uri)) is not None:
-            return splits
-    if Path(uri).expanduser().exists():
-        raise UserError(
-            "unsupported",
-            f"'{uri}' is a file; --data takes a folder, a .parquet, .tar or .csv file.",
-        )
-    raise UserError(
-        "not-found",
-        f"No file or folder '{uri}'; --data takes a path, FILE.csv:ROOT, hf:NAME, or 'digits'."
-        f"{suggest(uri, ['digits'])}",
-    )

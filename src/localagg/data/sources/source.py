@@ -13,6 +13,22 @@ from ...errors import UserError
 _FINGERPRINT_SAMPLES = 64
 
 
+class ImagePage(bytes):
+    """Encoded bytes of a file with several pages, of which one is meant."""
+
+    page: int
+    """From 0."""
+
+    def __new__(cls, data: bytes, page: int) -> "ImagePage":
+        """Return the bytes with the number of a page."""
+        found = super().__new__(cls, data)
+        found.page = page
+        return found
+
+    def __reduce__(self) -> tuple[type, tuple[bytes, int]]:
+        return type(self), (bytes(self), self.page)
+
+
 class Sample(NamedTuple):
     """One image of a source."""
 

@@ -19,6 +19,7 @@ from ..splits import Splits
 from .tf_example import write_example
 from .tfrecord_index import (
     RECORD_LIMIT,
+    check_first_record,
     files_by_split,
     frame,
     open_index,
@@ -66,16 +67,23 @@ class TFRecords(IndexedFiles):
         return digest.hexdigest()
 
 
-def find_tfrecords(uri: str) -> Splits | None:
+def find_tfrecords(uri: str, folder: Path) -> Splits | None:
     """Return the splits of the TFRecord files in a folder, or None without such files.
 
     Raises:
-        UserError: files of two packings, or a missing file.
+        UserError: files of two packings, a missing file, or a first record without an image.
     """
-    folder = Path(uri).expanduser()
     if not folder.is_dir() or not (files := files_by_split(folder)):
         return None
-    return Splits(list(files), lambda prefix: _open(uri, folder, prefix, files[prefix]))
+    check_first_record(folder, files)
+    used = {name for names in files.values() for name in names}
+    used |= {f"classes-{prefix}.json" for prefix in files}
+    return Splits(
+        [*files],
+        lambda prefix: _open(uri, folder, prefix, files[prefix]),
+        folder,
+        used.__contains__,
+    )
 
 
 def _open(uri: str, folder: Path, prefix: str, files: list[str]) -> TFRecords:

@@ -101,6 +101,19 @@ def files_by_split(folder: Path) -> dict[str, list[str]]:
     return {prefix: [name for _, _, name in files] for prefix, files in sorted(found.items())}
 
 
+def check_first_record(folder: Path, files: dict[str, list[str]]) -> None:
+    """Check that the first record of a folder's files is an image.
+
+    Raises:
+        UserError: it is damaged, or holds something else.
+    """
+    for name in (name for names in files.values() for name in names):
+        with open(folder / name, "rb") as file:
+            if os.fstat(file.fileno()).st_size:
+                read_example(file.fileno(), folder / name, 0)
+                return
+
+
 # --- Index ----------------------------------------------------------------------------------------
 
 

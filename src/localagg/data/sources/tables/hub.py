@@ -6,14 +6,14 @@ need no network.
 
 from pathlib import Path
 
-from ...errors import UserError
+from ....errors import UserError
+from ..splits import Splits
 from .arrow_tables import from_datasets
-from .splits import Splits
 
 PREFIX = "hf:"
 
 
-def find_hub_dataset(uri: str) -> Splits | None:
+def find_hub_dataset(uri: str, column: str | None = None) -> Splits | None:
     """Return the splits of a Hub data set, or None if the URI does not begin with ``hf:``.
 
     Raises:
@@ -36,7 +36,7 @@ def find_hub_dataset(uri: str) -> Splits | None:
         message = f"Cannot load '{uri}': {_reason(error)}; check the name and the network."
         raise UserError("not-found", message) from None
     splits = {str(split): part for split, part in dict(loaded).items()}
-    return Splits(list(splits), lambda split: from_datasets(uri, splits[split]))
+    return Splits(list(splits), lambda split: from_datasets(uri, splits[split], column))
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from make_tars import by_tarfile, sealed, tar
 
 from localagg.data import open_images
 from localagg.data.sources.open import stored_splits
-from localagg.data.sources.tar_index import split_name
+from localagg.data.sources.tars.tar_index import split_name
 
 MEMBERS = {"0.jpg": b"zero", "0.cls": b"2", "1.png": b"one" * 300, "1.cls": b"0"}
 
@@ -90,11 +90,13 @@ def test_splits_are_in_names_or_folders(tmp_path):
     assert open_images(tmp_path / "b", "test")[0].image == b"test"
 
 
-def test_tars_beside_images_or_folders_are_ignored(pictures, folder):
-    (folder / "train").symlink_to(pictures / "train")
-    assert open_images(folder).classes == ["flower", "temple"]
-    (folder / "train").unlink()
+def test_tars_beside_images_are_two_kinds(pictures, folder):
+    """Neither is lost in silence; tars without images do not count."""
     (folder / "0.jpg").write_bytes(b"a")
+    with user_error("mismatch", folder, "0.jpg", "tars (train-0"):
+        open_images(folder)
+    for path in folder.glob("*.tar"):
+        write(path, {"notes.txt": b"a"})
     assert len(open_images(folder)) == 1
 
 
@@ -126,6 +128,10 @@ def test_every_kind_of_tar_is_read_as_tarfile_does(tmp_path, format):
         ({"0.txt": b"same", "1.txt": b"same"}, [0, 0], ["same"]),
         ({"0.txt": b"a photo of a cat", "1.txt": b"a dog"}, None, None),
         ({"0.cls": b"-1", "1.cls": b"-1"}, None, None),
+        ({"0.cls": b"1"}, [1, -1], ["0", "1"]),
+        ({"0.cls": b"b", "1.txt": b""}, [0, -1], ["b"]),
+        ({"0.label.cls": b"1", "1.label.cls": b"0"}, [1, 0], ["0", "1"]),
+        ({"0.label.cls": b"1", "0.cls": b"0", "1.cls": b"1"}, [0, 1], ["0", "1"]),
         ({"0.cls": b"1", "0.json": b'{"label": 9}', "1.cls": b"0"}, [1, 0], ["0", "1"]),
         ({}, None, None),
     ],
@@ -145,7 +151,6 @@ def test_labels_are_numbers_words_fields_or_none(tmp_path, members, labels, clas
 @pytest.mark.parametrize(
     ("members", "code", "values"),
     [
-        ({"0.jpg": b"a", "0.cls": b"1", "1.jpg": b"b"}, "no-labels", ["'1.jpg'", "byte 2,048"]),
         ({"0.jpg": b"a", "0.cls": b"-5"}, "damaged", ["'0.jpg'", "byte 0", "label -5"]),
         ({"0.jpg": b"a", "0.cls": b"9999999999"}, "damaged", ["label 9999999999"]),
         ({"0.jpg": b"a", "0.cls": b"\xff\xfe"}, "damaged", ["byte 1,024", "'0.cls'"]),

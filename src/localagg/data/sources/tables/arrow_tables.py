@@ -5,8 +5,8 @@ is read on access. A saved dataset is opened without ``datasets``: its import ta
 opening a million records, and it reads a file that is cut off between two batches as if whole.
 """
 
+import functools
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
-from ...errors import UserError
-from ...io.console import notify
-from .image_files import read_file
-from .labels import number_labels
-from .source import Sample, Source, content_hash
-from .splits import Splits, split_folders, split_in_name
+from ....errors import UserError
+from ....io.console import notify
+from ..image_files import read_file
+from ..labels import number_labels
+from ..source import Sample, Source, content_hash
+from ..splits import Splits
+from .table_columns import choose_image_column, is_binary, is_text, label_column
 
-_LABELS = ("label", "labels", "fine_label", "class", "target")
+_FIRST = 512  # bytes of an image that tell its format
 _compute: Any = pyarrow.compute  # its functions are made at run time, unknown to type checkers
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of a stream of Arrow record batches
 
@@ -62,28 +63,32 @@ def _mapped(file: str) -> pa.Table:
             table.column_names  # raises if they are no text  # noqa: B018
             return table
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise OSError(f"'{file}' is damaged ({_reason(error)}); copy or pack it again") from None
+        raise OSError(f"'{file}' is damaged ({reason_of(error)}); copy or pack it again") from None
 
 
 class TableImages(Source):
     """A table with a column of images and perhaps one of labels.
 
-    The image column is the first of type Image, or a struct with ``bytes``, or binary; the label
-    column is the first named label, labels, fine_label, class or target.
+    See :mod:`.table_columns` for the choice of both.
 
     Args:
         uri: the table's name for messages.
         table: :class:`MappedTable`, or the table of ``datasets``; it can be pickled.
         features: the columns as ``datasets.Features.to_dict`` describes them; may be empty.
+        column: the column of images. Default: by type, name and first bytes.
     """
 
-    def __init__(self, uri: str, table: Any, features: dict[str, Any]) -> None:
+    def __init__(
+        self, uri: str, table: Any, features: dict[str, Any], column: str | None = None
+    ) -> None:
         self.uri, self._table = uri, table
-        self._column = _image_column(uri, table, features)
+        first = functools.partial(first_bytes, table)
+        chosen = choose_image_column(uri, table.schema, features, first, column)
+        self._column, self.note = chosen
         self._open()
         self.classes: list[str] | None = None
         self.labels: Tensor | None = None
-        label = next((name for name in _LABELS if name in table.column_names), None)
+        label = label_column(table.column_names)
         if label is not None:
             found = _labels(uri, label, table.column(label), features.get(label))
             if found is not None:
@@ -93,7 +98,7 @@ class TableImages(Source):
         try:
             self._images, self._paths = _images_and_paths(self._table.column(self._column))
         except pa.ArrowException as error:
-            message = f"'{self.uri}' is damaged: {_reason(error)}; make it again."
+            message = f"'{self.uri}' is damaged: {reason_of(error)}; make it again."
             raise UserError("damaged", message) from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,10 +159,10 @@ def _images_and_paths(column: Any) -> tuple[Any, Any]:
     They are validated: wrong offsets in an array would read memory outside of it.
     """
     column.validate()
-    images, paths = (column, None) if _is_binary(column.type) else (None, column)
+    images, paths = (column, None) if is_binary(column.type) else (None, column)
     if pa.types.is_struct(column.type):
         images, paths = _child(column, "bytes"), _child(column, "path")
-        if paths is not None and not _is_text(paths.type):
+        if paths is not None and not is_text(paths.type):
             paths = None
     if images is not None:
         images.validate(full=True)
@@ -175,28 +180,17 @@ def _child(column: Any, name: str) -> Any:
     return pa.chunked_array(chunks, column.type.field(position).type)
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _image_column(uri: str, table: Any, features: dict[str, Any]) -> str:
-    for field in table.schema:
-        feature = features.get(field.name)
-        struct = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-        if struct and _is_binary(field.type.field("bytes").type):
-            return field.name
-        marked = isinstance(feature, dict) and feature.get("_type") == "Image"
-        if marked and (_is_binary(field.type) or pa.types.is_string(field.type)):
-            return field.name
-    for field in table.schema:
-        if _is_binary(field.type):
-            return field.name
-    columns = ", ".join(table.column_names)
-    raise UserError("no-images", f"'{uri}' has no column of images; its columns are {columns}.")
+def first_bytes(table: Any, name: str) -> bytes:
+    """Return the beginning of the first value of a column that is not null."""
+    column = table.column(name)
+    if pa.types.is_struct(column.type):
+        column = _child(column, "bytes")
+    for chunk in column.chunks:
+        chunk.validate(full=True)
+        for value in chunk:
+            if value.is_valid:
+                return value.as_buffer().to_pybytes()[:_FIRST]
+    return b""
 
 
 def _labels(
@@ -205,11 +199,13 @@ def _labels(
     """Return the labels and class names of a column; None without labels."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    column.validate(full=True)
+    if pa.types.is_floating(column.type):  # pandas stores integers with missing values so
+        column = _whole_numbers(column)
     kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_text(kind)):
         notify(f"The column '{name}' of '{uri}' has the type {kind}, not classes; it is ignored.")
         return None
-    column.validate(full=True)
     values = [value for value in column.unique().to_pylist() if value is not None]
     codes = _compute.fill_null(_compute.index_in(column, value_set=pa.array(values, kind)), -1)
     names = feature.get("names") if isinstance(feature, dict) else None
@@ -222,66 +218,43 @@ def _labels(
     )
 
 
-def from_datasets(uri: str, dataset: Any) -> TableImages:
+def _whole_numbers(column: Any) -> Any:
+    """Return floating-point numbers as integers, NaN as null; unchanged if one has a fraction."""
+    column = _compute.if_else(_compute.is_nan(column), None, column)
+    whole = _compute.all(_compute.equal(column, _compute.round(column)))
+    small = _compute.all(_compute.less(_compute.abs(column), 2.0**53))
+    return column.cast(pa.int64()) if whole.as_py() and small.as_py() else column
+
+
+def from_datasets(uri: str, dataset: Any, column: str | None = None) -> TableImages:
     """Return the images of a whole split that ``datasets`` has loaded."""
-    return TableImages(uri, dataset.data, dataset.features.to_dict())
+    return TableImages(uri, dataset.data, dataset.features.to_dict(), column)
 
 
-def find_parquet(uri: str) -> Splits | None:
-    """Return the splits of a Parquet file, or of those in a folder or its split folders."""
-    root = Path(uri).expanduser()
-    tables: dict[str, list[Path]] = {}
-    if root.is_file() and root.suffix == ".parquet":
-        tables["train"] = [root]
-    for path in sorted(root.glob("*.parquet")):
-        tables.setdefault(split_in_name(path.stem), []).append(path)
-    for name, folder in split_folders(root).items():
-        if files := sorted(folder.glob("*.parquet")):
-            tables.setdefault(name, []).extend(files)
-    return Splits(list(tables), lambda split: _open_parquet(uri, tables[split])) if tables else None
+def find_saved_dataset(uri: str, root: Path, column: str | None = None) -> Splits | None:
+    """Return the splits of a folder written by ``datasets.save_to_disk`` or by ``pack``.
 
-
-def _open_parquet(uri: str, paths: list[Path]) -> TableImages:
-    """Open the files of one split through the cache of ``datasets``; verify page checksums."""
-    import datasets
-    from pyarrow import dataset, parquet
-
-    files: Any = []
-    for path in paths:  # reading each file's metadata first names the file that is damaged
-        try:
-            if parquet.read_metadata(path).num_rows:
-                files.append(str(path))
-        except (OSError, pa.ArrowException) as error:
-            message = f"'{path}' cannot be read as Parquet: {_reason(error)}."
-            raise UserError("damaged", message) from None
-    if not files:
-        raise UserError("no-images", f"'{uri}' has no records ({paths[0].name} is empty).")
-    datasets.disable_progress_bars()
-    # datasets logs each error that it raises.
-    logging.getLogger("datasets.packaged_modules.parquet").setLevel(logging.CRITICAL)
-    verified = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
-    try:
-        table = datasets.Dataset.from_parquet(files, fragment_scan_options=verified)
-        return from_datasets(uri, table)
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise many types for damaged types or features
-        message = f"'{uri}' cannot be read as Parquet: {_reason(error)}."
-        raise UserError("damaged", message) from None
-
-
-def find_saved_dataset(uri: str) -> Splits | None:
-    """Return the splits of a folder written by ``datasets.save_to_disk`` or by ``pack``."""
-    root = Path(uri).expanduser()
+    Raises:
+        UserError: its description is damaged.
+    """
     if (root / "dataset_dict.json").is_file():
-        splits = _field(root / "dataset_dict.json", "splits", list)
-        return Splits([str(name) for name in splits], lambda split: _open_saved(uri, root / split))
-    if (root / "state.json").is_file():
-        return Splits(["train"], lambda _: _open_saved(uri, root))
-    return None
+        splits = [str(name) for name in _field(root / "dataset_dict.json", "splits", list)]
+        folders = {name: root / name for name in splits if (root / name).is_dir()}
+    elif (root / "state.json").is_file():
+        folders = {"train": root}
+    else:
+        return None
+    for folder in folders.values():
+        _field(folder / "state.json", "_data_files", list)
+
+    def reads(path: str) -> bool:
+        own = Path(path).suffix in (".arrow", ".json")
+        return own and any((root / path).parent == place for place in [root, *folders.values()])
+
+    return Splits([*folders], lambda split: _open_saved(uri, folders[split], column), root, reads)
 
 
-def _open_saved(uri: str, folder: Path) -> TableImages:
+def _open_saved(uri: str, folder: Path, column: str | None) -> TableImages:
     state = folder / "state.json"
     files = _field(state, "_data_files", list)
     names = [file.get("filename") for file in files if isinstance(file, dict)]
@@ -291,9 +264,9 @@ def _open_saved(uri: str, folder: Path) -> TableImages:
     features = _field(folder / "dataset_info.json", "features", dict)
     try:
         table = MappedTable([str(folder / Path(name).name) for name in names])
-        return TableImages(uri, table, features)
+        return TableImages(uri, table, features, column)
     except (OSError, pa.ArrowException) as error:
-        message = f"'{uri}' cannot be read as a saved dataset: {_reason(error)}."
+        message = f"'{uri}' cannot be read as a saved dataset: {reason_of(error)}."
         raise UserError("damaged", message) from None
 
 
@@ -304,12 +277,12 @@ def _field(path: Path, name: str, kind: type) -> Any:
         if not isinstance(value, kind):
             raise TypeError(f"'{name}' is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        message = f"Cannot read '{path}': {_reason(error)}; save the data again."
+        message = f"Cannot read '{path}': {reason_of(error)}; save the data again."
         raise UserError("damaged", message) from None
     return value
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the reason in one line."""
     cause = error.__cause__ or error
     if isinstance(cause, KeyError):

@@ -13,14 +13,15 @@ import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
-from ...errors import UserError
-from .file_index import IndexedFiles, damaged
-from .image_files import EXTENSIONS
-from .source import ImageRecord, Sample, content_hash
-from .splits import Splits, split_folders, split_in_name
-from .tar_index import BLOCK, member_name, open_index
+from ....errors import UserError
+from ..file_index import IndexedFiles, damaged
+from ..image_files import EXTENSIONS
+from ..source import ImageRecord, Sample, content_hash
+from ..splits import Splits, files_by_split, split_folders
+from .tar_index import BLOCK, holds_images, member_name, open_index
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_FILES = 1_000_000
@@ -58,57 +59,67 @@ class WebDataset(IndexedFiles):
 # --- Finding --------------------------------------------------------------------------------------
 
 
-def find_tars(uri: str) -> Splits | None:
-    """Return the splits of a tar, a pattern, or the tars in a folder or its split folders.
+def find_tars(uri: str, root: Path) -> Splits | None:
+    """Return the splits of a tar, or of the tars in a folder or its split folders.
 
-    Patterns contain ``*``, ``?``, ``[...]`` or WebDataset's ``{000..012}``. A pattern of a single
-    split is "train", like a single file. A folder that has images or other folders too is no folder
-    of tars: archives are often kept beside the files unpacked from them.
+    Tars without images do not count.
+
+    Raises:
+        UserError: no tar holds images, but one was named, is damaged, or is compressed.
+    """
+    if root.is_file():
+        return _splits(uri, {"train": [root]}) if root.suffix.lower() == ".tar" else None
+    tars = {name: _tars(folder) for name, folder in split_folders(root).items()}
+    tars = {name: files for name, files in tars.items() if files} or files_by_split(_tars(root))
+    kinds = {path: _holds(path) for files in tars.values() for path in files}
+    if True not in kinds.values():
+        for path in kinds:
+            holds_images(path)  # raises what is wrong
+        return None
+    # Damaged tars beside good ones are part of the data: opening raises what is wrong.
+    held = {
+        name: [path for path in files if kinds[path] is not False] for name, files in tars.items()
+    }
+    held = {name: files for name, files in held.items() if files}
+    used = {path.relative_to(root).as_posix() for files in held.values() for path in files}
+    used |= {f"classes-{split}.json" for split in held}
+    return _splits(uri, held, root, used.__contains__)
+
+
+def find_tar_pattern(uri: str) -> Splits | None:
+    """Return the splits of a pattern with ``*``, ``?``, ``[...]`` or WebDataset's ``{000..012}``.
+
+    A pattern of a single split is "train", like a single file.
 
     Raises:
         UserError: a pattern without a tar, or a missing tar of a range.
     """
-    root = Path(uri).expanduser()
-    if root.is_file():
-        return _splits(uri, {"train": [root]}) if root.suffix == ".tar" else None
-    tars: dict[str, list[Path]] = {}
-    if root.is_dir():
-        for name, folder in split_folders(root).items():
-            if files := _tars_alone(folder):
-                tars[name] = files
-        return _splits(uri, tars or _by_split(_tars_alone(root)))
-    if uri.endswith(".tar") and (glob.has_magic(uri) or _BRACES.search(uri)):
-        paths: list[Path] = []
-        for pattern in _expand(str(root)):
-            found = [Path(path) for path in sorted(glob.glob(pattern))] or [Path(pattern)]
-            if not found[0].is_file():
-                raise UserError("not-found", f"No tar '{pattern}' ('{uri}').")
-            paths += found
-        tars = _by_split(paths)
-        return _splits(uri, tars if len(tars) > 1 else {"train": paths})
-    return None
+    if not uri.lower().endswith(".tar") or not (glob.has_magic(uri) or _BRACES.search(uri)):
+        return None
+    paths: list[Path] = []
+    for pattern in _expand(os.path.expanduser(uri)):
+        found = [Path(path) for path in sorted(glob.glob(pattern))] or [Path(pattern)]
+        if not found[0].is_file():
+            raise UserError("not-found", f"No tar '{pattern}' ('{uri}').")
+        paths += found
+    tars = files_by_split(paths)
+    return _splits(uri, tars if len(tars) > 1 else {"train": paths})
 
 
-def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
-    tars: dict[str, list[Path]] = {}
-    for path in paths:
-        tars.setdefault(split_in_name(path.stem), []).append(path)
-    return tars
+def _tars(folder: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() == ".tar" and entry.name[0] != "." and entry.is_file()
+    )
 
 
-def _tars_alone(folder: Path) -> list[Path]:
-    """Return the sorted tars of a folder; none if images or folders lie beside them."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir() or suffix in EXTENSIONS:
-                return []
-            if suffix == ".tar":
-                found.append(folder / entry.name)
-    return sorted(found)
+def _holds(path: Path) -> bool | None:
+    """Return whether a tar holds images; None if it is damaged before its first one."""
+    try:
+        return holds_images(path)
+    except UserError:
+        return None
 
 
 def _expand(pattern: str) -> list[str]:
@@ -124,8 +135,8 @@ def _expand(pattern: str) -> list[str]:
     return [whole for number in numbers for whole in _expand(before + number + after)]
 
 
-def _splits(uri: str, tars: dict[str, list[Path]]) -> Splits | None:
-    return Splits(list(tars), lambda split: _open(uri, split, tars[split])) if tars else None
+def _splits(uri: str, tars: dict[str, list[Path]], *where: Any) -> Splits:
+    return Splits([*tars], lambda split: _open(uri, split, tars[split]), *where)
 
 
 def _open(uri: str, split: str, paths: list[Path]) -> WebDataset:

@@ -20,19 +20,20 @@ from zlib import crc32
 
 import numpy as np
 
-from ...errors import UserError
-from ...io.console import notify
-from ...io.files import read_at
-from .file_index import POSITIONS, Columns, cached_index, damaged, scan_files
-from .image_files import EXTENSIONS
-from .labels import number_labels
+from ....errors import UserError
+from ....io.console import notify
+from ....io.files import read_at
+from ..file_index import POSITIONS, Columns, cached_index, damaged, scan_files
+from ..image_files import EXTENSIONS
+from ..labels import number_labels
 
 BLOCK = 512
 LABEL_KINDS = ("cls", "json", "txt")  # the first one in a sample is its label
 _JSON_KEYS = ("label", "cls", "class", "target")
 _TEXT_LIMIT = 1 << 20  # bytes of a label file or of a header
 _NAME_LIMIT = 1 << 16  # bytes
-_VERSION = 1
+_VERSION = 2
+_PROBED = 10_000  # members in which an image is looked for
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _INTEGER = re.compile(r"-?\d{1,18}")
 _DTYPES = {
@@ -97,10 +98,26 @@ def _members(path: Path) -> Iterator[_Member]:
             if member.isreg():
                 start, length = member.offset_data, member.size
                 header = read_at(file.fileno(), BLOCK, start - BLOCK)
-                holds_label = split_name(member.name)[1] in LABEL_KINDS and length <= _TEXT_LIMIT
+                kind = split_name(member.name)[1].rpartition(".")[2]
+                holds_label = kind in LABEL_KINDS and length <= _TEXT_LIMIT
                 label = read_at(file.fileno(), length, start) if holds_label else b""
                 yield _Member(member.name, start, length, crc32(header), label)
         _check_end_mark(path, file, at)
+
+
+def holds_images(path: Path) -> bool:
+    """Return whether one of the first members of a tar is named like an image.
+
+    Raises:
+        UserError: a compressed or damaged tar, without an image before the damage.
+    """
+    names = (member.name for member in itertools.islice(_members(path), _PROBED))
+    return any(_is_image(name) for name in names)
+
+
+def _is_image(name: str) -> bool:
+    hidden = name.rpartition("/")[2].startswith(".")
+    return not hidden and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _check_uncompressed(path: Path, start: bytes) -> None:
@@ -148,9 +165,15 @@ def _samples(path: Path) -> Iterator[tuple[_Member | None, str | None, str]]:
             raise damaged(path, members[0].offset - BLOCK, reason)
         seen.add(key)
         kinds = {split_name(member.name)[1]: member for member in members}
+        # KEY.cls before KEY.label.cls
+        kinds = {kind.rpartition(".")[2]: kinds[kind] for kind in sorted(kinds, key=_dots)}
         kind = next((kind for kind in LABEL_KINDS if kind in kinds), "")
         image = _find_image(path, members)
         yield image, _read_label(path, kinds[kind], kind) if image and kind else None, kind
+
+
+def _dots(kind: str) -> int:
+    return -kind.count(".")
 
 
 def _find_image(path: Path, members: list[_Member]) -> _Member | None:

@@ -1,0 +1,260 @@
+"""Read the lines of a listing: paths, and perhaps labels and splits, in any of its usual forms.
+
+``path label`` lines as Places205 has them; tables of pandas with a header; lines of paths only;
+JSON lines as the image folders of ``datasets`` have them.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import UserError
+from .image_files import EXTENSIONS
+from .labels import MAX_CLASSES
+from .splits import parse_split
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".lst")
+_LINE_LIMIT = 8192  # characters; a longer line is no path
+_LABEL = re.compile(r'[ \t,]"?([0-9]{1,7})"?$')
+_PROBED = 64  # lines that decide the form
+# Names of columns, in order of preference.
+_PATHS = (
+    *("path", "file_name", "filename", "filepath", "file_path", "image_path", "img_path"),
+    *("image_file", "image_name", "image", "img", "file", "name", "image_id", "id"),
+)
+_LABELS = (
+    *("label", "class", "category", "target", "labels", "class_name", "label_name"),
+    *("category_name", "class_id", "label_id", "category_id", "fine_label"),
+)
+_SPLITS = ("split", "set", "subset", "partition")
+_MISSING = ("", "nan", "null", "none", "na", "n/a")
+
+
+class ListedImage(NamedTuple):
+    """A line of a listing."""
+
+    line: int
+    """From 1."""
+    path: str
+    label: int | str | None
+    split: str = "train"
+
+
+class Listing(NamedTuple):
+    """The lines of a listing."""
+
+    images: list[ListedImage]
+    malformed: list[int]
+    """Numbers of the lines that are no images."""
+
+
+def read_listing(table: Path, limit: int | None = None) -> Listing:
+    """Read a listing, or the first ``limit`` lines of it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open(table, encoding=_encoding(table), errors="surrogateescape", newline="") as file:
+            lines = list(itertools.islice(_short_lines(file), limit))
+    except (OSError, UnicodeError) as error:
+        raise UserError("environment", f"'{table}' cannot be read: {error}.") from None
+    first = next((line.strip() for line in lines if line.strip()), "")
+    if first.startswith(("{", "[")) or table.suffix.lower() in (".jsonl", ".ndjson"):
+        return _collect(_json_rows(lines))
+    for delimiter in ("\t", ";", ",", "|", " "):
+        names = [_column(cell) for cell in next(csv.reader([first], delimiter=delimiter), [])]
+        known = {*names} & {*_LABELS}
+        if not {*names}.isdisjoint(_PATHS) and (delimiter != " " or known or len(names) == 1):
+            return _collect(_headed_rows(lines, delimiter))
+    plain = _collect(_plain_rows(lines))
+    if len(plain.images) > len(plain.malformed):
+        return plain
+    found = _collect(_guessed_rows(lines))
+    return found if len(found.images) > len(found.malformed) else plain
+
+
+def _encoding(table: Path) -> str:
+    with open(table, "rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _short_lines(file: io.TextIOBase | Any) -> Iterator[str]:
+    """Yield lines; an overlong line is cut and marked as malformed by a NUL."""
+    while line := file.readline(_LINE_LIMIT):
+        whole = line
+        while not whole.endswith("\n") and (whole := file.readline(_LINE_LIMIT)):
+            line = line[:_LINE_LIMIT] + "\0"
+        yield line
+
+
+def _collect(rows: Iterable[tuple[int, ListedImage | None]]) -> Listing:
+    images, malformed = [], []
+    for number, image in rows:
+        if image is None or not image.path or "\0" in image.path:
+            malformed.append(number)
+        else:
+            images.append(image)
+    return Listing(images, malformed)
+
+
+# --- Lines of a path and a number -----------------------------------------------------------------
+
+
+def _plain_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            entry = _parse_plain(line)
+            yield number, entry and ListedImage(number, *entry)
+
+
+def _parse_plain(line: str) -> tuple[str, int] | None:
+    """Return (path, label), separated by blanks, tabs or a comma, or None for a malformed line.
+
+    Either field may stand in double quotes, as Python's ``csv`` writes a path with a comma. A path
+    without quotes may contain blanks and commas too.
+    """
+    if (match := _LABEL.search(line.strip())) is None or int(match[1]) >= MAX_CLASSES:
+        return None
+    path = line.strip()[: match.start()].rstrip(" \t,")
+    if path.startswith('"'):
+        inner = path[1:-1].replace('""', "\0")  # a quote inside quotes is doubled
+        if len(path) < 2 or path[-1] != '"' or '"' in inner or "\0" in path:
+            return None
+        path = inner.replace("\0", '"')
+    return path, int(match[1])
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def _column(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().strip('"').lower())
+
+
+def _headed_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, ListedImage | None]]:
+    """Yield the rows below a header; columns are found by their names."""
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    names = next((names for row in reader if any(names := [*map(_column, row)])), [])
+    rows = [(reader.line_num, row) for row in _csv_rows(reader)]
+    path = _find(names, _PATHS)
+    label, split = _find(names, _LABELS), _find(names, _SPLITS)
+    if label is None and len(names) == 2:
+        label = 1 - (path or 0)
+        if _are_captions([row[label] for _, row in rows if len(row) == 2]):
+            label = None
+    for number, row in rows:
+        if path is None or len(row) <= path:
+            yield number, None
+            continue
+        text = row[label] if label is not None and label < len(row) else ""
+        named = parse_split(row[split])[0] if split is not None and split < len(row) else None
+        yield number, ListedImage(number, row[path].strip(), _label(text), named or "train")
+
+
+def _csv_rows(reader: Any) -> Iterator[list[str]]:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            row = []
+        else:
+            if not any(cell.strip() for cell in row):
+                continue
+        yield row
+
+
+def _find(names: list[str], wanted: tuple[str, ...]) -> int | None:
+    return next((names.index(name) for name in wanted if name in names), None)
+
+
+def _are_captions(texts: list[str]) -> bool:
+    """Return whether most texts differ and have several words."""
+    words = sum(len(text.split()) for text in texts)
+    return len({*texts}) * 2 > len(texts) and words > 2 * len(texts)
+
+
+def _label(text: Any) -> int | str | None:
+    """Return a label as a number or a word; None if it is missing."""
+    if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        return str(text) if isinstance(text, bool) else None
+    word = str(text).strip()
+    if word.lower() in _MISSING:
+        return None
+    whole = re.fullmatch(r"(-?\d{1,9})(\.0+)?", word)  # pandas writes 1.0 beside missing values
+    return int(whole[1]) if whole else word
+
+
+def _guessed_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
+    """Yield the rows of a table without a header; the column of image names is the path."""
+    numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+    probed = [line for _, line in numbered[:_PROBED]]
+    if sum(map(_is_image, probed)) * 2 > len(probed) and not any(
+        _is_image(line.split(mark)[0]) for line in probed[:1] for mark in ",;\t" if mark in line
+    ):
+        yield from ((n, ListedImage(n, line.strip('"'), None)) for n, line in numbered)
+        return
+    for delimiter in ("\t", ";", ",", "|", " "):
+        rows = [next(csv.reader([line], delimiter=delimiter), []) for line in probed]
+        width = max(map(len, rows), default=0)
+        columns = [c for c in range(width) if _share(rows, c) > 0.5]
+        if not columns or width < 2:
+            continue
+        path = columns[0]
+        label = path + 1 if path + 1 < width else (path - 1 if width == 2 else None)
+        if label is not None and _are_captions([row[label] for row in rows if len(row) > label]):
+            label = None
+        for number, line in numbered:
+            row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+            if len(row) <= path or not _is_image(row[path]):
+                yield number, None
+            else:
+                text = row[label] if label is not None and label < len(row) else ""
+                yield number, ListedImage(number, row[path].strip(), _label(text))
+        return
+
+
+def _is_image(path: str) -> bool:
+    return Path(path.strip().strip('"')).suffix.lower() in EXTENSIONS
+
+
+def _share(rows: list[list[str]], column: int) -> float:
+    return sum(len(row) > column and _is_image(row[column]) for row in rows) / len(rows)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _json_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
+    """Yield the objects or paths of JSON lines, or of one JSON list."""
+    values: list[tuple[int, Any]] = []
+    if "".join(lines[:1]).lstrip().startswith("["):
+        try:
+            values = [*enumerate(json.loads("".join(lines)), 1)]
+        except (ValueError, RecursionError):
+            values = []
+    for number, line in [] if values else enumerate(lines, 1):
+        if line.strip():
+            try:
+                values.append((number, json.loads(line)))
+            except (ValueError, RecursionError):
+                values.append((number, None))
+    for number, value in values:
+        if isinstance(value, str):
+            value = {"path": value}
+        if not isinstance(value, dict):
+            yield number, None
+            continue
+        fields = {_column(str(name)): value[name] for name in value}
+        path = next((fields[n] for n in _PATHS if isinstance(fields.get(n), str)), "")
+        label = next((fields[n] for n in _LABELS if n in fields), None)
+        split = next((fields[n] for n in _SPLITS if isinstance(fields.get(n), str)), "")
+        yield number, ListedImage(number, path, _label(label), parse_split(split)[0] or "train")
