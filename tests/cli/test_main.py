@@ -76,7 +76,7 @@ INVALID = [
     ("transfer {run} --few 0.1 --learning-rate 0.1", "--learning-rate --few --finetune"),
     ("transfer {run} --per-class 3 --epochs 2", "--epochs --per-class --finetune"),
     ("embed {run} --data digits --out /no/such/e.parquet", "--out /no/such"),
-    ("embed {run} --data /no/such/folder --out {new}", "/no/such/folder"),
+    ("embed {run} --data /no/such/folder --out {new}.parquet", "/no/such/folder"),
     ("embed {run} --data digits", "--out"),
     ("search {run}/none.parquet x.png", "none.parquet"),
     ("search {run}/config.json x.png", "config.json"),

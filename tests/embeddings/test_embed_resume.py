@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 
 def _write_digits(weights: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    result = write_embeddings(weights, "digits", out, batch=32)
+    result = write_embeddings(weights, "digits", out, batch=32, split="train")
     out.with_suffix(".resumed").write_text(str(result["resumed"]))
 
 
@@ -75,15 +75,15 @@ def test_ctrl_c_keeps_finished_batches(weights, pictures, tmp_path, monkeypatch)
     write_embeddings(weights[0], str(pictures), whole, batch=8)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
-        with pytest.raises(Interrupted, match="16 of 48"):
+        with pytest.raises(Interrupted, match="16 of 60"):
             write_embeddings(weights[0], str(pictures), out, batch=8)
     with monkeypatch.context() as patch:  # while the table is written
         patch.setattr(table_writer, "table_schema", interrupt)
-        with pytest.raises(Interrupted, match="48 of 48"):
+        with pytest.raises(Interrupted, match="60 of 60"):
             write_embeddings(weights[0], str(pictures), out, batch=8)
     assert not out.exists()
     result = write_embeddings(weights[0], str(pictures), out, batch=8)
-    assert result["resumed"] == result["rows"] == 48
+    assert result["resumed"] == result["rows"] == 60
     assert out.read_bytes() == whole.read_bytes()
     assert not hidden_files(tmp_path)
 

@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(weights, pictures, tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "e.parquet"
-    write_embeddings(weights, str(pictures), path)
+    write_embeddings(weights, str(pictures), path, split="train")
     return path
 
 
@@ -50,7 +50,7 @@ def assert_nearest(neighbors, similarity, own, k):
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"layer": "1"}])
 def test_results_equal_those_of_a_float64_search(weights, pictures, tmp_path, options):
     path = tmp_path / "e.parquet"
-    write_embeddings(weights, str(pictures), path, batch=10, **options)
+    write_embeddings(weights, str(pictures), path, batch=10, split="train", **options)
     similarity, names = cosines(path), pq.read_table(path)["path"].to_pylist()
     found = search(path, list(range(48)), k=7)
     assert (found["rows"], found["exact"]) == (48, True)
@@ -59,13 +59,13 @@ def test_results_equal_those_of_a_float64_search(weights, pictures, tmp_path, op
         assert_nearest(query["neighbors"], similarity[own], own, 7)
         for neighbor in query["neighbors"]:
             assert neighbor["path"] == names[neighbor["index"]]
-            assert neighbor["label"] == neighbor["path"].split("/")[0]
+            assert neighbor["label"] == neighbor["path"].split("/")[1]
 
 
 def test_an_image_is_named_by_row_path_or_file(table, pictures):
-    name = "temple/05.jpg"
+    name = "train/temple/05.jpg"
     own = pq.read_table(table)["path"].to_pylist().index(name)
-    file = pictures / "train" / name
+    file = pictures / name
     found = search(table, [own, str(own), name, str(file), file], k=5)["queries"]
     for query in found[1:3]:
         assert query["neighbors"] == found[0]["neighbors"]
@@ -80,9 +80,9 @@ def test_an_image_is_named_by_row_path_or_file(table, pictures):
 
 def test_files_are_embedded_like_the_table(weights, pictures, tmp_path):
     path = tmp_path / "e.parquet"
-    write_embeddings(weights, str(pictures), path, layer="1")
-    for name in ("flower/00.png", "temple/07.jpg"):
-        best = search(path, [pictures / "train" / name], k=1)["queries"][0]["neighbors"][0]
+    write_embeddings(weights, str(pictures), path, layer="1", split="train")
+    for name in ("train/flower/00.png", "train/temple/07.jpg"):
+        best = search(path, [pictures / name], k=1)["queries"][0]["neighbors"][0]
         assert best["path"] == name
         assert best["similarity"] > 0.9999
 
@@ -95,7 +95,7 @@ def replace_embeddings(table, path, rows):
     """Write a table with other embeddings."""
     whole = pq.read_table(table)
     kind = whole.schema.field("embedding").type
-    pq.write_table(whole.set_column(3, whole.schema.field("embedding"), pa.array(rows, kind)), path)
+    pq.write_table(whole.set_column(4, whole.schema.field("embedding"), pa.array(rows, kind)), path)
 
 
 def test_equal_similarities_are_sorted_by_row(table, tmp_path):
@@ -114,7 +114,7 @@ def test_missing_and_unreadable_images_raise(table, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes((pictures / "train" / "temple" / "05.jpg").read_bytes()[:-200])
     for image, code, *values in (
-        ("temple/5.jpg", "not-found", "'temple/5.jpg'", "'temple/15.jpg'"),
+        ("train/temple/5.jpg", "not-found", "'train/temple/5.jpg'", "'train/temple/15.jpg'"),
         ("48", "not-found", "'48'"),
         (-1, "not-found", "-1"),
         (pictures, "not-found", pictures),
@@ -136,8 +136,8 @@ def test_weights_must_be_those_of_the_table(pictures, tmp_path):
     moved = shutil.move(weights, tmp_path / "moved.safetensors")
     with user_error("not-found", weights, "--run"):
         search(path, [file])
-    assert search(path, ["temple/05.jpg"])["queries"]  # needs no weights
-    assert search(path, [file], moved)["queries"][0]["neighbors"][0]["path"] == "temple/05.jpg"
+    assert search(path, ["val/temple/05.jpg"])["queries"]  # needs no weights
+    assert search(path, [file], moved)["queries"][0]["neighbors"][0]["path"] == "val/temple/05.jpg"
     save_small_encoder(weights, seed=1)
     with user_error("mismatch", weights, path, "--run"):
         search(path, [file])

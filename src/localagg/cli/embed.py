@@ -1,15 +1,19 @@
 """``localagg embed``."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from ..config.options import Precision
 from .parse import positional
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Write the embeddings of any images to a Parquet file: path, index, label, embedding."""
+    """Write the embeddings of any images to a Parquet file, one row an image.
+
+    Columns: path, split, index, label (where there are labels) and embedding. Paths are relative to
+    the folder that the table's metadata name as root.
+    """
 
     run: str = positional("RUN")
     """Run folder or weights file (.safetensors)."""
@@ -17,8 +21,8 @@ class Embed:
     """Data URI."""
     out: str
     """Parquet file to write."""
-    split: str = "train"
-    """Split of the data: train, val, test or stored names, separated by commas."""
+    split: str = "all"
+    """Splits of the data: train, val, test or stored names, separated by commas; or all."""
     pages: Literal["first", "all"] = "first"
     """Multi-page TIFF files and animations. all: each page is an image."""
     image_column: str | None = None
@@ -27,6 +31,13 @@ class Embed:
     """Write the read-out features of this layer. Default: the embedding."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the written rows."""
+    batch_size: int = 256
+    """Number of images the network embeds at a time; affects memory and speed only."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of the computation. auto: the GPU if there is one."""
+    precision: Precision = "32-true"
+    """Arithmetic of the network: float32, mixed with bfloat16 or float16, or auto, bfloat16 if the
+    device has units for it."""
     workers: int = 2
     """Number of decoding processes."""
 
@@ -38,16 +49,20 @@ def run(options: Embed) -> dict[str, Any]:
 
     data = add_options(options.data, pages=options.pages, image_column=options.image_column)
     result = write_embeddings(
-        Path(options.run),
+        options.run,
         data,
-        Path(options.out),
+        options.out,
         split=options.split,
         layer=options.layer,
         dtype=options.dtype,
         workers=options.workers,
+        batch=options.batch_size,
+        device=options.device,
+        precision=options.precision,
     )
     skipped = (
         f", {result['unreadable']:,} unreadable images skipped" if result["unreadable"] else ""
     )
-    print(f"{result['rows']:,} rows of {result['dim']} in {result['out']}{skipped}.")
+    splits = ", ".join(f"{name} {count:,}" for name, count in result["splits"].items())
+    print(f"{result['rows']:,} rows of {result['dim']} in {result['out']} ({splits}){skipped}.")
     return result

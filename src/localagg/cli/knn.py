@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config.options import Precision
 from .parse import positional
 
 
@@ -27,8 +28,15 @@ class Knn:
     """Also measure precision@k, and mAP over the full ranking."""
     clusters: bool = False
     """Also measure NMI, ARI and accuracy of k-means, one cluster a class, over 5 seeds."""
+    batch_size: int = 256
+    """Number of images the network embeds at a time; affects memory and speed only."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of the computation. auto: the GPU if there is one."""
+    precision: Precision = "32-true"
+    """Arithmetic of the network: float32, mixed with bfloat16 or float16, or auto, bfloat16 if the
+    device has units for it."""
     workers: int = 2
-    """Number of decoding processes, used if the images do not fit in memory."""
+    """Number of decoding processes."""
 
 
 def run(options: Knn) -> dict[str, Any]:
@@ -46,6 +54,9 @@ def run(options: Knn) -> dict[str, Any]:
         workers=options.workers,
         retrieval=options.retrieval,
         clusters=options.clusters,
+        batch=options.batch_size,
+        device=options.device,
+        precision=options.precision,
     )
     print_table(["", "accuracy"], [[k, f"{value:.1%}"] for k, value in result["accuracy"].items()])
     if "retrieval" in result:

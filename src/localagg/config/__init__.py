@@ -1,5 +1,6 @@
 """Options of a run: dataclasses, their checks, and access to their fields by name."""
 
+from .checks import check_arguments
 from .fields import (
     flag,
     from_dict,
@@ -18,6 +19,7 @@ __all__ = [
     "PretrainConfig",
     "TransferConfig",
     "ViewConfig",
+    "check_arguments",
     "flag",
     "from_dict",
     "option_names",

@@ -45,6 +45,13 @@ def check_share(config: object, *names: str) -> None:
             raise _invalid(name, value, "it must be from 0 to 1")
 
 
+def check_arguments(**least: tuple[int, int]) -> None:
+    """Raise a UserError if an argument ``name=(value, least)`` is no integer or too small."""
+    for name, (value, low) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise _invalid(name, value, f"it must be an integer of at least {low}")
+
+
 def check(valid: bool, config: object, name: str, rule: str) -> None:
     """Raise a UserError that states the rule, unless ``valid``."""
     if not valid:

@@ -9,6 +9,9 @@ from typing import Literal
 
 from .checks import check, check_at_least, check_choices, check_positive, check_share
 
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+"""Arithmetic of measurements; training also has "64-true"."""
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -221,7 +224,7 @@ class TransferConfig:
     """Also measure the mean softmax of ten crops, at the end."""
     seed: int = 0
     """Random seed of initial heads, data order and views."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    precision: Precision = "32-true"
     """Arithmetic of network and heads. auto: bfloat16 if the device has units for it, else
     float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

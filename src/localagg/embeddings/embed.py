@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import load_encoder, load_views, weights_digest
-from ..config import PretrainConfig, ViewConfig, require_resolved, to_dict
+from ..config import PretrainConfig, ViewConfig, check_arguments, require_resolved, to_dict
 from ..data.images.augment import evaluation_view
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
-from ..data.sources.open import Source, open_images, report_unread
-from ..engine.device import make_fabric
+from ..data.sources.open import Source, open_images
+from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
-from .table import DTYPES, path_text
+from .all_splits import JoinedSplits, open_splits
+from .table import DTYPES, describe_root, path_text
 from .table_writer import open_writer
 
 
@@ -43,7 +45,7 @@ class ImageEmbeddings(NamedTuple):
 @torch.no_grad()
 def embed(
     encoder: Encoder,
-    source: Source,
+    source: Source | str | Path,
     views: ViewConfig,
     *,
     pixels: Tensor | None = None,
@@ -57,9 +59,9 @@ def embed(
     """Embed the central view of every readable image of a source, on the encoder's device.
 
     Args:
-        encoder: any encoder; its training mode is restored afterwards.
-        source: the images.
-        views: image_size and eval_crop of the view.
+        encoder: any encoder; its training mode is restored afterwards, also after an error.
+        source: the images, or their data URI (its split "train").
+        views: image_size and eval_crop of the view; those that are None are derived.
         pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
         batch: images a batch.
         workers: decoding processes.
@@ -69,11 +71,16 @@ def embed(
         on_progress: called as ``on_progress(done, of)``.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or an argument is invalid.
     """
+    if isinstance(source, (str, os.PathLike)):
+        source = open_images(source)
+    check_arguments(batch=(batch, 1), workers=(workers, 0))
+    if not isinstance(views, ViewConfig):
+        raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
+    if views.image_size is None or views.eval_crop is None:
+        views = resolve_views(views, source)
     device = next(encoder.parameters()).device
-    training = encoder.training
-    encoder.train(batch_statistics)
     found_index, found_rows, done = [], [], 0
     if pixels is not None:
         chunks = torch.arange(len(pixels)).split(batch)[part]
@@ -81,13 +88,17 @@ def embed(
     else:
         loaded = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
         batches = ((index, images.to(device)) for index, images in loaded)
-    for index, images in batches:
-        with autocast():
-            found_rows.append(encoder(images))
-        found_index.append(index)
-        done += len(index)
-        on_progress(done, len(source))
-    encoder.train(training)
+    training = encoder.training
+    encoder.train(batch_statistics)
+    try:
+        for index, images in batches:
+            with autocast():
+                found_rows.append(encoder(images))
+            found_index.append(index)
+            done += len(index)
+            on_progress(done, len(source))
+    finally:
+        encoder.train(training)
     if not found_index and part != slice(None):  # a part may have no readable image
         found_index, found_rows = [torch.empty(0).long()], [torch.empty(0, encoder.spec["dim"])]
     if not found_index:
@@ -102,15 +113,17 @@ def embed(
 
 
 def write_embeddings(
-    weights: Path,
-    data: str,
-    out: Path,
+    weights: str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
-    split: str = "train",
+    split: str = "all",
     layer: str | None = None,
     dtype: str = "float32",
     workers: int = 0,
     batch: int = 256,
+    device: str = "auto",
+    precision: str = "32-true",
 ) -> dict[str, Any]:
     """Write embeddings of any images as a Parquet file; see :mod:`localagg.embeddings.table`.
 
@@ -121,29 +134,33 @@ def write_embeddings(
         weights: run folder or weights file.
         data: data URI.
         out: the file to write; it appears when complete.
-        split: split of the data.
+        split: train, val, test or stored names, separated by commas; or all.
         layer: a name of ``encoder.layers``: write its features (pooled and flattened as in the
             reference, not normalized). Default: the embedding.
         dtype: float32 or float16.
         workers: processes that decode.
         batch: images a batch.
+        device: auto, cpu, cuda or mps.
+        precision: arithmetic of the network; see :func:`.make_fabric`.
 
     Returns:
         {"rows", "unreadable": images skipped, "dim", "layer", "dtype", "resumed": images done by an
-        earlier call, "out", "data", "split", "run", "seconds", "images_per_second"}.
+        earlier call, "out", "data", "split", "splits": {split: images}, "run", "device",
+        "precision", "seconds", "images_per_second"}.
 
     Raises:
         UserError: missing weights, images or layer; values not finite; ``out`` is not writable.
         Interrupted: Ctrl-C; finished batches are kept.
     """
+    weights, data, out = Path(weights), os.fspath(data), Path(out)
     _check_options(out, dtype, workers, batch)
-    start, fabric = time.perf_counter(), make_fabric()
-    encoder = load_encoder(weights).to(fabric.device).eval()
-    source = open_images(data, split)
-    report_unread(data)
-    views = _resolve_views(weights, source)
+    start, fabric = time.perf_counter(), make_fabric(device, precision)
+    encoder = load_encoder(weights).to(fabric.device)
+    source = open_splits(data, split)
+    views = resolve_views(load_views(weights) or ViewConfig(), source)
     facts = _describe(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
+    facts |= describe_root(source.root, out)
     with open_writer(out, facts) as writer, show_progress("embedding") as show:
         resumed, begun = writer.images_done, time.perf_counter()
         part = slice(writer.batches_done, None)
@@ -154,9 +171,11 @@ def write_embeddings(
             show(writer.images_done, len(source))
         rate = (len(source) - resumed) / (time.perf_counter() - begun)
         writer.finish(functools.partial(_name_columns, source))
+    kept = ("dim", "layer", "dtype", "data", "split", "device", "precision")
     return {
-        **{name: facts[name] for name in ("dim", "layer", "dtype", "data", "split")},
+        **{name: facts[name] for name in kept},
         **{"rows": writer.rows, "unreadable": len(source) - writer.rows},
+        "splits": {name: len(images) for name, images in source.parts.items()},
         **{"resumed": resumed, "out": str(out)},
         "run": str(weights),
         "seconds": round(time.perf_counter() - start, 2),
@@ -183,22 +202,19 @@ def encode(encoder: Encoder, images: Tensor, layer: str | None, fabric: Fabric) 
     return found.float().cpu()
 
 
+def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:
+    """Return views with image_size and eval_crop derived from the images where they are None."""
+    return resolve_defaults(PretrainConfig(views=views), len(source), typical_side(source)).views
+
+
 def _check_options(out: Path, dtype: str, workers: int, batch: int) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError("not-found", f"--out {out} is not a file in an existing folder.")
-    for option, value, valid, rule in (
-        ("--dtype", dtype, dtype in DTYPES, " or ".join(DTYPES)),
-        ("--workers", workers, workers >= 0, "at least 0"),
-        ("--batch", batch, batch >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise UserError("option-invalid", f"{option} is {value}; it must be {rule}.")
-
-
-def _resolve_views(weights: Path, source: Source) -> ViewConfig:
-    """Return the views of the weights, or by default those for the data."""
-    config = PretrainConfig(views=load_views(weights) or ViewConfig())
-    return resolve_defaults(config, len(source), typical_side(source)).views
+    if out.suffix.lower() not in (".parquet", ".pq"):
+        raise UserError("unsupported", f"--out {out} must end in .parquet, the format written.")
+    if dtype not in DTYPES:
+        raise UserError("option-invalid", f"--dtype is {dtype}; it must be {' or '.join(DTYPES)}.")
+    check_arguments(batch_size=(batch, 1), workers=(workers, 0))
 
 
 def _describe(
@@ -223,8 +239,7 @@ def _describe(
         "dim": encode(encoder, torch.zeros(1, 3, size, size), layer, fabric).shape[1],
         "dtype": dtype,
         "views": to_dict(views),
-        "precision": fabric.strategy.precision.precision,
-        "device": fabric.device.type,
+        **describe_arithmetic(fabric),
         "fingerprint": source.fingerprint(),
         "labels": labels,
         "images": len(source),
@@ -248,9 +263,10 @@ def _convert(found: Tensor, source: Source, index: Tensor, facts: dict[str, Any]
     return values
 
 
-def _name_columns(source: Source, index: list[int]) -> dict[str, list[str | None]]:
-    """Return the columns path and, with labels, label."""
+def _name_columns(source: JoinedSplits, index: list[int]) -> dict[str, list[str | None]]:
+    """Return the columns path, split and, with labels, label."""
     columns: dict[str, list[str | None]] = {"path": [path_text(source.name(i)) for i in index]}
+    columns["split"] = [source.split(i) for i in index]
     if source.labels is not None and source.classes is not None:
         labels = source.labels[index].tolist()
         columns["label"] = [path_text(source.classes[n]) if n >= 0 else None for n in labels]

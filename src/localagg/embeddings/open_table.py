@@ -6,6 +6,7 @@ from ..checkpoint import load_encoder, read_run, weights_digest
 from ..data.sources.open import Source, open_images
 from ..errors import UserError
 from ..io.console import notify
+from .all_splits import open_splits
 from .embed import write_embeddings
 from .table import EmbeddingTable
 
@@ -46,7 +47,7 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
         ) from None
     if known is None or known.facts["fingerprint"] != source.fingerprint():
         notify(f"Embedding the {len(source):,} images of '{run}' once, into '{file}'.")
-        write_embeddings(run, data, file, workers=workers)
+        write_embeddings(run, data, file, split="train", workers=workers)
         known = EmbeddingTable(file)
     return known
 
@@ -68,7 +69,7 @@ def open_table_images(table: EmbeddingTable) -> Source:
     data, facts = table.facts.get("data"), table.facts
     if data is None:
         raise UserError("unsupported", f"'{table.path}' names no images; embed them again.")
-    source = open_images(data, facts.get("split", "train"))
+    source = open_splits(data, facts.get("split", "train"))
     if source.fingerprint() != facts.get("fingerprint"):
         raise UserError(
             "mismatch", f"'{data}' changed since '{table.path}' was written; embed it again."

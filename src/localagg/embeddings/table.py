@@ -1,9 +1,12 @@
 """Read the Parquet table of embeddings that ``localagg embed`` writes.
 
-Columns: ``path`` (string, the image's name in its source), ``index`` (int64, increasing), ``label``
-(string, the class name; only with labels, null if one is missing), ``embedding`` (fixed-size list
-of float32 or float16). The schema's metadata hold under ``localagg`` a JSON object: weights, views,
-data and options of the table.
+Columns: ``path`` (string, the image's file relative to ``root``, or the name of its record),
+``split`` (string), ``index`` (int64, increasing: the image's number in its split, or in train, val
+and test one after another), ``label`` (string, the class name; only with labels, null if one is
+missing), ``embedding`` (fixed-size list of float32 or float16). The schema's metadata hold under
+``localagg`` a JSON object: weights, views, data and options of the table; ``root``, the absolute
+folder of the paths; and ``root_from_table``, the same folder as seen from the table's. Both are
+null for images without files of their own.
 """
 
 import contextlib
@@ -40,7 +43,7 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
     import pyarrow as pa
 
     value = {"float32": pa.float32(), "float16": pa.float16()}[facts["dtype"]]
-    columns: dict[str, Any] = {"path": pa.string(), "index": pa.int64()}
+    columns: dict[str, Any] = {"path": pa.string(), "split": pa.string(), "index": pa.int64()}
     if facts["labels"] is not None:
         columns["label"] = pa.string()
     columns["embedding"] = pa.list_(value, facts["dim"])
@@ -50,6 +53,16 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
 def path_text(name: str) -> str:
     r"""Return an image's name for the column ``path``; bytes that are not UTF-8 become ``\xff``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def describe_root(root: Path | None, table: Path) -> dict[str, str | None]:
+    """Return the facts ``root`` and ``root_from_table`` of a table."""
+    if root is None:
+        return {"root": None, "root_from_table": None}
+    return {
+        "root": os.fspath(root),
+        "root_from_table": os.path.relpath(root, table.absolute().parent),
+    }
 
 
 class EmbeddingTable:
@@ -89,10 +102,9 @@ class EmbeddingTable:
 
     @cached_property
     def images(self) -> "pa.Table":
-        """The columns path, index and, with labels, label."""
-        names = [
-            name for name in self.file.schema_arrow.names if name in ("path", "index", "label")
-        ]
+        """The columns path, split, index and, with labels, label."""
+        known = ("path", "split", "index", "label")
+        names = [name for name in self.file.schema_arrow.names if name in known]
         with self._convert_damage():
             return self.file.read(columns=names)
 
@@ -106,8 +118,19 @@ class EmbeddingTable:
         return None if position < 0 else position
 
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Return {"path", "index", "label"} of rows, in the given order."""
+        """Return {"path", "split", "index", "label"} of rows, in the given order."""
         return self.images.take(list(positions)).to_pylist()
+
+    def image_file(self, position: int) -> Path | None:
+        """Return the file of a row's image, or None if it has none, or none is there any more.
+
+        Looks below the root, and then where the root lay as seen from the table.
+        """
+        near = self.facts.get("root_from_table")
+        roots = [self.facts.get("root"), near and self.path.absolute().parent / near]
+        name = self.images["path"][position].as_py()
+        files = [Path(root, name) for root in roots if root]
+        return next((file for file in files if file.is_file()), None)
 
     def unit_embeddings(self) -> Tensor:
         """Read all embeddings, normalized to unit length: float32 [N, F].

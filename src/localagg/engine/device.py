@@ -11,6 +11,7 @@ from ..errors import UserError
 from .searchable_bank import has_bfloat16_units
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def make_fabric(device: str = "auto", precision: str = "auto", number: int | None = None) -> Fabric:
@@ -23,12 +24,16 @@ def make_fabric(device: str = "auto", precision: str = "auto", number: int | Non
             choice.
 
     Raises:
-        UserError: unknown device, or this machine lacks it.
+        UserError: this machine lacks the device, or no such device or precision.
     """
-    if device not in DEVICES:
-        raise UserError(
-            "option-invalid", f"The device is '{device}'; it must be one of {', '.join(DEVICES)}."
-        )
+    for option, value, known in (
+        ("--device", device, DEVICES),
+        ("--precision", precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise UserError(
+                "option-invalid", f"{option} is {value}; choose from {', '.join(known)}."
+            )
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(device, True):
         raise UserError("environment", f"--device {device}: torch finds none; use --device cpu.")
@@ -47,6 +52,14 @@ def make_fabric(device: str = "auto", precision: str = "auto", number: int | Non
         torch.cuda.set_device(number)
     plugins: Any = _fast_precision(device) if precision == "auto" else precision
     return Fabric(accelerator=device, devices=devices, precision=plugins)
+
+
+def describe_arithmetic(fabric: Fabric) -> dict[str, str]:
+    """Return the facts "device" and "precision" of a result."""
+    return {
+        "device": fabric.device.type,
+        "precision": str(fabric.strategy.precision.precision),
+    }
 
 
 def _fast_precision(device: str) -> str:

@@ -15,7 +15,6 @@ from ..errors import UserError
 from ..models import Encoder
 
 _MAX_LEAVE_ONE_OUT = 5000  # training images that are queries where none are held out
-_BATCH = 256  # images embedded at a time
 
 
 class Unmeasurable(UserError):
@@ -143,6 +142,7 @@ def embed_queries(
     *,
     size: int,
     world: World | None = None,
+    batch: int = 256,
     **options: Any,
 ) -> EmbeddedQueries:
     """Return the embeddings of a selection on the bank's device, without unreadable queries.
@@ -156,6 +156,7 @@ def embed_queries(
         bank: rows of the training images: all [size, D], or this rank's share of them.
         size: number of training images.
         world: the ranks that share the bank. Default: this process has all of it.
+        batch: images embedded at a time.
         options: ``views``, ``pixels``, ``workers`` and ``autocast`` of :func:`.embed.embed`.
 
     Raises:
@@ -175,7 +176,9 @@ def embed_queries(
         return EmbeddedQueries(
             world.sum(queries), query_labels.to(bank.device), rows, labels, itself
         )
-    embedded, readable = _embed_shared(world, encoder, selection.held_out, rows, options)
+    embedded, readable = _embed_shared(
+        world, encoder, selection.held_out, rows, {"batch": batch, **options}
+    )
     kept = readable[index]
     if not kept.any():
         raise UserError(
@@ -195,9 +198,9 @@ def _embed_shared(
     dtype = torch.promote_types(rows.dtype, torch.float32)
     embedded = rows.new_zeros(len(source), rows.shape[1], dtype=dtype)
     readable = torch.zeros(len(source))
-    if batches := world.part(-(-len(source) // _BATCH)):
+    if batches := world.part(-(-len(source) // options["batch"])):
         part = slice(batches.start, batches.stop) if world.size > 1 else slice(None)
-        found = embed(encoder, source, batch=_BATCH, part=part, **options)
+        found = embed(encoder, source, part=part, **options)
         embedded[found.index.to(rows.device)] = found.rows.to(embedded)
         readable[found.index] = 1
     return world.sum(embedded), world.sum(readable) > 0

@@ -13,6 +13,7 @@ One head a layer, all trained in one pass over the images. A transfer folder::
 
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..checkpoint import check_new, save_weights, weights_digest, write_json
 from ..config import TransferConfig, from_dict, to_dict
 from ..data.loading.workers import convert_worker_death
 from ..distributed.signals import StopRequest, handle_stop_signals
+from ..engine.device import describe_arithmetic
 from ..errors import UserError
 from ..io.console import notify, progress_bar
 from ..io.metrics_log import MetricsLog
@@ -37,7 +39,10 @@ from .results.protocols import describe_protocol, linear_protocol
 
 
 def transfer(
-    config: TransferConfig, weights: str | Path | Encoder, data: str, out: str | Path | None = None
+    config: TransferConfig,
+    weights: str | Path | Encoder,
+    data: str | Path,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train linear heads on an encoder's layers and measure them on the held-out images.
 
@@ -56,9 +61,9 @@ def transfer(
 
     Returns:
         {"layers": {layer: {"top1", "top5", "ten_crop_top1", "ten_crop_top5": 0-1}}, "data", "run",
-        "weights_digest", "protocol": fields of :mod:`.protocols`, "epochs", "steps", "seconds",
-        "images": training images, "measured": held-out images, "unreadable": images excluded from
-        both, "classes"}.
+        "weights_digest", "device", "precision", "protocol": fields of :mod:`.protocols`, "epochs",
+        "steps", "seconds", "images": training images, "measured": held-out images, "unreadable":
+        images excluded from both, "classes"}.
 
     Raises:
         UserError: no labels, no held-out split, one class, mismatched classes, or options that do
@@ -73,7 +78,7 @@ def transfer(
             )
         check_new(run)
     encoder, path = take_encoder(weights)
-    return read_out(config, encoder, path, open_labeled(data), run)
+    return read_out(config, encoder, path, open_labeled(os.fspath(data)), run)
 
 
 def read_out(
@@ -108,7 +113,7 @@ def resume_transfer(
     out: str | Path,
     *,
     weights: str | Path | Encoder | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     workers: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -130,7 +135,8 @@ def resume_transfer(
     if (run / "results.json").exists():
         notify(f"'{run}' has already finished its {config.epochs} epochs.")
         finished = json.loads((run / "results.json").read_text())
-        return {"weights_digest": facts["weights_digest"], **finished}
+        own = {"device": config.device, "precision": config.precision}  # of earlier versions
+        return {"weights_digest": facts["weights_digest"], **own, **finished}
     weights = facts["weights"] if weights is None else weights
     if weights is None:
         raise UserError(
@@ -141,7 +147,7 @@ def resume_transfer(
         raise UserError(
             "mismatch", f"The weights differ from those that '{run}' began with; start a new --out."
         )
-    data = data or str(facts["data"])
+    data = os.fspath(data or facts["data"])
     splits = open_labeled(data)
     if splits.fingerprints() != facts["fingerprints"]:
         raise UserError(
@@ -268,6 +274,7 @@ class TransferRecorder:
             "data": splits.data,
             "run": probe.facts["weights"],
             "weights_digest": probe.facts["weights_digest"],
+            **describe_arithmetic(probe.fabric),
             "protocol": linear_protocol(config),
             "epochs": config.epochs,
             "steps": probe.step,

@@ -7,6 +7,7 @@ images.
 
 import hashlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
 from ..data.sources.open import Source
 from ..data.sources.source import Sample
+from ..engine.device import describe_arithmetic
 from ..errors import UserError
 from ..io.console import notify
 from ..models import Encoder
@@ -113,7 +115,7 @@ def draw_subset(
 def low_shot_accuracy(
     config: TransferConfig,
     weights: str | Path | Encoder,
-    data: str,
+    data: str | Path,
     out: str | Path | None = None,
     *,
     few: Sequence[float] = (0.01, 0.1),
@@ -147,7 +149,9 @@ def low_shot_accuracy(
         check_new(run)
     encoder, path = take_encoder(weights)
     digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
-    frozen = cache_features(replace(config, layers=layers), encoder, path, open_labeled(data))
+    frozen = cache_features(
+        replace(config, layers=layers), encoder, path, open_labeled(os.fspath(data))
+    )
     tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
     numbers = range(config.seed, config.seed + seeds)
     parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
@@ -158,9 +162,10 @@ def low_shot_accuracy(
         "seeds": list(numbers),
         "protocol": {"linear": logistic_protocol(frozen.config, ten_crop=False)}
         | ({"finetuned": linear_protocol(tuning)} if tuning else {}),
-        "data": data,
+        "data": os.fspath(data),
         "run": None if path is None else str(path),
         "weights_digest": digest,
+        **describe_arithmetic(frozen.extractor.fabric),
         "measured": len(frozen.held_out.index),
         "unreadable": frozen.unreadable,
         "classes": frozen.splits.classes,

@@ -4,9 +4,10 @@ To add a measurement, write a function of (embedded queries, numbers of neighbor
 :data:`MEASUREMENTS`, and name what results.json stores of it in ``record_results.record_knn``.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
@@ -21,11 +22,11 @@ from ..checkpoint import (
     read_run,
     weights_digest,
 )
-from ..config import PretrainConfig, ViewConfig
+from ..config import PretrainConfig, ViewConfig, check_arguments
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
-from ..engine.device import make_fabric
+from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..models import Encoder
@@ -44,14 +45,17 @@ MEASUREMENTS: dict[str, Callable[[EmbeddedQueries, Sequence[int]], dict[str, Any
 
 
 def measure_run(
-    run: Path,
+    run: str | Path,
     *,
-    data: str | None,
-    against: str,
+    data: str | Path | None = None,
+    against: str = "bank",
     k: Sequence[int] = VOTES,
-    workers: int,
+    workers: int = 0,
     retrieval: bool = False,
     clusters: bool = False,
+    batch: int = 256,
+    device: str = "auto",
+    precision: str = "32-true",
 ) -> dict[str, Any]:
     """Measure a run's embedding by its neighbors and clusters.
 
@@ -62,16 +66,26 @@ def measure_run(
         k: numbers of neighbors.
         workers: processes that decode.
         retrieval, clusters: also measure these; see :data:`MEASUREMENTS`.
+        batch: images embedded at a time.
+        device: auto, cpu, cuda or mps.
+        precision: arithmetic of the network; see :func:`.make_fabric`.
 
     Returns:
         {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
         queries are held-out images, "capped": {k: number that votes}, "against", "data", "run",
-        "weights_digest", "left_out": {"known", "asking": {reason: images}}, "notes": sentences},
+        "weights_digest", "device", "precision", "left_out": {"known", "asking": {reason: images}},
+        "notes": sentences},
         and "retrieval", "clusters" where requested.
 
     Raises:
         UserError: no usable labels, no bank of these images, or no such run.
     """
+    run, data = Path(run), None if data is None else os.fspath(data)
+    check_arguments(batch_size=(batch, 1), workers=(workers, 0))
+    if against not in ("bank", "embeddings"):
+        raise UserError("option-invalid", f"--against is {against}; use bank or embeddings.")
+    if not k:
+        raise UserError("option-missing", "Name at least one number of neighbors with --k.")
     if min(k) < 1:
         raise UserError("option-invalid", f"--k is {' '.join(map(str, k))}; use at least 1.")
     encoder = load_encoder(run)
@@ -80,7 +94,9 @@ def measure_run(
     data = data or facts.get("data")
     if data is None:
         raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
-    selection, embedded = _select_and_embed(run, encoder, data, facts, against, workers)
+    fabric = make_fabric(device, precision)
+    options = EmbeddingOptions(fabric, workers, batch)
+    selection, embedded = _select_and_embed(run, encoder, data, facts, against, options)
     available = len(embedded.bank) - (selection.held_out is None)
     notes = [*selection.notes, *_count_notes(selection, k, available)]
     for note in notes:
@@ -101,13 +117,27 @@ def measure_run(
         "data": data,
         "run": str(run),
         "weights_digest": digest,
+        **describe_arithmetic(fabric),
     }
 
 
+class EmbeddingOptions(NamedTuple):
+    """How images are embedded: device and precision, decoding processes, images at a time."""
+
+    fabric: Fabric
+    workers: int
+    batch: int
+
+
 def _select_and_embed(
-    run: Path, encoder: Encoder, data: str, facts: dict[str, Any], against: str, workers: int
+    run: Path,
+    encoder: Encoder,
+    data: str,
+    facts: dict[str, Any],
+    against: str,
+    options: EmbeddingOptions,
 ) -> tuple[QuerySelection, EmbeddedQueries]:
-    fabric = make_fabric()
+    fabric, workers, batch = options
     encoder = encoder.to(fabric.device)
     source = open_images(data)
     select_queries(data, source, torch.arange(len(source)))  # fails before hours of embedding
@@ -116,7 +146,7 @@ def _select_and_embed(
     if against == "bank":
         bank, valid = _load_own_bank(run, data, source, facts)
     else:
-        bank, valid = _embed_training_images(encoder, source, config, fabric)
+        bank, valid = _embed_training_images(encoder, source, config, options)
     selection = select_queries(data, source, valid)
     embedded = embed_queries(
         selection,
@@ -125,6 +155,7 @@ def _select_and_embed(
         size=len(source),
         views=config.views,
         workers=workers,
+        batch=batch,
         autocast=fabric.autocast,
     )
     selection.left_out["known"]["unreadable"] = len(source) - len(valid)
@@ -163,7 +194,7 @@ def _load_own_bank(
 
 
 def _embed_training_images(
-    encoder: Encoder, source: Source, config: PretrainConfig, fabric: Fabric
+    encoder: Encoder, source: Source, config: PretrainConfig, options: EmbeddingOptions
 ) -> tuple[Tensor, Tensor]:
     """Return new embeddings of the training images, and the indices of the readable ones."""
     with show_progress("embedding") as show:
@@ -171,8 +202,9 @@ def _embed_training_images(
             encoder,
             source,
             config.views,
-            workers=config.workers,
-            autocast=fabric.autocast,
+            workers=options.workers,
+            batch=options.batch,
+            autocast=options.fabric.autocast,
             on_progress=show,
         )
     bank = torch.zeros(len(source), found.rows.shape[1])

@@ -5,6 +5,7 @@ layer's head is the solution that SGD would tend to. The numbers are not those o
 protocol, whose heads see random views.
 """
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
 from ..data.loading.scan import require_readable
 from ..data.sources.open import Source
-from ..engine.device import make_fabric
+from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..models import Encoder
@@ -108,7 +109,7 @@ class FrozenFeatures(NamedTuple):
 def quick_readout(
     config: TransferConfig,
     weights: str | Path | Encoder,
-    data: str,
+    data: str | Path,
     out: str | Path | None = None,
     *,
     ten_crop: bool = False,
@@ -136,7 +137,7 @@ def quick_readout(
         check_new(run)
     encoder, path = take_encoder(weights)
     digest = weights_digest(encoder)
-    frozen = cache_features(config, encoder, path, open_labeled(data))
+    frozen = cache_features(config, encoder, path, open_labeled(os.fspath(data)))
     heads = frozen.fit_heads(frozen.training.index, config.seed)
     layers = frozen.measure(heads)
     if ten_crop:
@@ -144,9 +145,10 @@ def quick_readout(
             layers[layer] |= {f"ten_crop_{key}": value for key, value in found.items()}
     results = {
         "layers": layers,
-        "data": data,
+        "data": os.fspath(data),
         "run": None if path is None else str(path),
         "weights_digest": digest,
+        **describe_arithmetic(frozen.extractor.fabric),
         "protocol": logistic_protocol(frozen.config, ten_crop=ten_crop),
         "regularization": {layer: head.l2 for layer, head in heads.items()},
         "regularization_chosen": all(head.chosen for head in heads.values()),

@@ -41,6 +41,7 @@ DEFAULTS = PretrainConfig(
     drops=(),
     momentum=0.9,
     weight_decay=1e-4,
+    precision="32-true",
     sized_for=IMAGENET,
 )
 

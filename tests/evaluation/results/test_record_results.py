@@ -133,7 +133,10 @@ def test_weights_are_those_that_were_loaded(weights, pictures):
     assert entry["weights_digest"] == weights_digest(small())
 
 
-READ_OUT = {"data": "digits", "weights_digest": "aa", "measured": 396, "unreadable": 1}
+READ_OUT = {
+    **{"data": "digits", "weights_digest": "aa", "measured": 396, "unreadable": 1},
+    **{"device": "cpu", "precision": "32-true"},
+}
 
 
 def test_readouts_record_the_images_learned_from_and_measured(weights):

@@ -113,7 +113,7 @@ def _describe_images(
         "images": len(measured),
         "training_fingerprint": source.fingerprint(),
         "training_images": len(source),
-        "weights_digest": result["weights_digest"],
+        **{name: result[name] for name in ("weights_digest", "device", "precision")},
     }
     name = dataset_name(len(source), len(others or ()), len(source.classes or ()))
     return source, facts | ({"dataset": name} if name else {})
