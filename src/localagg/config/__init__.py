@@ -11,9 +11,17 @@ from .fields import (
     require_resolved,
     to_dict,
 )
-from .options import EncoderConfig, ObjectiveConfig, PretrainConfig, TransferConfig, ViewConfig
+from .options import (
+    AdaptConfig,
+    EncoderConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    TransferConfig,
+    ViewConfig,
+)
 
 __all__ = [
+    "AdaptConfig",
     "EncoderConfig",
     "ObjectiveConfig",
     "PretrainConfig",

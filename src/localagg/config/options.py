@@ -130,12 +130,48 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """Which part of a pretrained network learns, and the cache of its frozen features."""
+
+    train: str = "all"
+    """Part that learns. head: only the embedding head; last:N: also the last N stages of the
+    backbone; all: the whole network."""
+    feature_views: int = 0
+    """Random views of each image whose frozen features are cached; the head learns on them first.
+    0: no cache, the network learns from the first step."""
+    network_epochs: int | None = None
+    """Last epochs, of --epochs, in which the backbone learns too, after the head. Default: 4, or 0
+    with --train head."""
+    network_rate: float = 0.1
+    """Learning rate of the backbone in these epochs, as a share of the head's."""
+    cache: str | None = None
+    """Folder of cached features. Default: localagg/features in the user's cache folder."""
+    cache_gb: float = 4.0
+    """Size limit of the feature cache in GiB; least recently used features are removed."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "feature_views", "network_epochs", "cache_gb")
+        check_positive(self, "network_rate")
+        valid = self.train in ("head", "all") or self.last_stages > 0
+        check(valid, self, "train", "it must be head, all, or last:N with N of at least 1")
+        valid = self.train == "all" or self.feature_views > 0
+        check(valid, self, "train", "it needs --feature-views of at least 1, as recipe adapt sets")
+
+    @property
+    def last_stages(self) -> int:
+        """N of ``--train last:N``; 0 for head and all."""
+        word, _, number = self.train.partition(":")
+        return int(number) if word == "last" and number.isdecimal() else 0
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Schedule, optimizer and machine of a training run."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     epochs: int | None = None
     """Number of epochs of IR and LA together. Default: derived from the number of images."""
     ir_epochs: int | None = None

@@ -112,7 +112,7 @@ def synchronize_batch_norm(network: nn.Module, world: World) -> None:
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of all batch-norms, in order."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    """Return the running means and variances of all batch-norms in training mode, in order."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training]
     found = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
     return [tensor for tensor in found if tensor is not None]

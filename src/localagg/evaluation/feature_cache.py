@@ -214,7 +214,7 @@ class FeatureCache:
         found = self._find(keys, extractor, len(source))
         if missing := [layer for layer in keys if layer not in found]:
             try:
-                if not self._make_room(sum(size[layer] for layer in missing), wanted):
+                if not self.make_room(sum(size[layer] for layer in missing), wanted):
                     return None
                 with self._unfinished(missing) as made:
                     _compute(made, extractor, source, pixels, index)
@@ -257,7 +257,7 @@ class FeatureCache:
         indices = [index for _, index in found.values()]
         return found if all(torch.equal(index, indices[0]) for index in indices) else {}
 
-    def _make_room(self, needed: int, wanted: dict[str, int]) -> bool:
+    def make_room(self, needed: int, wanted: dict[str, int]) -> bool:
         """Remove least recently used entries; return whether ``needed`` more bytes fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         entries = sorted((path.stat().st_mtime, path) for path in self.folder.iterdir())

@@ -41,6 +41,7 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: Backbone, dim: int, spec: dict[str, Any]) -> None:
         super().__init__()
+        self._frozen_statistics = False
         self.spec = spec
         self.backbone = backbone
         self.hidden: nn.Module = nn.Identity()
@@ -75,8 +76,26 @@ class Encoder(nn.Module):
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Return the backbone's pooled last map [B, channels], which the head reads."""
+        """Return the backbone's pooled last map [B, channels], which the head reads.
+
+        Rows [B, channels] are such features already, and are returned as they are.
+        """
+        if images.ndim == 2:
+            return images
         return self.backbone.pooled(self._normalize_pixels(images))
+
+    def freeze_statistics(self) -> None:
+        """Keep the backbone in inference mode also in training: batch-norm by its running
+        statistics, no dropout."""
+        self._frozen_statistics = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set training or inference mode; see :meth:`freeze_statistics`."""
+        super().train(mode)
+        if self._frozen_statistics:
+            self.backbone.eval()
+        return self
 
     @property
     def layers(self) -> list[str]:

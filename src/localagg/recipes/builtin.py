@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..config import (
+    AdaptConfig,
     EncoderConfig,
     ObjectiveConfig,
     PretrainConfig,
@@ -114,6 +115,17 @@ RECIPES: dict[str, Recipe[PretrainConfig]] = {
         ),
         about="CIFAR-10 in minutes: LA from early on, among few neighbors, half of its loss IR's",
         cost="13 minutes on a CPU core",
+    ),
+    # localagg pretrain adapt --data IMAGES --model timm:NAME --weights FILE --out RUN
+    "adapt": Recipe(
+        PretrainConfig(
+            adapt=AdaptConfig(train="head", feature_views=6),
+            views=ViewConfig(image_size=112),
+            rate_schedule="cosine",
+            eval_every=1000,
+        ),
+        about="your images from a pretrained network: a head on its frozen features",
+        cost="minutes on 2 CPU cores for 5,000 images",
     ),
 }
 READOUT_RECIPES: dict[str, Recipe[TransferConfig]] = {}

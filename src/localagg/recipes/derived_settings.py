@@ -13,6 +13,7 @@ from ..errors import UserError
 
 _IMAGENET_SCALE = 1_000_000  # images, from which on the reference's own settings apply
 _MIN_CLUSTERS = 2  # with one cluster all images are close neighbors, and LA's loss is zero
+_HEAD_EPOCHS = 20
 _SMALL_SIDE = 64  # pixels; up to here the network without a down-sampling stem
 
 
@@ -28,6 +29,10 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
         UserError: see :func:`check_against_images`.
     """
     large = size >= _IMAGENET_SCALE
+    adapted = config.adapt.feature_views > 0  # a head on the features of a pretrained network
+    network_epochs = config.adapt.network_epochs
+    if network_epochs is None:
+        network_epochs = 0 if config.adapt.train == "head" or not adapted else 4
     small_images = side <= _SMALL_SIDE
     model = config.encoder.model or ("resnet18_small" if small_images else "resnet18")
     views = replace(
@@ -43,10 +48,14 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     steps = max(1, size // batch)
     # Digits need about 2,200 steps; the reference takes 200 epochs of ImageNet.
     epochs = config.epochs or (200 if large else max(50, math.ceil(2200 / steps)))
+    if config.epochs is None and adapted:
+        epochs = _HEAD_EPOCHS + network_epochs
     # LA too early spreads wrong neighbors: two fifths of the epochs on small data.
     ir_epochs = config.ir_epochs
     if ir_epochs is None:
         ir_epochs = min(10, epochs) if large else round(0.4 * epochs)
+        if adapted:  # neighbors among pretrained features are pure early
+            ir_epochs = round((epochs - network_epochs) / 4)
     drops = config.drops
     if drops is None and config.rate_schedule == "drops":
         # The reference's ResNet-18 drops at 160 and 187 of 200 epochs.
@@ -55,14 +64,16 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     objective = scale_to_images(config, size).objective
     objective = replace(
         objective,
-        neighbors=objective.neighbors or max(1, min(4096, size // 2)),
-        clusters=objective.clusters or (_default_clusters(size),) * (10 if large else 3),
+        neighbors=objective.neighbors or max(1, min(1024 if adapted else 4096, size // 2)),
+        clusters=objective.clusters
+        or (_default_clusters(size),) * (5 if adapted else 10 if large else 3),
     )
     resolved = replace(
         config,
         encoder=replace(config.encoder, model=model),
         views=views,
         objective=objective,
+        adapt=replace(config.adapt, network_epochs=network_epochs),
         epochs=epochs,
         ir_epochs=ir_epochs,
         batch_size=batch,
@@ -110,6 +121,19 @@ def check_against_images(config: PretrainConfig, size: int) -> None:
             "option-invalid",
             f"--clusters {min(clusters)} makes all images close neighbors, so LA learns nothing;"
             f" use at least {_MIN_CLUSTERS}.",
+        )
+    network_epochs = config.adapt.network_epochs or 0
+    if network_epochs and (config.adapt.train == "head" or not config.adapt.feature_views):
+        raise UserError(
+            "option-conflict",
+            f"--network-epochs {network_epochs} needs --train all or last:N and --feature-views of"
+            " at least 1; remove it, or use them.",
+        )
+    if network_epochs > (config.epochs or 0):
+        raise UserError(
+            "option-conflict",
+            f"--network-epochs {network_epochs} exceeds --epochs {config.epochs}, which counts"
+            " them; reduce --network-epochs.",
         )
     limits = {
         "batch_size": config.batch_size,

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from ..config import PretrainConfig, require_resolved
 
 
+_WARM_UP = 0.1  # share of the backbone's steps in which its rate rises
+
+
 class Position(NamedTuple):
     """Position of a step: epoch and batch of that epoch, both from 0, and LA rather than IR."""
 
@@ -59,6 +62,17 @@ class Schedule:
             return self.la_start
         return max(self.la_start, require_resolved(self.config.epochs) * self.la_steps)
 
+    @property
+    def network_start(self) -> int:
+        """The step from which the backbone learns; 0 without cached features."""
+        if not self.config.adapt.feature_views:
+            return 0
+        return self.total_steps - (self.config.adapt.network_epochs or 0) * self.la_steps
+
+    def is_backbone_frozen(self, step: int) -> bool:
+        """Return whether the head alone learns at a step, on cached features."""
+        return step < self.network_start
+
     def position(self, step: int) -> Position:
         """Return epoch, batch and phase of a step."""
         aggregating = step >= self.la_start
@@ -88,7 +102,14 @@ class Schedule:
         the paper (Loshchilov & Hutter 2017).
         """
         if self.config.rate_schedule == "cosine":
-            return self.config.learning_rate * (1 + math.cos(math.pi * step / self.total_steps)) / 2
+            first, last, warm_up = 0, self.total_steps, 1.0
+            if self.is_backbone_frozen(step):
+                last = self.network_start
+            elif self.config.adapt.feature_views:  # a cosine of its own, after a warm-up
+                first = self.network_start
+                warm_up = min(1.0, (step - first + 1) / (_WARM_UP * (last - first)))
+            cosine = (1 + math.cos(math.pi * (step - first) / (last - first))) / 2
+            return self.config.learning_rate * warm_up * cosine
         passed = sum(step > boundary for boundary in self.boundaries)
         return self.config.learning_rate * 0.1**passed
 

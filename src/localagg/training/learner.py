@@ -21,6 +21,7 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..models import Encoder, create_encoder
 from .initial_bank import embed_bank
+from .trained_part import freeze_untrained
 
 
 class Learner:
@@ -45,6 +46,8 @@ class Learner:
         self.encoder = make_encoder(config.encoder, config.seed)
         if config.sync_batch_norm and self.world.size > 1:
             synchronize_batch_norm(self.encoder, self.world)
+        if config.adapt.feature_views:
+            freeze_untrained(self.encoder, config.adapt)
         self.encoder.to(memory_format=torch.channels_last)
         self.device = self.fabric.device
         if self.world.size > 1 and self.device.type == "mps":
@@ -169,14 +172,24 @@ def make_encoder(config: EncoderConfig, seed: int) -> Encoder:
     return create_encoder(config.model or "resnet18", config.dim, seed=seed, **options)
 
 
-def parameter_groups(encoder: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
-    """Return parameters with weight decay, and those of batch-norm without."""
+def parameter_groups(encoder: Encoder, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Return parameters with weight decay, and those of batch-norm without.
+
+    A pretrained backbone has groups of its own, whose ``rate_share`` of the learning rate is
+    ``--network-rate``.
+    """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
-    decayed = [p for p in encoder.parameters() if id(p) not in of_norms]
-    rest = [p for p in encoder.parameters() if id(p) in of_norms]
-    rate = config.learning_rate
-    return [
-        {"params": decayed, "weight_decay": config.weight_decay, "lr": rate},
-        {"params": rest, "weight_decay": 0.0, "lr": rate},
-    ]
+    parts: list[tuple[list[nn.Module], float]] = [([encoder], 1.0)]
+    if config.adapt.feature_views:
+        head, backbone = [encoder.hidden, encoder.head], [encoder.backbone]
+        parts = [(head, 1.0), (backbone, config.adapt.network_rate)]
+    groups: list[dict[str, Any]] = []
+    for modules, share in parts:
+        found = [p for module in modules for p in module.parameters() if p.requires_grad]
+        shared = {"lr": config.learning_rate, "rate_share": share}
+        decayed = [p for p in found if id(p) not in of_norms]
+        rest = [p for p in found if id(p) in of_norms]
+        groups.append({"params": decayed, "weight_decay": config.weight_decay, **shared})
+        groups.append({"params": rest, "weight_decay": 0.0, **shared})
+    return groups

@@ -24,6 +24,7 @@ from ..evaluation.run_floors import RunFloors
 from ..io.console import notify, show_progress
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
+from .frozen_features import FrozenFeatures
 from .learner import Learner
 from .recorder import START, WAITING, Recorder
 from .run_setup import (
@@ -32,6 +33,7 @@ from .run_setup import (
     continue_settings,
     load_start_weights,
     lock_run_for_all,
+    open_features,
     open_feed,
     set_first_state,
     settings_after_ir,
@@ -102,8 +104,8 @@ def pretrain(
             if world.rank == 0:
                 checkpoint.check_new(run)  # again: another process may have begun it meanwhile
                 checkpoint.begin_run(run, resolved, facts)
-            set_first_state(learner, feed, facts)
-            return _train(run, feed, learner, evaluate, floors, START)
+            features = set_first_state(learner, feed, facts)
+            return _train(run, feed, features, learner, evaluate, floors, START)
 
 
 def resume(
@@ -160,11 +162,12 @@ def resume(
             floors = RunFloors(run, settings, place, feed, world)
             if newest is None:  # killed before its first checkpoint
                 load_start_weights(learner.encoder, settings, world)
-                set_first_state(learner, feed, facts)
+                features = set_first_state(learner, feed, facts)
             else:
                 learner.restore(newest)
+                features = open_features(learner, feed)
             notify(f"Resuming '{run}' after step {learner.step:,}.")
-            return _train(run, feed, learner, evaluate, floors, progress)
+            return _train(run, feed, features, learner, evaluate, floors, progress)
 
 
 def _how_to_resume(run: Path) -> str:
@@ -174,12 +177,13 @@ def _how_to_resume(run: Path) -> str:
 def _train(
     run: Path,
     feed: Feed,
+    features: FrozenFeatures | None,
     learner: Learner,
     evaluate: OnlineKnn,
     floors: RunFloors,
     progress: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train to the end of the schedule."""
+    """Train to the end of the schedule; on ``features`` while the backbone is frozen."""
     config = learner.config
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
@@ -210,7 +214,11 @@ def _train(
 
             # --- Steps to the end of the epoch ---
             size = schedule.batch_size(aggregating=aggregating)
-            batches = on_device(feed.batches(epoch, first, size), learner.device)
+            if features is not None and schedule.is_backbone_frozen(learner.step):
+                loaded = features.batches(feed, epoch, first, size)
+            else:
+                loaded = feed.batches(epoch, first, size)
+            batches = on_device(loaded, learner.device)
             end = schedule.end_of_epoch(learner.step)
             while learner.step < end and not recorder.should_stop:
                 recorder.timer.next_step()

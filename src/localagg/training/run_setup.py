@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import checkpoint
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.loading.loader import Feed
@@ -15,7 +17,10 @@ from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..io.run_lock import lock_run
 from ..models import Encoder, load_weights
+from ..recipes.schedule import Schedule
+from .frozen_features import FrozenFeatures, frozen_features
 from .learner import Learner
+from .trained_part import start_from_features
 
 _FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
 
@@ -64,6 +69,12 @@ def settings_after_ir(config: PretrainConfig, start: Path, fingerprint: str) -> 
     Raises:
         UserError: ``start`` is not such a run, or has other images or another network.
     """
+    if config.adapt.feature_views:
+        raise UserError(
+            "option-conflict",
+            f"--start '{start}' continues IR, and --feature-views begins with a frozen network;"
+            " use --weights instead of --start.",
+        )
     before, facts = checkpoint.read_run(start)
     if before.ir_epochs != before.epochs:
         raise UserError(
@@ -174,12 +185,32 @@ def open_feed(
     return feed
 
 
-def set_first_state(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
-    """Load the state of the run that this one continues, or embed the images into the bank."""
+def open_features(learner: Learner, feed: Feed) -> FrozenFeatures | None:
+    """Return the frozen features that the head learns on, or None if the whole network learns."""
+    config = learner.config
+    schedule = Schedule(config, len(feed.valid))
+    if not schedule.is_backbone_frozen(learner.step):
+        return None
+    device = learner.device.type
+    with learner.fabric.autocast():
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else torch.float32
+    return frozen_features(learner.encoder, config, feed, dtype)
+
+
+def set_first_state(learner: Learner, feed: Feed, facts: dict[str, Any]) -> FrozenFeatures | None:
+    """Set weights and bank before the first step; return the features that the head learns on.
+
+    They are those of the run that this one continues, or embeddings of the images.
+    """
+    if features := open_features(learner, feed):
+        start_from_features(learner.encoder, learner.bank, features, feed.valid, learner.world)
+        return features
     if "start" in facts:
         learner.restore(checkpoint.latest(Path(facts["start"])))
     elif learner.config.objective.bank_start == "embedding":
         learner.embed_bank(feed.source, feed.pixels)
+    return None
 
 
 @contextlib.contextmanager

@@ -64,9 +64,12 @@ def take_step(
         timer: measures the parts of the step.
     """
     with timer("augmentation"):
-        views = augment(batch.images, epoch, batch.index, batch.uniforms)
+        views = batch.images  # features [b, C] of a frozen backbone pass as they are
+        if views.ndim == 4:
+            views = augment(views, epoch, batch.index, batch.uniforms)
+            views = views.contiguous(memory_format=torch.channels_last)
     with timer("network"):
-        v_bD = learner.network(views.contiguous(memory_format=torch.channels_last))
+        v_bD = learner.network(views)
     with timer("loss engine"):
         index_B = learner.world.gather(batch.index.to(learner.device, non_blocking=True), size)
         leaf_bD = v_bD.detach().requires_grad_()
@@ -75,7 +78,7 @@ def take_step(
         (gradient_bD,) = torch.autograd.grad(loss, leaf_bD)
     with timer("network"):
         for group in learner.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_share", 1.0)
         learner.fabric.backward(v_bD, gradient=gradient_bD)
         finite = learner.share_gradients(gradient_bD)
         learner.optimizer.step()

@@ -66,6 +66,24 @@ def evaluation_crops(
     return LoadedBatch(index[rows], images), unreadable
 
 
+def all_view_crops(
+    source: Source, views: ViewConfig, seed: int, count: int, index: Tensor
+) -> tuple[LoadedBatch, dict[int, str]]:
+    """Return the central crop of images ``index`` and the random crops of epochs 0..count-1.
+
+    Returns:
+        (images uint8 [b, 1 + count, 3, S, S] of the readable images, {index: reason} of the rest).
+    """
+    draws = [view_draws(views, view_uniforms(seed, n, index)).crop for n in range(count)]
+
+    def boxes(rows: Tensor, height: Tensor, width: Tensor) -> list[Boxes]:
+        central = evaluation_boxes(views, height, width)
+        return [*central, *(crop_boxes(views, crop[rows], height, width) for crop in draws)]
+
+    rows, images, unreadable = _crop(source, index, views, boxes)
+    return LoadedBatch(index[rows], images), unreadable
+
+
 def evaluation_batches(
     source: Source,
     views: ViewConfig,

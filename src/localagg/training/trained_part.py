@@ -1,0 +1,95 @@
+"""Start from a pretrained backbone: which part of it learns, and the first state of its head."""
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import MemoryBank
+from ..config import AdaptConfig
+from ..distributed.collectives import World
+from ..errors import UserError
+from ..models import Encoder
+from .frozen_features import FrozenFeatures
+
+_ROWS = 4096  # features at a time
+
+
+def freeze_untrained(encoder: Encoder, options: AdaptConfig) -> None:
+    """Exclude the parameters that ``--train`` does not name from training.
+
+    The backbone's batch-norm keeps its statistics, also where its weights learn.
+
+    Raises:
+        UserError: ``--train last:N`` with more stages than the backbone has.
+    """
+    encoder.freeze_statistics()
+    if options.train == "all":
+        return
+    parameters = dict(encoder.backbone.named_parameters())
+    frozen = list(parameters)
+    if options.last_stages:
+        frozen = frozen[: _first_of_last_stages(encoder, options.last_stages, frozen)]
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+
+
+def _first_of_last_stages(encoder: Encoder, count: int, names: list[str]) -> int:
+    """Return how many parameters, in the order of the network, come before its last stages."""
+    stages = encoder.backbone.stage_modules
+    if count > len(stages):
+        raise UserError(
+            "option-invalid",
+            f"--train last:{count} exceeds the {len(stages)} stages of {encoder.spec['model']};"
+            f" use at most last:{len(stages)}, or all.",
+        )
+    if count == len(stages):
+        return 0
+    prefix = stages[-count - 1] + "."
+    return max(n for n, name in enumerate(names) if name.startswith(prefix)) + 1
+
+
+@torch.no_grad()
+def start_from_features(
+    encoder: Encoder, bank: MemoryBank, features: FrozenFeatures, valid: Tensor, world: World
+) -> None:
+    """Set head and bank to the whitened principal components of the frozen features.
+
+    Such a linear head is better than a random one (docs/method.md). With a hidden layer the head
+    stays random.
+
+    Args:
+        encoder: its head is set.
+        bank: this rank's rows are set to the embeddings of the measured views.
+        features: of all images.
+        valid: int64 [n], the readable images.
+        world: the ranks, which all take rank 0's head.
+    """
+    head = encoder.head
+    assert isinstance(head, nn.Linear)
+    if isinstance(encoder.hidden, nn.Identity):
+        weight, bias = whitening(features, valid, head.out_features)
+        head.weight.copy_(world.stack(weight.to(head.weight))[0])
+        head.bias.copy_(world.stack(bias.to(head.bias))[0])
+    for index in valid.split(_ROWS):
+        index = index[(index >= bank.part.start) & (index < bank.part.stop)]
+        rows = encoder(features.measured(index).to(bank.rows.device)).to(bank.rows)
+        bank.rows[(index - bank.part.start).to(bank.rows.device)] = rows
+
+
+def whitening(features: FrozenFeatures, valid: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return weight float64 [dim, C] and bias [dim] of whitened principal components.
+
+    Each component of the measured views has mean 0 and variance 1 / dim, so that outputs have unit
+    length in the mean. Components without variance are zero.
+    """
+    total, second = torch.zeros(()), torch.zeros(())
+    for index in valid.split(_ROWS):
+        x = features.measured(index).double()
+        total, second = total + x.sum(dim=0), second + x.T @ x
+    mean = total / len(valid)
+    values, vectors = torch.linalg.eigh(second / len(valid) - torch.outer(mean, mean))
+    values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
+    kept = values > 1e-6 * values[0]
+    scale = torch.where(kept, (values * dim).clamp(min=1e-12).rsqrt(), 0.0)
+    weight = vectors.new_zeros(dim, len(mean))
+    weight[: len(values)] = (vectors * scale).T
+    return weight, -weight @ mean
