@@ -41,6 +41,10 @@ _BATCH = 256
 _EPOCH = -1  # of the random views; training counts from 0
 
 
+FeaturePairs = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Return features float32 [B, C] of the measured view and of a random view of images [B]."""
+
+
 class RunFloors:
     """Measurements of raw pixels, the starting and the trained network on up to 2,000 images.
 
@@ -69,19 +73,28 @@ class RunFloors:
         encoder: Encoder,
         autocast: Callable[[], AbstractContextManager],
         on_progress: ProgressCallback = lambda done, of: None,
+        features: FeaturePairs | None = None,
     ) -> dict[str, Values]:
-        """Return the values of raw pixels and of the starting network."""
-        return self._measure({RAW_PIXELS: None, STARTING: encoder}, autocast, on_progress)
+        """Return the values of raw pixels and of the starting network.
+
+        With ``features`` of a frozen backbone, these are the starting network's embedding.
+        """
+        encoders = {RAW_PIXELS: None, STARTING: encoder}
+        return self._measure(encoders, autocast, on_progress, features)
 
     def measure_end(
         self,
         encoder: Encoder,
         autocast: Callable[[], AbstractContextManager],
         known: dict[str, Values],
+        features: FeaturePairs | None = None,
     ) -> dict[str, Values]:
-        """Return the values of the trained network, and of raw pixels if they are not known."""
+        """Return the values of the trained network, and of raw pixels if they are not known.
+
+        With ``features`` of a frozen backbone, only the head is run.
+        """
         missing: dict[str, Encoder | None] = {} if RAW_PIXELS in known else {RAW_PIXELS: None}
-        return self._measure({**missing, TRAINED: encoder}, autocast)
+        return self._measure({**missing, TRAINED: encoder}, autocast, features=features)
 
     def summary(self, found: dict[str, Values]) -> dict[str, Any] | None:
         """Return protocol, values and verdict of a finished run; None without values."""
@@ -97,6 +110,7 @@ class RunFloors:
         encoders: dict[str, Encoder | None],
         autocast: Callable[[], AbstractContextManager],
         on_progress: ProgressCallback = lambda done, of: None,
+        features: FeaturePairs | None = None,
     ) -> dict[str, Values]:
         chunks = self.index.split(_BATCH)
         own = self.world.part(len(chunks))
@@ -104,7 +118,13 @@ class RunFloors:
         done = 0
         for index, center, other in self._views(chunks[own.start : own.stop]):
             for name, encoder in encoders.items():
-                rows = (_embed(encoder, views, autocast) for views in (center, other))
+                pair = center, other
+                if features is not None and encoder is not None:
+                    pair = features(index)
+                if features is not None and name == STARTING:
+                    rows = (F.normalize(each, dim=1) for each in pair)
+                else:
+                    rows = (_embed(encoder, views, autocast) for views in pair)
                 found[name].append(ViewPairs(index, *rows))
             done += len(index)
             on_progress(done, sum(map(len, chunks[own.start : own.stop])))

@@ -73,6 +73,10 @@ class FrozenFeatures:
         drawn = integers(self.values.shape[1] - 1, self.seed, CACHED_VIEW, epoch, index, count=1)
         return torch.from_numpy(self.values[index.numpy(), 1 + drawn.squeeze(1).numpy()]).float()
 
+    def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of the measured view and of a random view that no epoch draws by."""
+        return self.measured(index), self.random(-1, index)
+
     def batches(self, feed: Feed, epoch: int, first: int, size: int) -> Iterator[TrainingBatch]:
         """Yield this rank's share of the batches of :meth:`Feed.batches`, with features [b, C]."""
         part = feed.world.part(size)
@@ -108,10 +112,9 @@ class _Extractor:
         if not len(index):
             return _Chunk(index, torch.empty(0, 1 + self.count, 0).half(), unreadable)
         images = images.to(self.device)
-        views = [images[:, 0].float() / 255]
-        for number in range(self.count):
-            views.append(self.augment(images[:, 1 + number], number, index))
-        flat = torch.stack(views, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        random = (self.augment(images[:, 1 + n], n, index) for n in range(self.count))
+        views = torch.stack([images[:, 0].float() / 255, *random], dim=1)
+        flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         step = _CPU_BATCH if self.device.type == "cpu" else len(flat)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = [self.encoder.pooled(part).float() for part in flat.split(max(1, step))]

@@ -200,7 +200,9 @@ def _train(
             recorder.timer("measuring", once=True),
             show_progress("measuring floors") as show,
         ):
-            recorder.floors = floors.measure_start(learner.encoder, learner.fabric.autocast, show)
+            recorder.floors = floors.measure_start(
+                learner.encoder, learner.fabric.autocast, show, features and features.pair
+            )
 
     with convert_worker_death(), recorder:
         while learner.step < schedule.total_steps:
@@ -248,7 +250,11 @@ def _train(
                 recorder.stop_if_asked()
         if config.eval_every:
             with recorder.timer("measuring", once=True):
+                whole = features is None or schedule.network_start < schedule.total_steps
                 recorder.floors |= floors.measure_end(
-                    learner.encoder, learner.fabric.autocast, recorder.floors
+                    learner.encoder,
+                    learner.fabric.autocast,
+                    recorder.floors,
+                    None if whole else features.pair,
                 )
         return recorder.finish(floors.summary(recorder.floors))

@@ -107,14 +107,20 @@ def check_start_weights(config: PretrainConfig, start: str | Path | None) -> Non
     """Check that a run that should start from weights does so.
 
     Raises:
-        UserError: a network of timm that names weights without --weights; or both --start and
-            --weights.
+        UserError: a network of timm that names weights, or features of a frozen network, without
+            --weights; or both --start and --weights.
     """
     model, weights = config.encoder.model or "", config.encoder.weights
     if start is not None and weights is not None:
         raise UserError(
             "option-conflict",
             f"--start '{start}' brings its own weights; remove --weights {weights}.",
+        )
+    if config.adapt.feature_views and weights is None:
+        raise UserError(
+            "option-missing",
+            "A head on frozen features needs a pretrained network: name it with --weights FILE, RUN"
+            " or pretrained, or learn from scratch with localagg pretrain folder.",
         )
     name, _, tag = model.removeprefix("timm:").partition(".")
     if model.startswith("timm:") and tag and weights is None and start is None:
