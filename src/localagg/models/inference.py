@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 
 import torch
@@ -34,7 +35,7 @@ def inference_copy(encoder: Encoder, images: Tensor) -> Encoder:
 
 def _fold_children(module: nn.Module) -> None:
     children = list(module.named_children())
-    for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+    for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
             continue
         if conv.out_channels == norm.num_features and norm.track_running_stats:

@@ -31,8 +31,8 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     large = size >= _IMAGENET_SCALE
     adapted = config.adapt.feature_views > 0  # a head on the features of a pretrained network
     network_epochs = config.adapt.network_epochs
-    if network_epochs is None:
-        network_epochs = 0 if config.adapt.train == "head" or not adapted else 4
+    if network_epochs is None and adapted:
+        network_epochs = 0 if config.adapt.train == "head" else 4
     small_images = side <= _SMALL_SIDE
     model = config.encoder.model or ("resnet18_small" if small_images else "resnet18")
     views = replace(
@@ -49,13 +49,13 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     # Digits need about 2,200 steps; the reference takes 200 epochs of ImageNet.
     epochs = config.epochs or (200 if large else max(50, math.ceil(2200 / steps)))
     if config.epochs is None and adapted:
-        epochs = _HEAD_EPOCHS + network_epochs
+        epochs = _HEAD_EPOCHS + (network_epochs or 0)
     # LA too early spreads wrong neighbors: two fifths of the epochs on small data.
     ir_epochs = config.ir_epochs
     if ir_epochs is None:
         ir_epochs = min(10, epochs) if large else round(0.4 * epochs)
         if adapted:  # neighbors among pretrained features are pure early
-            ir_epochs = round((epochs - network_epochs) / 4)
+            ir_epochs = round((epochs - (network_epochs or 0)) / 4)
     drops = config.drops
     if drops is None and config.rate_schedule == "drops":
         # The reference's ResNet-18 drops at 160 and 187 of 200 epochs.

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ..config import PretrainConfig, require_resolved
 
-
 _WARM_UP = 0.1  # share of the backbone's steps in which its rate rises
 
 
