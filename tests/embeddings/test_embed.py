@@ -15,7 +15,7 @@ from embeddings import VIEWS, hidden_files, save_small_encoder, stacked_rows
 from localagg import __version__
 from localagg.checkpoint import load_views, save_weights
 from localagg.cli.main import main
-from localagg.config import PretrainConfig, to_dict
+from localagg.config import PretrainConfig, ViewConfig, to_dict
 from localagg.data.loading.cropping import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.embeddings import all_splits
@@ -46,6 +46,35 @@ def test_rows_equal_those_of_single_images(weights, pictures):
         alone = embed(encoder, source, VIEWS, batch=1).rows[i]
         torch.testing.assert_close(found.rows[i], alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.rows.norm(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_network_is_restored_also_after_an_error(pictures, training):
+    encoder = create_encoder("resnet18_small", dim=12, width=8, blocks=(1,)).train(training)
+    embed(encoder, pictures, VIEWS, batch=20)
+    assert encoder.training is training
+
+    def fail(done, of):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        embed(encoder, pictures, VIEWS, on_progress=fail)
+    assert encoder.training is training
+    assert all(module.training is training for module in encoder.modules())
+
+
+def test_wrong_arguments_of_embed_raise(weights, pictures):
+    for options, *named in (
+        ({"source": "no/such"}, "no/such"),
+        ({"views": None}, "views", "None"),
+        ({"batch": 0}, "--batch", 0),
+        ({"workers": 1.5}, "--workers", 1.5),
+    ):
+        arguments = {"source": pictures, "views": VIEWS} | options
+        code = "not-found" if "source" in options else "option-invalid"
+        with user_error(code, *named):
+            embed(weights[1], **arguments)
+    assert len(embed(weights[1], pictures, ViewConfig()).rows) == 48  # sizes are derived
 
 
 def test_the_table_holds_embeddings_names_labels_and_facts(weights, pictures, tmp_path):

@@ -27,6 +27,7 @@ def save_table(path: Path, rows: np.ndarray, labels: list[str] | None = None) ->
     facts = dict.fromkeys(("weights_digest", "views", "precision", "layer"))
     facts |= {"weights": "none", "dtype": "float32", "dim": rows.shape[1], "labels": labels and ""}
     columns = {"path": [f"{row}.jpg" for row in range(len(rows))], "index": [*range(len(rows))]}
+    columns["split"] = ["train"] * len(rows)
     columns |= {"label": labels} if labels else {}
     embedding = rows.astype(np.float32).tolist()
     pq.write_table(pa.table(columns | {"embedding": embedding}, table_schema(facts)), path)

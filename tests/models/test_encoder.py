@@ -112,5 +112,26 @@ def test_wrong_names_and_options_are_named():
         encoder.features(torch.zeros(1, 3, 16, 16), ["9"])
     with user_error("option-invalid", "'torch'", "'reference'"):
         encoder.features(torch.zeros(1, 3, 16, 16), ["1"], compat="torch")
-    with pytest.raises(ValueError, match=r"1, 1, 16, 16"):
-        encoder(torch.zeros(1, 1, 16, 16))
+
+
+PIXELS = torch.rand(2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        (PIXELS[:, :1], "[2, 1, 16, 16]"),
+        (PIXELS[0], "[3, 16, 16]"),
+        (PIXELS.movedim(1, 3), "[2, 16, 16, 3]"),
+        (PIXELS * 255, "254"),
+        ((PIXELS - 0.45) / 0.22, "-2.0"),
+        ((PIXELS * 255).long(), "int64"),
+        (PIXELS / 0, "inf"),
+        (PIXELS * torch.nan, "nan"),
+    ],
+)
+def test_images_of_another_shape_dtype_or_range_are_named(images, named):
+    encoder = create_encoder("resnet18_small", width=8).eval()
+    for call in (encoder, lambda x: encoder.features(x, ["1"])):
+        with user_error("option-invalid", named):
+            call(images)

@@ -27,6 +27,8 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     **{name: partial(TorchvisionResNet, name) for name in torchvision_resnets()},
 }
 
+_ROUNDING = 1e-3  # that resized images may exceed 0-1 by
+
 
 class Encoder(nn.Module):
     """A backbone and an embedding head with bias, which maps images to unit rows.
@@ -66,7 +68,7 @@ class Encoder(nn.Module):
 
         Args:
             images: [B, 3, H, W] RGB, uint8 in 0-255 or floating in 0-1. AlexNet and VGG raise
-                UserError for sizes that they do not take.
+                UserError for sizes that they do not take; so do all in eval mode for other values.
         """
         return F.normalize(self.unnormalized(images), dim=1)
 
@@ -136,11 +138,43 @@ class Encoder(nn.Module):
         return {name: self.backbone.flatten_map(maps[name], compat) for name in names}
 
     def _normalize_pixels(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W]")
+        check_pixels(images, values=not self.training)
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
         return (images - self.mean) / self.std
+
+
+def check_pixels(images: Tensor, *, values: bool = True) -> None:
+    """Check shape, dtype and range of images.
+
+    Args:
+        images: to be [B, 3, H, W], uint8, or floating in 0-1.
+        values: check the range too; on a GPU this waits for the device, so training omits it.
+
+    Raises:
+        UserError: they are something else, such as floats in 0-255 or normalized ones.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(
+            "option-invalid",
+            f"The images have the shape {list(images.shape)}; pass [B, 3, H, W].",
+        )
+    if images.dtype == torch.uint8 or images.is_meta:
+        return
+    if not images.is_floating_point():
+        raise UserError(
+            "option-invalid", f"The images are {images.dtype}; pass uint8, or floats in 0-1."
+        )
+    if values and images.numel():
+        low, high = (float(value) for value in images.aminmax())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise UserError(
+                "option-invalid",
+                f"The images have values from {low:g} to {high:g}; pass uint8 in 0-255, or floats"
+                " in 0-1 that are not normalized: the encoder normalizes them.",
+            )
 
 
 def create_encoder(
