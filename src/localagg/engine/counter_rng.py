@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Purpose of a stream of draws: two uses of the same (seed, epoch, index) never share draws.
-ORDER, VIEW, NOISE, BANK, SPLIT, SAMPLE, CACHED_VIEW = range(7)
+ORDER, VIEW, NOISE, BANK, SPLIT, SAMPLE, CACHED_VIEW, MAP = range(8)
 
 
 def _signed(value: int) -> int:
