@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,6 +26,8 @@ import report
 from localagg.checkpoint import latest, read_progress
 from localagg.errors import UserError
 from localagg.io.metrics_log import read_metrics
+from localagg.report.charts import draw_curves
+from localagg.report.page import table, write_page
 
 METRICS = ("knn1", "knn200", "nmi", "cluster_accuracy")
 
@@ -114,12 +115,14 @@ def _measured(out: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]:
 def _plot(lines: list[dict[str, Any]], path: Path) -> None:
     """200-NN (or the first metric there is) by epoch, a line a run."""
     metric = next(metric for metric in ("knn200", *METRICS) if metric in lines[0])
-    figure = go.Figure(layout={"xaxis": {"title": "epoch"}, "yaxis": {"title": metric}})
-    for name, seed in dict.fromkeys((line["name"], line["seed"]) for line in lines):
-        run = [line for line in lines if (line["name"], line["seed"]) == (name, seed)]
-        epochs, values = [line["epoch"] for line in run], [line[metric] for line in run]
-        figure.add_scatter(x=epochs, y=values, name=f"{name}, seed {seed}", legendgroup=name)
-    figure.write_html(path)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        curves.setdefault(f"{line['name']}, seed {line['seed']}", [])
+        curves[f"{line['name']}, seed {line['seed']}"].append((line["epoch"], line[metric]))
+    legend = table(
+        ["", f"{metric} at the end"], [[n, f"{c[-1][1]:.3f}"] for n, c in curves.items()]
+    )
+    write_page(path, title=f"{metric} by epoch", head=draw_curves(curves) + legend, data={})
 
 
 def _table(

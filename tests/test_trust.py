@@ -32,8 +32,10 @@ from localagg.distributed.launcher import loopback_store
 from localagg.errors import UserError
 from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
-from localagg.report.charts import curves, embedding_map, health_curves
-from localagg.report.page import Page, neighbor_grid, table, write_page
+from localagg.report.charts import learning_curves
+from localagg.report.embedding_page import Pictured, write_embedding_page
+from localagg.report.page import page_script, table
+from localagg.report.thumbnails import SourceImages
 
 SRC = Path(localagg.__file__).parent
 
@@ -294,27 +296,29 @@ def test_names_of_files_classes_and_runs_are_text_in_every_page(tmp_path):
     source = open_images(data)
     rows = F.normalize(torch.rand(6, 4), dim=1)
     line = {"step": 1, "epoch": 1, "loss": 1.0, "spread": 0.1, "effective_rank": 2.0}
-    page = Page(NAME, QUOTED)
-    page.add(QUOTED, embedding_map(rows, source))
-    page.add(NAME, neighbor_grid(rows, source, rows, source, count=6, k=2))
-    page.add("table", table([{"name": NAME, NAME: QUOTED}]))
-    page.add("curves", curves({NAME: [line], QUOTED: [line]}))
-    page.add("health", health_curves({NAME: [line | {"warnings": [NAME]}], QUOTED: [line]}))
-    write_page(tmp_path / "page.html", page)
+    names = [source.name(i) for i in range(6)]
+    write_embedding_page(
+        tmp_path / "page.html",
+        Pictured(rows, names, {QUOTED: [NAME, QUOTED] * 3}, SourceImages(source, range(6))),
+        title=NAME,
+        head=table(["", NAME], [[QUOTED, NAME]]),
+        foot=learning_curves({NAME: [line | {"warnings": [NAME]}], QUOTED: [line]}),
+    )
     tags = Tags((tmp_path / "page.html").read_text())
-    pictures = [attributes for tag, attributes in tags.elements if tag == "img"]
-    assert len(pictures) == 6 * 3
-    assert all(picture["src"].startswith("data:image/png;base64,") for picture in pictures)
-    assert any(picture["title"].startswith(f"{NAME}/{NAME}0.jpg: {NAME}") for picture in pictures)
     assert not any("onerror" in attributes for _, attributes in tags.elements)
-    plain = {"html", "meta", "title", "style", "script", "body", "div"}
-    plain |= {"h1", "h2", "p", "table", "tr", "th", "td", "img", "b", "ul", "li"}
+    plain = {"html", "head", "meta", "title", "style", "script", "body", "header", "nav", "main"}
+    plain |= {"h1", "p", "div", "noscript", "table", "tr", "th", "td", "ul", "li", "bdi", "svg"}
+    plain |= {"path", "text", "figure", "figcaption"}
     assert {tag for tag, _ in tags.elements} <= plain
-    scripts = tags.script.replace(r"\u003c", "<").replace(r"\u003e", ">")
-    assert NAME not in scripts  # plotly sets names as markup
-    assert html.escape(NAME) in scripts
-    assert "<script>alert" not in scripts
+    policy = next(attributes for tag, attributes in tags.elements if "content" in attributes)
+    assert "default-src 'none'" in policy["content"]
+    scripts = [attributes for tag, attributes in tags.elements if tag == "script"]
+    assert [script for script in scripts if script["type"] != "text/plain"] == [{"type": "module"}]
     assert NAME in tags.text
+    data = tags.script.replace(page_script(), "")
+    assert "<" not in data
+    assert html.escape(NAME) not in data
+    assert json.dumps(NAME).replace("<", r"\u003c")[1:-1] in data
 
 
 def test_hostile_names_go_through_the_commands(tmp_path, capsys, monkeypatch):

@@ -67,11 +67,7 @@ def cluster_images(
         k, chosen = _choose(rows_ND, seed)
     if k > len(rows_ND):
         raise UserError("option-invalid", f"--k {k:,} exceeds the {len(rows_ND):,} images.")
-    labels_N = _best_clustering(rows_ND, k, seed).labels
-    kept, labels_N = labels_N.unique(return_inverse=True)
-    if len(kept) < k:
-        notify(f"Only {len(kept):,} of {k:,} clusters have images: the others are identical.")
-    labels_N, fit = _number_by_tightness(labels_N, measure_fit(rows_ND, labels_N, len(kept)))
+    labels_N, fit = cluster_rows(rows_ND, k, seed=seed)
     if out is not None:
         columns = {name: opened.images[name] for name in opened.images.column_names}
         values = {"cluster": labels_N, "distance": fit.distance, "silhouette": fit.silhouette}
@@ -79,11 +75,31 @@ def cluster_images(
     return {
         "table": str(opened.path),
         "images": len(rows_ND),
-        "k": len(kept),
+        "k": len(fit.tightness),
         "chosen": chosen,
         "silhouette": fit.silhouette.mean().item(),
-        "clusters": [_describe(opened, labels_N, fit, cluster) for cluster in range(len(kept))],
+        "clusters": [
+            _describe(opened, labels_N, fit, cluster) for cluster in range(len(fit.tightness))
+        ],
     }
+
+
+def cluster_rows(rows: Tensor, k: int, *, seed: int = 0) -> tuple[Tensor, Fit]:
+    """Cluster unit rows; clusters are numbered from the tightest on, and none is empty.
+
+    Args:
+        rows: float32 unit rows [N, D].
+        k: 1..N, number of clusters. Identical rows may leave fewer.
+        seed: random seed of the first of five starts.
+
+    Returns:
+        (cluster of each row, int64 [N]; how well it fits).
+    """
+    labels_N = _best_clustering(rows, k, seed).labels
+    kept, labels_N = labels_N.unique(return_inverse=True)
+    if len(kept) < k:
+        notify(f"Only {len(kept):,} of {k:,} clusters have images: the others are identical.")
+    return _number_by_tightness(labels_N, measure_fit(rows, labels_N, len(kept)))
 
 
 def measure_fit(rows: Tensor, labels: Tensor, clusters: int) -> Fit:

@@ -1,23 +1,18 @@
-"""Interactive charts as HTML: curves by epoch, health by epoch, and a map of the embedding."""
+"""Draw curves as SVG: loss and accuracies by epoch, and a run's health."""
 
-import html
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..data.sources.open import Source
 from ..training import diagnostics
+from .page import escape
 
-# Okabe & Ito's colors, which color-blind readers can tell apart, and three of Tol's.
-_COLORS = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A900"),
-    *("#882255", "#44AA99", "#6B6B6B"),
-)
-_MAP_POINTS = 5000  # at most: t-SNE takes seconds for these
-_HEALTH_CURVES = {  # name: (title, bound)
+_WIDTH, _HEIGHT = 360, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 24
+_COLORS = 6  # of the stylesheet
+_MOST = 400  # points of a curve
+_HEALTH = {  # name: (title, bound)
     "spread": ("spread", diagnostics.LEAST_SPREAD),
     "effective_rank": ("effective rank", None),
     "staleness": ("staleness of the bank", diagnostics.MOST_STALE),
@@ -25,111 +20,113 @@ _HEALTH_CURVES = {  # name: (title, bound)
     "largest_cluster": ("largest cluster / mean", diagnostics.LARGEST_CLUSTER),
     "churn": ("churn of clusters", diagnostics.MOST_CHURN),
 }
-
-MetricLines = list[dict[str, Any]]
-
-
-def curves(metrics: Mapping[str, MetricLines], *, switch: int | None = None) -> str:
-    """Draw loss and accuracies by epoch, one color a run.
-
-    Args:
-        metrics: lines of metrics.jsonl by the name of the run.
-        switch: the epoch in which LA begins; a dotted line marks it.
-    """
-    from plotly.subplots import make_subplots
-
-    measured = sorted({key for run in metrics.values() for line in run for key in line})
-    names = ["loss", *(key for key in measured if "knn" in key)]
-    figure = make_subplots(rows=1, cols=len(names), subplot_titles=names)
-    for color, (run, lines) in enumerate(metrics.items()):
-        last, epochs = (max(line[key] for line in lines) for key in ("step", "epoch"))
-        for column, name in enumerate(names, start=1):
-            points = {line["step"] * epochs / last: line[name] for line in lines if name in line}
-            _add_curve(figure, run, points, color, 1, column)
-    if switch:
-        figure.add_vline(switch, line_dash="dot", line_color="#888")
-    figure.update_xaxes(title="epoch")
-    return _to_html(figure, height=340)
+Points = list[tuple[float, float]]
 
 
-def health_curves(metrics: Mapping[str, MetricLines]) -> str:
-    """Draw one small curve for each measure of health, and list the warnings.
-
-    A bound is dotted where it lies within a factor of 2 of the values.
+def learning_curves(
+    runs: Mapping[str, list[dict[str, Any]]], switches: Mapping[str, int] | None = None
+) -> str:
+    """Return one figure a measure, one color a run, and the warnings of all runs.
 
     Args:
-        metrics: lines of metrics.jsonl by the name of the run.
+        runs: lines of metrics.jsonl by the name of the run.
+        switches: the epoch in which LA begins, by the name of the run; a dotted line marks it.
     """
-    from plotly.subplots import make_subplots
+    measured = sorted({key for lines in runs.values() for line in lines for key in line})
+    titles = {"loss": ("loss", None)}
+    titles |= {key: (key, None) for key in measured if "knn" in key}
+    titles |= _HEALTH
+    marks = sorted({epoch for epoch in (switches or {}).values() if epoch})
+    figures = ""
+    for name, (title, bound) in titles.items():
+        curves = {run: _points(lines, name) for run, lines in runs.items()}
+        if any(curves.values()):
+            figures += f"<figure><figcaption>{escape(title)}</figcaption>"
+            figures += f"{draw_curves(curves, bound=bound, marks=marks)}</figure>"
+    keys = "".join(
+        f"<li><svg viewBox='0 0 22 8'><path class=s{n % _COLORS} d='M0 4H22'/></svg> "
+        f"<bdi>{escape(run)}</bdi></li>"
+        for n, run in enumerate(runs)
+    )
+    legend = f"<ul class=keys>{keys}</ul>" if len(runs) > 1 else ""
+    dotted = "<p class=note>The dotted line marks the start of LA.</p>" if marks else ""
+    return f"{legend}{dotted}<div class=curves>{figures}</div>{_warnings(runs)}"
 
-    epochs = {run: [line for line in lines if "spread" in line] for run, lines in metrics.items()}
-    titles = [title for title, _ in _HEALTH_CURVES.values()]
-    figure = make_subplots(rows=2, cols=3, subplot_titles=titles)
-    for number, (name, (_, bound)) in enumerate(_HEALTH_CURVES.items()):
-        row, column = number // 3 + 1, number % 3 + 1
-        values: list[float] = []
-        for color, (run, lines) in enumerate(epochs.items()):
-            points = {line["epoch"]: line[name] for line in lines if name in line}
-            values += points.values()
-            _add_curve(figure, run, points, color, row, column)
-        if bound is not None and values and min(values) / 2 <= bound <= max(values) * 2:
-            figure.add_hline(bound, line_dash="dot", line_color="#888", row=row, col=column)  # type: ignore[arg-type]
-    warnings = "".join(
-        f"<li>{html.escape(run)}, epoch {line['epoch']}: {html.escape(', '.join(line['warnings']))}"
-        for run, lines in epochs.items()
+
+def _points(lines: list[dict[str, Any]], name: str) -> Points:
+    """Return (epoch, value), thinned evenly; losses are logged several times an epoch."""
+    if not lines:
+        return []
+    last, epochs = (max(line.get(key, 0) for line in lines) for key in ("step", "epoch"))
+    scale = epochs / max(1, last)
+    points = [(line["step"] * scale, float(line[name])) for line in lines if name in line]
+    points = [point for point in points if math.isfinite(point[1])]
+    step = -(-len(points) // _MOST) or 1
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
+
+
+def _warnings(runs: Mapping[str, list[dict[str, Any]]]) -> str:
+    found = "".join(
+        f"<li><bdi>{escape(run)}</bdi>, epoch {line['epoch']}: {escape(warning)}</li>"
+        for run, lines in runs.items()
         for line in lines
-        if "warnings" in line
+        for warning in line.get("warnings", ())
     )
-    listed = f"<ul>{warnings}</ul>" if warnings else "<p>No warnings.</p>"
-    return _to_html(figure, height=480) + listed
+    return f"<ul class=warnings>{found}</ul>" if found else "<p class=note>No warnings.</p>"
 
 
-def _add_curve(
-    figure: Any, run: str, points: dict[float, float], color: int, row: int, column: int
-) -> None:
-    """Add a run's curve {x: y}; the legend names each run once, at the first chart."""
-    figure.add_scatter(
-        x=list(points),
-        y=list(points.values()),
-        name=html.escape(run),
-        mode="lines",
-        line_color=_COLORS[color % len(_COLORS)],
-        showlegend=(row, column) == (1, 1),
-        row=row,
-        col=column,
-    )
+def draw_curves(
+    curves: Mapping[str, Points], *, bound: float | None = None, marks: Sequence[float] = ()
+) -> str:
+    """Return curves [(x, y), ...] as one SVG image, x from 0.
+
+    Args:
+        curves: points by the name of the curve; its place decides its color.
+        bound: a dotted level, drawn where it lies within a factor of 2 of the values.
+        marks: x of dotted vertical lines.
+    """
+    points = list(itertools.chain(*curves.values()))
+    ys = [y for _, y in points]
+    if bound is not None and min(ys) / 2 <= bound <= max(ys) * 2:
+        ys.append(bound)
+    else:
+        bound = None
+    ticks = _ticks(min(ys), max(ys))
+    low, high = min(*ys, ticks[0]), max(*ys, ticks[-1])
+    right = max((x for x, _ in points), default=1) or 1
+
+    def x_of(x: float) -> float:
+        return _LEFT + x / right * (_WIDTH - _LEFT - _RIGHT)
+
+    def y_of(y: float) -> float:
+        share = (y - low) / (high - low) if high > low else 0.5
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img>"]
+    for tick in ticks:
+        y = y_of(tick)
+        parts.append(f"<path class=grid d='M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}'/>")
+        parts.append(f"<text x={_LEFT - 6} y={y + 4:.1f} text-anchor=end>{tick:g}</text>")
+    for tick in _ticks(0, right):
+        if tick <= right:
+            x, y = x_of(tick), _HEIGHT - 6
+            parts.append(f"<text x={x:.1f} y={y} text-anchor=middle>{tick:g}</text>")
+    inside = [x_of(mark) for mark in marks if 0 < mark < right]
+    parts += [f"<path class=mark d='M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}'/>" for x in inside]
+    if bound is not None:
+        parts.append(f"<path class=mark d='M{_LEFT} {y_of(bound):.1f}H{_WIDTH - _RIGHT}'/>")
+    for number, (name, found) in enumerate(curves.items()):
+        if found:
+            line = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in found)
+            title = f"<title>{escape(name)}, at the end {found[-1][1]:.4g}</title>"
+            parts.append(f"<path class=s{number % _COLORS} d='M{line}h.1'>{title}</path>")
+    return "".join(parts) + "</svg>"
 
 
-def embedding_map(rows: Tensor, source: Source) -> str:
-    """Draw unit rows [N, D] of all images of a source on a plane by t-SNE (cosine distance),
-    colored by class if there are classes."""
-    import plotly.graph_objects as go
-    from sklearn.manifold import TSNE
-
-    index = torch.arange(0, len(rows), -(-len(rows) // _MAP_POINTS))
-    tsne = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(index) / 4))
-    x, y = tsne.fit_transform(rows[index].cpu().numpy()).T
-    figure = go.Figure()
-    classes = source.classes or ["images"]
-    labels = source.labels[index].numpy() if source.labels is not None else np.zeros(len(index))
-    names = np.array([html.escape(source.name(i)) for i in index.tolist()])
-    for number, name in enumerate(classes):
-        members = labels == number
-        figure.add_scattergl(
-            x=x[members],
-            y=y[members],
-            text=names[members],
-            name=html.escape(name),
-            mode="markers",
-            marker={"size": 5, "color": _COLORS[number % len(_COLORS)]},
-            hovertemplate="%{text}",
-        )
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x")
-    return _to_html(figure, height=620, legend={"itemsizing": "constant"})
-
-
-def _to_html(figure: Any, **layout: Any) -> str:
-    margin = {"l": 50, "r": 10, "t": 40, "b": 40}
-    figure.update_layout(template="plotly_white", margin=margin, **layout)
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+def _ticks(low: float, high: float) -> list[float]:
+    """Return three to six round numbers that span the values."""
+    span = (high - low) or abs(high) or 1.0
+    size = 10 ** math.floor(math.log10(span / 3))
+    step = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 12) for number in range(first, last + 1)]

@@ -24,8 +24,9 @@ from ..recipes.builtin import recipe
 from ..recipes.derived_settings import resolve_defaults
 from ..training.learner import Learner
 from ..training.loop import pretrain
-from .charts import curves, embedding_map, health_curves
-from .page import Page, neighbor_grid, table, write_page
+from .charts import learning_curves
+from .embedding_page import Pictured, write_embedding_page
+from .page import escape, table
 
 Rows = tuple[Tensor, Tensor]  # unit rows of the training digits, and of the held-out ones
 _CLUSTERINGS = 3
@@ -116,6 +117,9 @@ def _measure(embeddings: Rows, training: Source, held_out: Source) -> dict[str, 
     }
 
 
+_HEADINGS = {"knn1": "1-NN", "nmi": "NMI", "cluster_accuracy": "cluster accuracy"}
+
+
 def _write_report(
     out: Path,
     config: PretrainConfig,
@@ -124,25 +128,30 @@ def _write_report(
     training: Source,
     held_out: Source,
 ) -> None:
-    references, queries = embeddings
+    """Write the page of the last run, with all digits, the held-out ones too."""
     first = read_metrics(out / _START)
     metrics = {name: first + read_metrics(out / folder) for name, folder in _RUNS.items()}
-    page = Page(
-        title="localagg on 1,400 handwritten digits",
-        lead=(
-            "The network learned without labels: by Instance Recognition for"
-            f" {config.ir_epochs} epochs, then by Local Aggregation up to epoch {config.epochs}."
-            " Neighbors and accuracies are of 397 digits that were not used for training."
-        ),
+    lead = (
+        "The network learned without labels: by Instance Recognition for"
+        f" {config.ir_epochs} epochs, then by Local Aggregation up to epoch {config.epochs}."
+        " Neighbors and accuracies are of 397 digits that were not used for training."
     )
-    page.add("Results", table(rows))
-    page.add(
-        "Map of the embedding (t-SNE of the training digits)", embedding_map(references, training)
+    results = [[row["name"], *(f"{row[key]:.3f}" for key in _HEADINGS)] for row in rows]
+    digits = [(source, i) for source in (training, held_out) for i in range(len(source))]
+    shown = Pictured(
+        torch.cat(embeddings),
+        [source.name(i) for source, i in digits],
+        {
+            "label": [str(source.label(i)) for source, i in digits],
+            "split": ["train" if source is training else "held out" for source, _ in digits],
+        },
+        [torch.as_tensor(source[i].image) for source, i in digits],
     )
-    page.add(
-        "Held-out digits and their nearest neighbors",
-        neighbor_grid(queries, held_out, references, training),
+    write_embedding_page(
+        out / "report.html",
+        shown,
+        title="localagg on 1,797 handwritten digits",
+        head=f"<p class=lead>{escape(lead)}</p>{table(['', *_HEADINGS.values()], results)}",
+        foot="<h2>How it learned</h2>" + learning_curves(metrics, {"LA": config.ir_epochs or 0}),
+        clusters=10,
     )
-    page.add("Training curves", curves(metrics, switch=config.ir_epochs))
-    page.add("Health by epoch", health_curves(metrics))
-    write_page(out / "report.html", page)

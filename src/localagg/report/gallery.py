@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data.sources.source import Source
 from ..embeddings.table import path_text
-from .html_page import escape, write_page
+from .page import escape, write_page
 from .thumbnails import draw_thumbnails
 
 _BYTES, _BYTES_EACH = 5_000_000, 800
