@@ -7,7 +7,7 @@ from scipy.stats import kstest, truncnorm
 from tf_networks import pool_same, same_pads
 
 from localagg.models import create_encoder
-from localagg.models.backbone import average_pool_same, max_pool_same, truncated_normal_
+from localagg.models.backbone import MaxPoolSame, average_pool_same, truncated_normal_
 
 
 @pytest.mark.parametrize("height", range(2, 10))
@@ -15,7 +15,7 @@ from localagg.models.backbone import average_pool_same, max_pool_same, truncated
 def test_pooling_pads_as_tensorflows_same(height, width):
     map_ = torch.randn(2, 3, height, width, dtype=torch.float64) - 2  # a padding of 0 would win
     nhwc = map_.permute(0, 2, 3, 1).numpy()
-    found = max_pool_same(map_).permute(0, 2, 3, 1).numpy()
+    found = MaxPoolSame()(map_).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(found, pool_same(nhwc, 3, 2, np.max))
     for window in (2, 4):
         found = average_pool_same(map_, window).permute(0, 2, 3, 1).numpy()

@@ -114,7 +114,8 @@ class Model:
         names = [str(name) for name in names]
         if not names:
             raise UserError("option-missing", f"Name at least one layer of {self.layers}.")
-        return self._map(images, lambda views: self.encoder.features(views, names, flatten=flatten))
+        read = self.encoder.features if flatten else self.encoder.maps
+        return self._map(images, lambda views: read(views, names))
 
     def preprocess(self, images: Any) -> Tensor:
         """Return the measured views of images, which the network reads: uint8 [n, 3, S, S].

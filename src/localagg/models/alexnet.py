@@ -5,15 +5,16 @@ convolution has a bias and a batch-norm before its ReLU; conv1, the max-pools an
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 
 from .backbone import (
     Backbone,
     Compat,
+    check_sides,
     flatten_nhwc,
-    image_size_error,
     initialize_glorot,
     reference_batch_norm,
     truncated_normal_,
@@ -29,11 +30,14 @@ _CONVS = {
     "fc6": (256, 4096, 5, 1, 0),
     "fc7": (4096, 4096, 1, 1, 0),
 }
+_ANY = 1 << 31
 _SIZES = (
     "alexnet_bn",
     "195 to 226",
     "its fc6 reads maps of 5x5 (features of conv1 to conv5 alone work from 35 pixels on)",
 )
+
+torch.fx.wrap("check_sides")  # has conditions on sizes, which fx cannot trace
 
 
 class AlexNet(Backbone):
@@ -43,15 +47,29 @@ class AlexNet(Backbone):
     """
 
     channels = 4096
-    layers = (
-        "conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7"
-    )  # fmt: skip
+    layer_modules: ClassVar[dict[str, str]] = {
+        name: f"{'pools' if name.startswith('pool') else 'relus'}.{name}"
+        for name in [
+            "conv1",
+            "pool1",
+            "conv2",
+            "pool2",
+            "conv3",
+            "conv4",
+            "conv5",
+            "pool5",
+            "fc6",
+            "fc7",
+        ]
+    }
 
     def __init__(self) -> None:
         super().__init__()
         convs = {name: nn.Conv2d(*sizes) for name, sizes in _CONVS.items()}
         self.convs = nn.ModuleDict(convs)
         self.norms = nn.ModuleDict({name: reference_batch_norm(s[1]) for name, s in _CONVS.items()})
+        self.relus = nn.ModuleDict({name: nn.ReLU() for name in _CONVS})
+        self.pools = nn.ModuleDict({f"pool{n}": nn.MaxPool2d(3, 2) for n in (1, 2, 5)})
         for name, conv in convs.items():
             if name.startswith("conv"):
                 initialize_glorot(conv)
@@ -61,16 +79,15 @@ class AlexNet(Backbone):
 
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, map [B, C, H, W]) from first to last."""
-        size = x.shape[2:]
-        if min(size) < 35:
-            raise image_size_error(size, *_SIZES)
+        images = x
+        x = check_sides(x, range(35, _ANY), images, *_SIZES)
         for name in self.layers:
-            if name == "pool5" and not {*x.shape[2:]} <= {11, 12}:
-                raise image_size_error(size, *_SIZES)
-            if name.startswith("pool"):
-                x = F.max_pool2d(x, 3, 2)
+            if name == "pool5":
+                x = check_sides(x, range(11, 13), images, *_SIZES)
+            if name in self.pools:
+                x = self.pools[name](x)
             else:
-                x = F.relu(self.norms[name](self.convs[name](x)))
+                x = self.relus[name](self.norms[name](self.convs[name](x)))
             yield name, x
 
     def flatten_map(self, map_BCHW: Tensor, compat: Compat | None) -> Tensor:

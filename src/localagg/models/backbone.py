@@ -1,6 +1,6 @@
 """The interface of all backbones, and how the reference pools, flattens and initializes."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,16 +33,25 @@ class Normalization:
 class Backbone(nn.Module):
     """A network without its embedding head.
 
-    A subclass sets ``channels`` and ``layers``. It implements :meth:`iterate_maps`, or overrides
-    :meth:`pooled` and :meth:`maps` together.
+    A subclass sets ``channels`` and ``layer_modules``. It implements :meth:`iterate_maps`, or
+    overrides :meth:`pooled` and :meth:`maps` together.
     """
 
     channels: int
     """Size of the vector that the head reads."""
-    layers: Sequence[str]
-    """Names of the maps, from first to last."""
+    layer_modules: dict[str, str]
+    """{name of a map: dotted name of the module that returns it}, from first to last."""
     normalization = Normalization()
     """The images that the network was made for."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the maps, from first to last."""
+        return list(self.layer_modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return :meth:`pooled` of normalized images."""
+        return self.pooled(x)
 
     def published_names(self, keys: Iterable[str]) -> list[dict[str, str]]:
         """Return the namings {key of the state dict: name in files of the network's library}."""
@@ -108,12 +117,17 @@ def download_error(model: str, error: Exception) -> UserError:
     )
 
 
-def image_size_error(size: Sequence[int], model: str, sides: str, rest: str) -> UserError:
-    """Return the error for images of a size [H, W] that the fully connected layers do not take."""
-    height, width = size
-    return UserError(
-        "mismatch", f"{model} takes images of {sides} pixels a side, not {height}x{width}: {rest}."
-    )
+def check_sides(
+    map_BCHW: Tensor, sides: range, images: Tensor, model: str, fits: str, rest: str
+) -> Tensor:
+    """Return a map whose height and width are in ``sides``, else raise an error for its images."""
+    if any(side not in sides for side in map_BCHW.shape[2:]):
+        height, width = images.shape[2:]
+        raise UserError(
+            "mismatch",
+            f"{model} takes images of {fits} pixels a side, not {height}x{width}: {rest}.",
+        )
+    return map_BCHW
 
 
 def pool_window(map_BCHW: Tensor) -> int:
@@ -131,10 +145,13 @@ def average_pool_same(map_BCHW: Tensor, window: int) -> Tensor:
     return F.avg_pool2d(map_BCHW, window, padding=before, ceil_mode=True, count_include_pad=False)
 
 
-def max_pool_same(x: Tensor) -> Tensor:
+class MaxPoolSame(nn.Module):
     """Pool 3x3 with stride 2 and SAME padding: one after an even side, one around an odd one."""
-    odd = (x.shape[2] % 2, x.shape[3] % 2)
-    return F.max_pool2d(x, 3, 2, padding=odd, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maxima [B, C, ceil(H / 2), ceil(W / 2)]."""
+        odd = (x.shape[2] % 2, x.shape[3] % 2)
+        return F.max_pool2d(x, 3, 2, padding=odd, ceil_mode=True)
 
 
 def flatten_nhwc(map_BCHW: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,17 +75,16 @@ class Encoder(nn.Module):
 
     def unnormalized(self, images: Tensor) -> Tensor:
         """Return the head's output float32 [B, dim], before it is scaled to unit length."""
-        output = self.head(self.hidden(self.pooled(images)))
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+        return _at_least_float32(self.head(self.hidden(self.pooled(images))))
 
     def pooled(self, images: Tensor) -> Tensor:
         """Return the backbone's pooled last map [B, channels], which the head reads.
 
         Rows [B, channels] are such features already, and are returned as they are.
         """
-        if images.ndim == 2:
+        if not isinstance(images, torch.fx.Proxy) and images.ndim == 2:  # a tracer has images
             return images
-        return self.backbone.pooled(self._normalize_pixels(images))
+        return self.backbone(self._normalize_pixels(images))
 
     def freeze_statistics(self) -> None:
         """Keep the backbone in inference mode also in training: batch-norm by its running
@@ -102,30 +102,27 @@ class Encoder(nn.Module):
     @property
     def layers(self) -> list[str]:
         """Names of the layers that :meth:`features` takes, from first to last."""
-        return list(self.backbone.layers)
+        return self.backbone.layers
 
-    def features(
-        self,
-        images: Tensor,
-        layers: Iterable[str | int],
-        *,
-        compat: Compat | None = None,
-        flatten: bool = True,
-    ) -> dict[str, Tensor]:
-        """Return read-out features {name: [B, values]}, pooled and flattened as in the reference.
+    @property
+    def layer_modules(self) -> dict[str, str]:
+        """{layer: dotted name of the module whose output it is}, for forward hooks.
 
-        See :meth:`Backbone.flatten_map` of each network for the rule. The network runs up to the
-        last named layer, and only this part must accept the size of the images.
+        Blocks of timm's transformers return tokens, of which :meth:`maps` makes maps.
+        """
+        return {la: f"backbone.{module}" for la, module in self.backbone.layer_modules.items()}
+
+    def maps(self, images: Tensor, layers: Iterable[str | int] | None = None) -> dict[str, Tensor]:
+        """Return the maps {name: [B, C, H, W]}, not pooled; default: of all layers.
+
+        The network runs up to the last named layer, and only this part must accept the size of the
+        images.
 
         Args:
             images: as in :meth:`forward`.
             layers: names out of :attr:`layers`; 3 means "3". Others raise UserError.
-            compat: "reference" also copies the reference's slip in VGG.
-            flatten: if false, return the maps themselves [B, C, H, W].
         """
-        if compat not in (None, "reference"):
-            raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
-        names = [str(layer) for layer in layers]
+        names = self.layers if layers is None else [str(layer) for layer in layers]
         for name in names:
             if name not in self.layers:
                 known = ", ".join(self.layers)
@@ -133,15 +130,40 @@ class Encoder(nn.Module):
                     "option-unknown", f"{self.spec['model']} has no layer '{name}'; it has {known}."
                 )
         maps = self.backbone.maps(self._normalize_pixels(images), names)
-        if not flatten:
-            return {name: maps[name] for name in names}
-        return {name: self.backbone.flatten_map(maps[name], compat) for name in names}
+        return {name: maps[name] for name in names}
+
+    def features(
+        self, images: Tensor, layers: Iterable[str | int], *, compat: Compat | None = None
+    ) -> dict[str, Tensor]:
+        """Return read-out features {name: [B, values]}, pooled and flattened as in the reference.
+
+        See :meth:`Backbone.flatten_map` of each network for the rule.
+
+        Args:
+            images, layers: as in :meth:`maps`.
+            compat: "reference" also copies the reference's slip in VGG.
+        """
+        if compat not in (None, "reference"):
+            raise UserError("option-invalid", f"compat is '{compat}'; use 'reference' or omit it.")
+        maps = self.maps(images, layers)
+        return {name: self.backbone.flatten_map(map_, compat) for name, map_ in maps.items()}
 
     def _normalize_pixels(self, images: Tensor) -> Tensor:
-        check_pixels(images, values=not self.training)
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        return (images - self.mean) / self.std
+        return _normalize_pixels(images, self.mean, self.std, values=not self.training)
+
+
+# torch.fx, and so torchvision's create_feature_extractor, cannot trace their conditions.
+@torch.fx.wrap
+def _normalize_pixels(images: Tensor, mean: Tensor, std: Tensor, *, values: bool) -> Tensor:
+    check_pixels(images, values=values)
+    if images.dtype == torch.uint8:
+        images = images.to(mean.dtype) / 255
+    return (images - mean) / std
+
+
+@torch.fx.wrap
+def _at_least_float32(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def check_pixels(images: Tensor, *, values: bool = True) -> None:

@@ -11,13 +11,12 @@ Convolutions and batch-norms are registered in the order in which the reference 
 import math
 from collections.abc import Iterator, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import (
     Backbone,
+    MaxPoolSame,
     initialize_glorot,
-    max_pool_same,
     reference_batch_norm,
     truncated_normal_,
 )
@@ -45,19 +44,21 @@ class PreActResNet(Backbone):
                 )
                 self.blocks.append(block)
                 channels = block.channels
+        self.pool, self.relu = MaxPoolSame(), nn.ReLU()
         self.norm = reference_batch_norm(channels)
         self.channels = channels
-        self.layers = [str(layer) for layer in range(len(self.blocks) + 2)]
+        entries = [f"blocks.{n}.relus.0" for n in range(len(self.blocks))]
+        self.layer_modules = {str(n): m for n, m in enumerate(["pool", *entries, "relu"])}
 
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, map [B, C, H, W]) from first to last."""
-        x = max_pool_same(self.stem(x))
+        x = self.pool(self.stem(x))
         yield "0", x
         for layer, block in enumerate(self.blocks, start=1):
-            entry = F.relu(block.norms[0](x))  # type: ignore[operator,index]
+            entry = block.relus[0](block.norms[0](x))  # type: ignore[operator,index]
             yield str(layer), entry
             x = block(x, entry)
-        yield self.layers[-1], F.relu(self.norm(x))
+        yield self.layers[-1], self.relu(self.norm(x))
 
     def initialize_head(self, head: nn.Linear) -> None:
         """Set Glorot's uniform weights and no bias, the default of ``tf.layers.dense``."""
@@ -82,13 +83,14 @@ class PreActBlock(nn.Module):
             ]
         self.convs = nn.ModuleList([_conv(*sizes) for sizes in layers])
         self.norms = nn.ModuleList([reference_batch_norm(sizes[0]) for sizes in layers])
+        self.relus = nn.ModuleList([nn.ReLU() for _ in layers])
 
     def forward(self, x: Tensor, entry: Tensor) -> Tensor:
         """Return the output of a block with input x; ``entry`` is its batch-norm and ReLU."""
         shortcut = x if self.project is None else self.project(entry)
         y = self.convs[0](entry)
-        for norm, conv in zip(self.norms[1:], self.convs[1:], strict=True):  # type: ignore[arg-type]
-            y = conv(F.relu(norm(y)))
+        for n in range(1, len(self.convs)):
+            y = self.convs[n](self.relus[n](self.norms[n](y)))
         return y + shortcut
 
 

@@ -5,7 +5,6 @@ The layout is usual for CIFAR: later stages halve the map and double the channel
 
 from collections.abc import Iterator, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone
@@ -25,7 +24,7 @@ class SmallResNet(Backbone):
     ) -> None:
         super().__init__()
         self.stem = _conv(3, width, 3, stem_stride)
-        self.stem_norm = nn.BatchNorm2d(width)
+        self.stem_norm, self.stem_relu = nn.BatchNorm2d(width), nn.ReLU()
         stages, channels = [], width
         for stage, count in enumerate(blocks):
             out = width * 2**stage
@@ -36,11 +35,12 @@ class SmallResNet(Backbone):
             channels = out
         self.stages = nn.ModuleList(stages)
         self.channels = channels
-        self.layers = [str(layer) for layer in range(len(stages) + 1)]
+        modules = ["stem_relu", *(f"stages.{n}" for n in range(len(stages)))]
+        self.layer_modules = {str(n): module for n, module in enumerate(modules)}
 
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield maps by name: "0" after the stem, "1".. after each stage, all behind their ReLU."""
-        x = F.relu(self.stem_norm(self.stem(x)))
+        x = self.stem_relu(self.stem_norm(self.stem(x)))
         yield "0", x
         for layer, stage in enumerate(self.stages, start=1):
             x = stage(x)
@@ -54,14 +54,15 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = _conv(channels, out, 3, stride), nn.BatchNorm2d(out)
         self.conv2, self.norm2 = _conv(out, out, 3, 1), nn.BatchNorm2d(out)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.shortcut = nn.Identity()
         if stride != 1 or channels != out:
             self.shortcut = nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output [B, C, H, W]."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = self.relu1(self.norm1(self.conv1(x)))
+        return self.relu2(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -50,7 +50,8 @@ class TimmBackbone(Backbone):
             )
         self.normalization = _normalization(self.model.pretrained_cfg)
         self.channels = getattr(self.model, "head_hidden_size", self.model.num_features)
-        self.layers = [str(layer) for layer in range(len(self.model.feature_info))]
+        modules = [info["module"] for info in self.model.feature_info]
+        self.layer_modules = {str(n): f"model.{module}" for n, module in enumerate(modules)}
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return [B, channels], pooled as for timm's own classifier."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torchvision
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ class TorchvisionResNet(Backbone):
         options: arguments of torchvision's ``ResNet``.
     """
 
-    layers = ("0", "1", "2", "3", "4")
+    layer_modules: ClassVar[dict[str, str]] = {
+        "0": "stem",
+        **{str(n): f"stages.{n - 1}" for n in range(1, 5)},
+    }
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
