@@ -131,7 +131,7 @@ def _start(options: Pretrain) -> dict[str, Any]:
     if options.dry_run:
         from ..training.forecast import forecast
 
-        found = forecast(config, data)
+        found = forecast(config, data, options.typed)
         _print_forecast(found)
         return found
     from ..training.loop import pretrain
@@ -141,6 +141,7 @@ def _start(options: Pretrain) -> dict[str, Any]:
         data,
         options.out or f"runs/{options.name}",
         start=options.start,
+        typed=options.typed,
         rank_timeout=options.rank_timeout,
     )
 

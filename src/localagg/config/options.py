@@ -174,6 +174,9 @@ class PretrainConfig:
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     epochs: int | None = None
     """Number of epochs of IR and LA together. Default: derived from the number of images."""
+    minutes: float | None = None
+    """Longest expected time of the run in minutes: network, image size and epochs that are not set
+    follow from the measured speed. Default: 30 on a CPU if --epochs is not set, else no limit."""
     ir_epochs: int | None = None
     """Number of epochs of IR, which come first. Default: derived from the epochs."""
     batch_size: int | None = None
@@ -226,7 +229,7 @@ class PretrainConfig:
         check_at_least(self, 1, "epochs", "batch_size", "ir_batch_size", "log_every", "sized_for")
         check_at_least(self, 0, "ir_epochs", "workers", "eval_every", "checkpoint_seconds", "seed")
         check_at_least(self, 0, "weight_decay", "memory_gb", "drops", "drop_steps")
-        check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate", *(["minutes"] if self.minutes is not None else []))
         check_choices(self)
         check(0 <= self.momentum < 1, self, "momentum", "it must be at least 0 and below 1")
 

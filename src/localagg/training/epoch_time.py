@@ -57,10 +57,10 @@ def epoch_time(
     resolved = resolve_defaults(config, len(source), typical_side(source))
     size = len(source) - len(facts["unreadable"])
     held = _size_in_memory(resolved, facts)
-    read = 0.0 if held else size * _reading_seconds(resolved, source, seconds)
+    read = 0.0 if held else size * reading_seconds(resolved, source, seconds)
     learner = Learner(resolved, len(source))
     ir, la = (
-        size * _training_seconds(learner, aggregating, held, seconds, step_seconds)
+        size * training_seconds(learner, aggregating, held, seconds, step_seconds)
         for aggregating in (False, True)
     )
     together: Callable[..., float] = max if learner.device.type == "cuda" else lambda a, b: a + b
@@ -104,7 +104,7 @@ def _size_in_memory(config: PretrainConfig, facts: dict[str, Any]) -> tuple[int,
     return height[0], width[0]
 
 
-def _reading_seconds(config: PretrainConfig, source: Source, seconds: float) -> float:
+def reading_seconds(config: PretrainConfig, source: Source, seconds: float) -> float:
     """Seconds to read, decode and crop one image, with all workers."""
     chunks = list(permutation(len(source), config.seed, ORDER, 0).split(_SMALL_BATCH))
     crops = functools.partial(training_crops, source, config.views, config.seed, 0)
@@ -120,12 +120,12 @@ def _reading_seconds(config: PretrainConfig, source: Source, seconds: float) -> 
     return spent / done
 
 
-def _training_seconds(
+def training_seconds(
     learner: Learner,
     aggregating: bool,
     held: tuple[int, int] | None,
     seconds: float,
-    step_seconds: float,
+    step_seconds: float = 0.4,
 ) -> float:
     """Seconds to train on one image, which has the size ``held`` or is cropped by a worker."""
     config, device, images = learner.config, learner.device, len(learner.bank.rows)

@@ -1,5 +1,6 @@
 """Forecast a run: its full configuration, its steps and the memory that it needs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from ..engine.searchable_bank import SearchableBank
 from ..models import load_weights
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
+from .budget import fit_budget
 from .learner import make_encoder
 from .run_setup import check_start_weights
 
 
-def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
+def forecast(config: PretrainConfig, data: str, typed: Iterable[str] = ()) -> dict[str, Any]:
     """Resolve a configuration for a data set and forecast the run, without training.
 
     Args:
         config: as for ``pretrain``.
         data: data URI, of which a few image headers are read.
+        typed: as for ``pretrain``.
 
     Returns:
         {"images", "notes": sentences on derived options and weights, "config", "steps": {"epoch",
@@ -37,6 +40,7 @@ def forecast(config: PretrainConfig, data: str) -> dict[str, Any]:
     check_start_weights(config, None)
     source = open_images(data)
     size, side = len(source), typical_side(source)
+    config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)
     schedule = Schedule(resolved, size)
     memory = _memory(resolved, size, side)

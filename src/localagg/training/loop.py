@@ -24,6 +24,7 @@ from ..evaluation.run_floors import RunFloors
 from ..io.console import notify, show_progress
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
+from .budget import fit_budget
 from .frozen_features import FrozenFeatures
 from .learner import Learner
 from .recorder import START, WAITING, Recorder
@@ -47,6 +48,7 @@ def pretrain(
     out: str | Path,
     *,
     start: str | Path | None = None,
+    typed: Iterable[str] = (),
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
@@ -63,6 +65,7 @@ def pretrain(
         start: a finished run of IR on the same images to continue: its weights, bank and momentum
             are loaded and its epochs count, as in the reference's LA runs. LA begins after
             ``ir_epochs``, or at once if these have passed.
+        typed: names of options in ``config`` that ``minutes`` keeps, even if they equal a default.
         rank_timeout: seconds of silence of one process after which all end.
 
     Returns:
@@ -88,6 +91,10 @@ def pretrain(
         fingerprint = source.fingerprint()
         if start is not None:
             config = settings_after_ir(config, Path(start), fingerprint)
+        fitted = world.rank_zero_first(
+            lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
+        )
+        config = world.gather_objects(fitted)[0]
         resolved = resolve_defaults(config, len(source), typical_side(source))
         check_ranks(resolved, world)
         for line in explain_defaults(config, resolved, len(source)):
