@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from ..config import (
+    AdaptConfig,
     EncoderConfig,
     ObjectiveConfig,
     PretrainConfig,
@@ -33,6 +34,7 @@ _GROUPS = {
     EncoderConfig: "network",
     ViewConfig: "views",
     ObjectiveConfig: "neighbors and clusters",
+    AdaptConfig: "pretrained networks",
 }
 
 

@@ -24,7 +24,6 @@ _OVERHEAD = 1.2  # clusterings, measurements and checkpoints, beside reading and
 _SECONDS = 0.3  # of a measurement
 # Networks by falling cost: (width, blocks, stem stride, side of views).
 _NETWORKS = (
-    (64, (2, 2, 2, 2), 1, 64),
     (32, (1, 1, 1, 1), 2, 64),
     (16, (1, 1, 1, 1), 2, 48),
     (16, (1, 1, 1), 2, 32),
@@ -56,14 +55,14 @@ def fit_budget(
     if config.minutes is None and (config.epochs is not None or device != "cpu" or adapted):
         return config
     minutes = CPU_MINUTES if config.minutes is None else config.minutes
-    candidates = list(_candidates(config, typed))
+    side, size = typical_side(source), len(source)
+    candidates = list(_candidates(config, side, typed))
     if len(candidates) == 1 and config.epochs is not None:
         raise UserError(
             "option-conflict",
             f"--minutes {minutes:g} has no effect: network, image size and epochs are set, by"
             " options or by the recipe; omit it, or use the recipe folder.",
         )
-    side, size = typical_side(source), len(source)
     with show_progress("measuring speed") as show:
         for number, candidate in enumerate(candidates):
             show(number, len(candidates))
@@ -85,22 +84,23 @@ def fit_budget(
     return fitted
 
 
-def _candidates(config: PretrainConfig, typed: Iterable[str]) -> Iterator[PretrainConfig]:
+def _candidates(
+    config: PretrainConfig, side: int, typed: Iterable[str]
+) -> Iterator[PretrainConfig]:
     """Yield the configuration itself, then cheaper ones in what was left to choose."""
     yield config
     encoder = config.encoder
     usual = replace(EncoderConfig(), dim=encoder.dim, head_layers=encoder.head_layers)
     if encoder != usual or _NETWORK_OPTIONS & set(typed):
         return
-    for width, blocks, stride, side in _NETWORKS:
-        size = config.views.image_size or side
+    for width, blocks, stride, most in _NETWORKS:
         yield override(
             config,
             model="resnet18_small",
             width=width,
             blocks=blocks,
             stem_stride=stride,
-            image_size=size,
+            image_size=config.views.image_size or min(side, most),
         )
 
 
