@@ -35,6 +35,7 @@ _GROUPS = {
     ViewConfig: "views",
     ObjectiveConfig: "neighbors and clusters",
     AdaptConfig: "pretrained networks",
+    AdaptConfig: "pretrained networks",
 }
 
 

@@ -78,8 +78,8 @@ def start_from_features(
 def whitening(features: FrozenFeatures, valid: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return weight float64 [dim, C] and bias [dim] of whitened principal components.
 
-    Each component of the measured views has mean 0 and variance 1 / dim, so that outputs have unit
-    length in the mean. Components without variance are zero.
+    Each component of the measured views has mean 0 and variance 1; components without variance are
+    zero. Outputs of a smaller scale would move too far in each step: rows are scaled to unit length.
     """
     total, second = torch.zeros(()), torch.zeros(())
     for index in valid.split(_ROWS):
@@ -89,7 +89,7 @@ def whitening(features: FrozenFeatures, valid: Tensor, dim: int) -> tuple[Tensor
     values, vectors = torch.linalg.eigh(second / len(valid) - torch.outer(mean, mean))
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     kept = values > 1e-6 * values[0]
-    scale = torch.where(kept, (values * dim).clamp(min=1e-12).rsqrt(), 0.0)
+    scale = torch.where(kept, values.clamp(min=1e-12).rsqrt(), 0.0)
     weight = vectors.new_zeros(dim, len(mean))
     weight[: len(values)] = (vectors * scale).T
     return weight, -weight @ mean
