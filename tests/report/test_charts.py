@@ -29,7 +29,7 @@ def test_every_measure_is_a_figure_and_warnings_are_listed():
 def test_points_lie_where_their_values_are():
     """Against the scale of the ticks."""
     found = draw_curves({"a": [(0, 0.0), (5, 2.0), (10, 10.0)]}, marks=[5], bound=9.0)
-    (path,) = re.findall(r"class=s0 d='M(.*?)h", found)
+    (path,) = re.findall(r"class='s0' d='M(.*?)h", found)
     points = [tuple(map(float, point.split())) for point in path.split("L")]
     ticks = re.findall(r"y=([\d.]+) text-anchor=end>([\d.]+)<", found)
     (y0, v0), (y1, v1) = [(float(y) - 4, float(value)) for y, value in (ticks[0], ticks[-1])]

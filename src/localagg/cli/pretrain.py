@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import PretrainConfig, flag, from_dict, option_names, option_value, override
-from ..errors import UserError, printable
+from ..errors import Interrupted, UserError, printable
 from ..recipes.builtin import RECIPES, recipe
 from ..recipes.from_reference_json import ConvertedConfig, convert_pretrain_json
 from .parse import internal, positional
@@ -89,6 +89,7 @@ def run(options: Pretrain) -> dict[str, Any] | None:
 
     if not console.quiet and not options.dry_run:  # only the first rank prints
         _print(result, options.data)
+        _write_page(result["run"])
     return None if console.quiet else result
 
 
@@ -167,6 +168,20 @@ def _print(result: dict[str, Any], data: str | None) -> None:
     print(f"  localagg clusters {run}")
     print(f"  localagg embed {run} --data {images} --out embeddings.parquet")
     print("  localagg search embeddings.parquet IMAGE")
+
+
+def _write_page(run: str) -> None:
+    """Write RUN/report.html; a failure prints how to write it later, as the run is complete."""
+    from ..io.console import notify
+    from ..report.run_report import write_report
+
+    later = f"write it with localagg report {shlex.quote(run)}"
+    try:
+        print(f"Open {write_report([run])['out']}")
+    except UserError as error:
+        notify(f"The page of the run is missing: {error} When that is fixed, {later}")
+    except KeyboardInterrupt:
+        raise Interrupted(f"The run is complete, without its page; {later}") from None
 
 
 def _print_forecast(result: dict[str, Any]) -> None:

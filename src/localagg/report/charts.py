@@ -119,7 +119,9 @@ def draw_curves(
         if found:
             line = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in found)
             title = f"<title>{escape(name)}, at the end {found[-1][1]:.4g}</title>"
-            parts.append(f"<path class=s{number % _COLORS} d='M{line}h.1'>{title}</path>")
+            dot = " dot" * (len(found) == 1)
+            style = f"'s{number % _COLORS}{dot}'"
+            parts.append(f"<path class={style} d='M{line}h.1'>{title}</path>")
     return "".join(parts) + "</svg>"
 
 

@@ -195,7 +195,7 @@ export class PointMap {
     const mixed = (c, to) => Math.round(0.22 * c + 0.78 * to);
     const pale = Uint32Array.from(this.colors, (c) => pack(mixed(c[0], r), mixed(c[1], g), mixed(c[2], b)));
     pixels.fill(pack(r, g, b));
-    const radius = this.count > 200000 ? 0 : (this.count > 20000 ? 1.1 : this.count > 2000 ? 1.8 : 3) * ratio;
+    const radius = this.count > 200000 ? 0 : (this.count > 20000 ? 1.1 : this.count > 3000 ? 2.3 : 3.2) * ratio;
     const disc = [];
     const reach = Math.floor(radius);
     for (let y = -reach; y <= reach; y++)

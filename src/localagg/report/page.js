@@ -96,7 +96,7 @@ export class EmbeddedItems {
   }
 }
 
-/** Draw all parts. `data`: {paths, side, sections, columns, map, neighbors}; see report.py. */
+/** Draw all parts, and return them. `data`: {paths, side, sections, columns, map, neighbors}; see report.py. */
 export function start(data, items) {
   const parts = document.getElementById("parts");
   const page = { data, items, map: null, dialog: make("dialog", { ariaLabel: "Picture" }) };
@@ -109,14 +109,15 @@ export function start(data, items) {
     title.id ||= `part-${n}`;
     nav.append(make("a", { href: `#${title.id}`, textContent: title.textContent }));
   });
+  return page;
 }
 
 // --- Sections of pictures ---
 
-function sectionPart(page, { title, note, rows }) {
+function sectionPart(page, { title, note, rows, pairs }) {
   const part = make("section", {}, make("h2", { textContent: title }));
   if (note) part.append(make("p", { className: "note", textContent: note }));
-  const list = make("div");
+  const list = make("div", { className: pairs ? "pairs" : "" });
   const more = make("button", { type: "button" });
   const add = (count) => {
     const from = list.childElementCount;
@@ -345,5 +346,5 @@ function saveText(name, text) {
 const embedded = document.getElementById("data");
 if (embedded) {
   const data = JSON.parse(embedded.textContent);
-  start(data, new EmbeddedItems(data));
+  window.localagg = start(data, new EmbeddedItems(data)); // for tests, and the curious
 }
