@@ -101,7 +101,8 @@ def test_help_shows_groups_plain_types_and_the_values_of_the_base(capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     titles = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles[2:] == ["training:", "network:", "views:", "neighbors and clusters:"]
+    groups = ["training", "network", "views", "neighbors and clusters", "pretrained networks"]
+    assert titles[2:] == [f"{group}:" for group in groups]
     plain = " ".join(shown.split())
     assert "usage: localagg example [OPTIONS] RUN FILE" in plain
     assert "--learning-rate FLOAT" in plain

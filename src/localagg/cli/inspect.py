@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..config import PretrainConfig, override
 from ..data.sources.image_files import walk_images
 from ..recipes.builtin import recipe
-from .parse import positional
+from .parse import check_unset, positional
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ def run(options: Inspect) -> dict[str, Any]:
     from ..io.console import notify, print_table, show_progress
 
     config = None if options.recipe == "none" else recipe(options.recipe).config
+    if options.augmented is None:
+        check_unset(options, ("sheet",), "without --augmented")
+    if config is None:
+        check_unset(options, ("batch_size",), "with --recipe none")
     notify(f"Inspecting {options.data}.")
     with show_progress(count_files(options.data)):  # importing torch takes seconds
         from ..data.inspect.inspect_dataset import inspect, summary_rows

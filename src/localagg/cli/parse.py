@@ -8,6 +8,7 @@ that are typed override the ``base`` configuration of the command. A text below 
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import textwrap
@@ -35,7 +36,6 @@ _GROUPS = {
     ViewConfig: "views",
     ObjectiveConfig: "neighbors and clusters",
     AdaptConfig: "pretrained networks",
-    AdaptConfig: "pretrained networks",
 }
 
 
@@ -47,6 +47,14 @@ def positional(name: str, **options: Any) -> Any:
 def internal(default: Any) -> Any:
     """Return a dataclass field that is no option: ``words`` or ``typed``, set by :func:`parse`."""
     return dataclasses.field(default=default, metadata={"internal": True})
+
+
+def check_unset(options: Any, names: tuple[str, ...], reason: str) -> None:
+    """Raise a UserError if one of these fields differs from its default."""
+    for f in dataclasses.fields(options):
+        if f.name in names and getattr(options, f.name) != f.default:
+            name = f.metadata.get("positional") or flag(f.name)
+            raise UserError("option-conflict", f"{name} has no effect {reason}; omit it.")
 
 
 def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]:
@@ -203,6 +211,7 @@ def _shown(value: Any) -> str:
     return f" [{' '.join(f'{p:.4g}' if isinstance(p, float) else str(p) for p in parts)}]"
 
 
+@functools.cache
 def _field_helps(kind: type) -> dict[str, str]:
     """{field: the text below it in the source}."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import PretrainConfig, flag, from_dict, option_names, option_value, override
+from ..config import (
+    PretrainConfig,
+    check_effects,
+    flag,
+    from_dict,
+    option_names,
+    option_value,
+    override,
+)
 from ..errors import Interrupted, UserError, printable
 from ..recipes.builtin import RECIPES, recipe
 from ..recipes.from_reference_json import ConvertedConfig, convert_pretrain_json
-from .parse import internal, positional
+from .parse import check_unset, internal, positional
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,12 @@ def run(options: Pretrain) -> dict[str, Any] | None:
         raise UserError(
             "option-invalid", f"--processes is {options.processes}; it must be at least 1."
         )
-    if options.processes > 1 and not options.dry_run:
+    if options.resume is not None:
+        fixed = ("recipe", "start", "config", "dry_run", "split", "pages", "image_column")
+        check_unset(options, fixed, f"with --resume {options.resume}")
+    if options.dry_run:
+        check_unset(options, ("processes", "rank_timeout"), "with --dry-run")
+    if options.processes > 1:
         from ..distributed.launcher import launch
 
         folder = options.resume or options.out or f"runs/{options.name}"
@@ -127,12 +140,17 @@ def _start(options: Pretrain) -> dict[str, Any]:
         options.data, split=options.split, pages=options.pages, image_column=options.image_column
     )
     config = options.options
+    check_effects(config, options.typed)
     if options.typed & {"neighbors", "clusters"}:  # explicit values are not scaled
         config = override(config, sized_for=None)
     if options.dry_run:
         from ..training.forecast import forecast
 
-        found = forecast(config, data, options.typed)
+        if options.out is not None:
+            from ..checkpoint import check_new
+
+            check_new(Path(options.out))
+        found = forecast(config, data, options.typed, start=options.start)
         _print_forecast(found)
         return found
     from ..training.loop import pretrain

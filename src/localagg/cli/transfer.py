@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import TransferConfig, flag
+from ..config import TransferConfig, check_effects, flag
 from ..errors import UserError
 from ..recipes.builtin import readout_recipe
 from ..recipes.from_reference_json import convert_readout_json
-from .parse import internal, positional
+from .parse import check_unset, internal, positional
 from .pretrain import check_resume, convert_reference
 
 
@@ -56,7 +56,11 @@ def run(options: Transfer) -> dict[str, Any]:
     from ..evaluation.results.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
+    if not (options.few or options.per_class):
+        check_unset(options, ("seeds",), "without --few or --per-class")
     if options.resume is not None:
+        fixed = ("quick", "few", "per_class", "recipe", "config")
+        check_unset(options, fixed, f"with --resume {options.resume}")
         result = _resume(options)
     else:
         folder, data = _weights_and_data(options)
@@ -79,6 +83,7 @@ def run(options: Transfer) -> dict[str, Any]:
 
 def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     config = options.options
+    check_effects(config, options.typed)
     if options.quick:
         from ..evaluation.quick_readout import OPTIONS, quick_readout
 
@@ -138,6 +143,7 @@ def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     if options.quick:
         raise UserError("option-conflict", f"{given} already fits quick heads; omit --quick.")
     _check_used(typed & NOT_TUNING, f"with {given}")
+    check_effects(config, typed - {"cache", "cache_gb"})  # linear heads are cached
     if not config.finetune:
         _check_used(typed - OPTIONS, f"with {given} without --finetune")
     result = low_shot_accuracy(

@@ -1,6 +1,7 @@
 """Options of a run: dataclasses, their checks, and access to their fields by name."""
 
 from .checks import check_arguments
+from .effects import check_effects
 from .fields import (
     flag,
     from_dict,
@@ -28,6 +29,7 @@ __all__ = [
     "TransferConfig",
     "ViewConfig",
     "check_arguments",
+    "check_effects",
     "flag",
     "from_dict",
     "option_names",

@@ -225,7 +225,7 @@ class FeatureCache:
                 raise UserError(
                     "environment",
                     f"Features cannot be cached in '{self.folder}' ({error.strerror or error});"
-                    " name another --cache, or disable it with --cache-gb 0.",
+                    " name another --cache, or free disk space there.",
                 ) from None
             found = self._find(keys, extractor, len(source))
             if len(found) < len(keys):

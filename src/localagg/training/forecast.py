@@ -1,6 +1,7 @@
 """Forecast a run: its full configuration, its steps and the memory that it needs."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,23 @@ from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .budget import fit_budget
 from .learner import make_encoder
-from .run_setup import check_start_weights
+from .run_setup import check_start_weights, settings_after_ir
 
 
-def forecast(config: PretrainConfig, data: str, typed: Iterable[str] = ()) -> dict[str, Any]:
+def forecast(
+    config: PretrainConfig,
+    data: str | Path,
+    typed: Iterable[str] = (),
+    *,
+    start: str | Path | None = None,
+) -> dict[str, Any]:
     """Resolve a configuration for a data set and forecast the run, without training.
 
     Args:
         config: as for ``pretrain``.
         data: data URI, of which a few image headers are read.
         typed: as for ``pretrain``.
+        start: a finished run of IR that the run is to continue, as for ``pretrain``.
 
     Returns:
         {"images", "notes": sentences on derived options and weights, "config", "steps": {"epoch",
@@ -37,8 +45,10 @@ def forecast(config: PretrainConfig, data: str, typed: Iterable[str] = ()) -> di
     Raises:
         UserError: the options do not fit the data.
     """
-    check_start_weights(config, None)
+    check_start_weights(config, start)
     source = open_images(data)
+    if start is not None:
+        config = settings_after_ir(config, Path(start), source.fingerprint())
     size, side = len(source), typical_side(source)
     config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)
