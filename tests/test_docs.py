@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import localagg
 from localagg import config, objectives, pretrain
 from localagg.cli.commands import COMMANDS
 
@@ -52,6 +53,22 @@ def test_the_python_example_of_the_readme_embeds_a_folder(tmp_path, flat, monkey
     encoder, images = names["load_encoder"]("runs/mine"), torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(encoder(images)[:2], encoder(images[:2]))
+
+
+def test_the_example_of_the_page_on_python_runs_and_its_table_is_complete(
+    tmp_path, flat, monkeypatch
+):
+    page = ROOT / "docs" / "python.md"
+    pretrain(config_of_a_small_run(), str(flat), tmp_path / "runs" / "mine")
+    shutil.copy(next(flat.glob("*.jpg")), tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(page)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["rows"].shape == (4, 128)
+    assert len(names["found"].paths[0]) == 10
+    documented = set(re.findall(r"[`(, ](\w+)[`(]", page.read_text()))
+    assert set(localagg.__all__) <= documented
 
 
 def test_the_loop_of_ones_own_learns_on_one_process(tmp_path):

@@ -41,6 +41,9 @@ from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_tensors
 from .models import Encoder, create_encoder
 
+EXPORTED_NAME = "localagg.safetensors"
+"""The weights file within a folder of ``localagg export --to hub``."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
@@ -277,11 +280,13 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """Load the encoder of a run folder's latest checkpoint, or of a weights file, in eval mode.
+    """Load the encoder of a run's latest checkpoint, a weights file or an exported folder.
+
+    It is in eval mode.
 
     Raises UserError if there is none, localagg did not write it, or it is damaged.
     """
-    path = Path(path)
+    path = _exported_file(path)
     if path.is_dir():
         read_run(path)
         path = latest(path) / "model.safetensors"
@@ -298,12 +303,18 @@ def load_encoder(path: str | Path) -> Encoder:
 
 def load_views(path: str | Path) -> ViewConfig | None:
     """Return the image settings of a run folder or weights file; None if it stores none."""
-    path = Path(path)
+    path = _exported_file(path)
     if path.is_dir():
         return read_run(path)[0].views
     views = _read_metadata(path).get("views")
     with _convert_damage(path):
         return None if views is None else from_dict(ViewConfig, json.loads(views))
+
+
+def _exported_file(path: str | Path) -> Path:
+    """Return the weights file of an exported folder, and any other path as it is."""
+    file = Path(path) / EXPORTED_NAME
+    return file if file.is_file() else Path(path)
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

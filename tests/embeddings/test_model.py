@@ -12,12 +12,11 @@ from huggingface_hub import constants
 
 import localagg
 from embeddings import VIEWS, save_small_encoder
-from localagg.checkpoint import load_bank
+from localagg.checkpoint import EXPORTED_NAME, load_bank
 from localagg.config import PretrainConfig, ViewConfig, override
 from localagg.data.images.augment import evaluation_view
 from localagg.data.images.decode import decode
 from localagg.embeddings.embed import embed
-from localagg.embeddings.model import EXPORTED_NAME
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from . import (
     clusters,
     demo,
     embed,
+    export,
     import_tf,
     inspect,
     knn,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {
     "results": (results.Results, results.run),
     "inspect": (inspect.Inspect, inspect.run),
     "pack": (pack.Pack, pack.run),
+    "export": (export.Export, export.run),
     "import-tf": (import_tf.ImportTf, import_tf.run),
     "recipes": (recipes.Recipes, recipes.run),
 }

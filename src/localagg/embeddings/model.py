@@ -10,21 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import load_bank, load_encoder, load_views, read_run
-from ..config import PretrainConfig, ViewConfig
+from ..checkpoint import EXPORTED_NAME, load_bank, load_encoder, load_views, read_run
+from ..config import ViewConfig
 from ..data.images.image_list import as_source
 from ..data.loading.cropping import evaluation_crops
-from ..data.loading.scan import require_readable, typical_side
+from ..data.loading.scan import require_readable
 from ..data.sources.open import Source, open_images
 from ..engine.device import make_fabric
 from ..engine.search import nearest, sort_by_similarity
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder
-from ..recipes.derived_settings import resolve_defaults
+from .embed import resolve_views
 
-EXPORTED_NAME = "localagg.safetensors"
-"""The weights file within an exported folder, and on the Hugging Face Hub."""
 _BATCH = 64
 _HUB_NAME = re.compile(r"(hf:)?(\w[\w.-]*/\w[\w.-]*)")
 
@@ -165,10 +163,8 @@ class Model:
         return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
 
     def _resolve_views(self, source: Source) -> ViewConfig:
-        if self.views.image_size is not None and self.views.eval_crop is not None:
-            return self.views
-        config = PretrainConfig(views=self.views)
-        return resolve_defaults(config, len(source), typical_side(source)).views
+        known = self.views.image_size is not None and self.views.eval_crop is not None
+        return self.views if known else resolve_views(self.views, source)
 
     def _crop(self, source: Source, views: ViewConfig, index: Tensor) -> Tensor:
         loaded, unreadable = evaluation_crops(source, views, False, index)
@@ -208,15 +204,13 @@ def load(source: str | Path, *, views: ViewConfig | None = None, device: str = "
     """
     path = _find(str(source))
     encoder = load_encoder(path)
-    run = path if path.is_dir() else None
+    run = path if (path / "config.json").is_file() and (path / "checkpoints").is_dir() else None
     return Model(encoder, views or load_views(path) or ViewConfig(), run, device)
 
 
 def _find(source: str) -> Path:
     """Return a run folder or weights file, downloaded from the Hub if need be."""
     path = Path(source).expanduser()
-    if path.is_dir() and (path / EXPORTED_NAME).is_file():
-        return path / EXPORTED_NAME
     name = _HUB_NAME.fullmatch(source)
     if path.exists() or name is None or path.parent.exists():
         return path
