@@ -7,8 +7,6 @@ from . import (
     clusters,
     demo,
     embed,
-    export,
-    import_tf,
     inspect,
     knn,
     pack,
@@ -19,6 +17,7 @@ from . import (
     search,
     transfer,
 )
+from .weights import export, import_tf
 
 # An action prints its result and returns what --json writes, or None.
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
-from .parse import positional
+from ...errors import printable
+from ..parse import positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ImportTf:
 
 def run(options: ImportTf) -> dict[str, Any]:
     """Import the weights and print the variables without a match."""
-    from ..interop.import_weights import import_weights
+    from ...interop.import_weights import import_weights
 
     result = import_weights(
         options.prefix,

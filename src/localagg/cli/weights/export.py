@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .parse import positional
+from ..parse import positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Export:
 
 def run(options: Export) -> dict[str, Any]:
     """Export, and print the worst difference."""
-    from ..io.console import notify
+    from ...io.console import notify
 
     notify(f"Exporting {options.run} to {options.to}, and comparing on real images ...")
-    from ..interop.export import export
+    from ...interop.export import export
 
     result = export(
         options.run,
