@@ -29,14 +29,17 @@ def test_the_run_has_the_steps_and_sizes_of_the_forecast(tmp_path):
 
 
 def test_activations_are_estimated_from_shapes():
-    found = forecast(override(PretrainConfig(), model="resnet18", batch_size=2), "digits")
+    found = forecast(override(PretrainConfig(), model="resnet18", batch_size=2, epochs=1), "digits")
     encoder = make_encoder(resolve_defaults(PretrainConfig(), 1400, 8).encoder, 0)
     parameters = sum(p.numel() for p in encoder.parameters())
     assert found["memory"]["weights, gradients and momentum"] == pytest.approx(
         12 * parameters, rel=0.01
     )  # both are ResNet-18, but for the stem
     sizes = [
-        forecast(override(PretrainConfig(), model="resnet18", image_size=s, batch_size=2), "digits")
+        forecast(
+            override(PretrainConfig(), model="resnet18", image_size=s, batch_size=2, epochs=1),
+            "digits",
+        )
         for s in (64, 128)
     ]
     small, large = (s["memory"]["activations (estimate)"] for s in sizes)

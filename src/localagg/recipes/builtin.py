@@ -47,7 +47,7 @@ RECIPES: dict[str, Recipe[PretrainConfig]] = {
     "folder": Recipe(
         PretrainConfig(),
         about="any images: K, clusters, epochs, batch and network follow their number and size",
-        cost="depends on the images; the derived options are printed before the run",
+        cost="half an hour on a CPU, or --minutes; derived options are printed before the run",
     ),
     # localagg demo, or: localagg pretrain digits --data digits --out RUN
     # 2 CPU cores, 25 s. Held-out 1-NN 0.97-0.99, k-means NMI 0.83-0.86 (seeds 0, 1, 2 in
