@@ -171,8 +171,10 @@ def _add_options(
 def _argument_type(kind: Any) -> dict[str, Any]:
     """Keywords of ``add_argument`` for a type such as ``int | None`` or ``tuple[float, ...]``."""
     optional = get_origin(kind) in (types.UnionType, Union)  # Literal[...] | None is a Union
+    words: set[str] = set()
     if optional:
-        kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
+        kind, *others = (arm for arm in get_args(kind) if arm is not types.NoneType)
+        words = {word for arm in others for word in get_args(arm)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     arms = get_args(kind)
@@ -186,13 +188,13 @@ def _argument_type(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         nargs = "*" if arms[-1] is ... else len(arms)
         return {**_argument_type(arms[0] | None if optional else arms[0]), "nargs": nargs}
-    convert = _or_none(kind) if optional else kind
+    convert = _or_none(kind, words) if optional else kind
     return {"type": convert, "metavar": kind.__name__.upper()}
 
 
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _or_none(kind: Callable[[str], Any], words: set[str]) -> Callable[[str], Any]:
     def convert(word: str) -> Any:
-        return None if word == "None" else kind(word)
+        return None if word == "None" else word if word in words else kind(word)
 
     convert.__name__ = getattr(kind, "__name__", "")  # argparse names it in messages
     return convert

@@ -67,6 +67,12 @@ class ViewConfig:
     for images up to 64 pixels, else 0.875."""
     exif_orientation: bool = False
     """Rotate images by their EXIF orientation. The reference ignores it."""
+    range: tuple[float | Literal["auto"], ...] | None = None
+    """Samples that become black and white, of images with more than 8 bits a sample: two numbers,
+    or auto, the 0.5 and 99.5 % percentiles of the data. Default: the upper 8 bits."""
+    bands: tuple[int, ...] | None = None
+    """Bands of TIFF images, from 1, that become red, green and blue, or one that becomes gray.
+    Default: the first three of a color image; images of more bands are unreadable."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "image_size")
@@ -78,6 +84,12 @@ class ViewConfig:
         check(0 < low <= high < math.inf, self, "crop_aspect", "it must be 0 < smallest <= largest")
         valid = all(0 <= strength <= 1 for strength in self.jitter) and self.jitter[3] <= 0.5
         check(valid, self, "jitter", "strengths are from 0 to 1, and of the hue from 0 to 0.5")
+        check_at_least(self, 1, "bands")
+        check(self.bands is None or len(self.bands) in (1, 3), self, "bands", "name one or three")
+        valid = self.range in (None, ("auto",)) or (
+            len(self.range) == 2 and "auto" not in self.range and self.range[0] < self.range[1]
+        )
+        check(valid, self, "range", "name LOW and HIGH, LOW below HIGH, or auto")
         valid = self.eval_crop is None or 0 < self.eval_crop <= 1
         check(valid, self, "eval_crop", "it must be above 0 and at most 1")
 

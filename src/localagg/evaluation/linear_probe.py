@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import TransferConfig, require_resolved
 from ..data.images.augment import Augment
+from ..data.images.levels import levels_of
 from ..data.loading.loader import Feed, on_device
 from ..data.loading.scan import load_or_scan, require_readable
 from ..engine.device import make_fabric
@@ -71,6 +72,7 @@ class LinearProbe:
             held_out = load_or_scan(
                 splits.held_out,
                 upright=config.views.exif_orientation,
+                levels=levels_of(config.views),
                 memory=config.memory,
                 memory_gb=config.memory_gb,
                 workers=config.workers,

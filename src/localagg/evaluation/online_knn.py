@@ -6,6 +6,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from ..config import PretrainConfig
+from ..data.images.levels import levels_of
 from ..data.loading.scan import load_or_scan
 from ..data.sources.open import Source
 from ..distributed.collectives import World
@@ -60,6 +61,7 @@ class OnlineKnn:
             self.pixels = load_or_scan(
                 self.selection.held_out,
                 upright=config.views.exif_orientation,
+                levels=levels_of(config.views),
                 memory=config.memory,
                 memory_gb=config.memory_gb,
                 workers=config.workers,

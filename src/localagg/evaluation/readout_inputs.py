@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import load_encoder, load_views
 from ..config import PretrainConfig, TransferConfig, ViewConfig
 from ..data.images.augment import evaluation_view, ten_crop_views
+from ..data.images.samples import with_measured_range
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
 from ..data.sources.labels import held_out_to_training_labels
@@ -114,9 +115,10 @@ def resolve_transfer(
     if path is not None and (learned := load_views(path)):
         sizes = {
             name: getattr(views, name) or getattr(learned, name)
-            for name in ("image_size", "eval_crop")
+            for name in ("image_size", "eval_crop", "exif_orientation", "range", "bands")
         }
         views = learned if views == ViewConfig() else replace(views, **sizes)
+    views = with_measured_range(views, source)
     general = resolve_defaults(
         replace(general_options(config), views=views, drops=(), ir_epochs=0),
         len(source),

@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe[PretrainConfig]] = {
     # localagg pretrain folder --data IMAGES --out RUN
     # derived_settings.py derives all that depends on the number and size of the images.
     "folder": Recipe(
-        PretrainConfig(),
+        PretrainConfig(views=ViewConfig(exif_orientation=True)),
         about="any images: K, clusters, epochs, batch and network follow their number and size",
         cost="half an hour on a CPU, or --minutes; derived options are printed before the run",
     ),

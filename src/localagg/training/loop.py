@@ -6,12 +6,14 @@ path of a batch begins in ``data.loading`` and continues in ``step.take_step``.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..config import PretrainConfig
 from ..data.images.augment import Augment
+from ..data.images.samples import with_measured_range
 from ..data.loading.loader import Feed, on_device
 from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
@@ -91,6 +93,7 @@ def pretrain(
         fingerprint = source.fingerprint()
         if start is not None:
             config = settings_after_ir(config, Path(start), fingerprint)
+        config = replace(config, views=with_measured_range(config.views, source))
         fitted = world.rank_zero_first(
             lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
         )

@@ -231,10 +231,10 @@ def strange() -> dict[str, tuple[bytes, str, str]]:
     profile = b"ICC_PROFILE\0\1\1" + b"no profile at all" * 20
     missing = b"ICC_PROFILE\0\1\3" + b"\0" * 200  # the first of three parts
     return {
-        "html.jpg": (html, "unreadable", "not an image"),
-        "text.png": (b"hello" * 100, "unreadable", "not an image"),
+        "html.jpg": (html, "unreadable", "HTML"),
+        "text.png": (b"hello" * 100, "unreadable", "text"),
         "empty.jpg": (b"", "unreadable", "empty file"),
-        "zeros.jpg": (bytes(5000), "unreadable", "not an image"),
+        "zeros.jpg": (bytes(5000), "unreadable", "zeros"),
         "zeroed.jpg": (jpeg[:300] + bytes(len(jpeg) - 300), "unreadable", ""),
         "huge.png": (bytes(huge), "unreadable", "limit"),
         "tall.jpg": (bytes(tall), "unreadable", "limit"),
@@ -315,6 +315,6 @@ def test_images_inside_tables_and_tars_are_named_by_their_record(tmp_path):
         listed = inspect(str(tmp_path / uri))["splits"]["train"]["unreadable"]
         assert [bad["reason"].split(" (")[0] for bad in listed] == [
             "image file is truncated",
-            "not an image",
+            "it is an HTML page; download it again",
         ]
         assert listed[0]["name"].startswith(name)

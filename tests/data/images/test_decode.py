@@ -289,7 +289,7 @@ def test_animations_give_their_first_frame(photo, kind):
 
 def test_formats_that_run_programs_are_not_images(photo):
     for kind in ("EPS", "PDF"):
-        with pytest.raises(UnreadableImage, match="not an image"):
+        with pytest.raises(UnreadableImage, match="document"):
             decode(encoded(photo, kind))
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..sources.image_files import open_file
 from ..sources.source import Source
-from .decode import UnreadableImage, decode, open_image
+from .decode import UnreadableImage, decode, open_image, orientation
+from .levels import STORED, Levels
+from .samples import count_tiff_pages
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a longer header is read whole
 _TAIL = 1024  # bytes read from its end, which may be padded with zeros
@@ -35,6 +37,12 @@ class Header(NamedTuple):
     """Pillow's mode: RGB, L, P, CMYK, I;16, ..."""
     decoded: bool = False
     """Whether all pixels had to be decoded, because the end of the format is not there."""
+    pages: int = 1
+    """Pages of a TIFF file."""
+    turn: int = 1
+    """EXIF orientation; above 1 the image is turned or mirrored."""
+    samples: str = ""
+    """Bands and bits of an image that Pillow does not read: ``4 bands of 16 bits``."""
 
 
 class FileEnds(NamedTuple):
@@ -68,7 +76,9 @@ def read_ends(source: Source, index: int) -> FileEnds | Tensor:
     return FileEnds(head, tail[-_TAIL:], size)
 
 
-def read_header(source: Source, index: int, ends: FileEnds) -> tuple[Header, bool, dict[Any, Any]]:
+def read_header(
+    source: Source, index: int, ends: FileEnds, levels: Levels = STORED
+) -> tuple[Header, bool, dict[Any, Any]]:
     """Read the header of an image, and decode the image if its end does not show that it is whole.
 
     Returns:
@@ -80,17 +90,27 @@ def read_header(source: Source, index: int, ends: FileEnds) -> tuple[Header, boo
         OSError, UserError: it cannot be read.
     """
     try:
-        image = open_image(ends.head)
+        image = open_image(ends.head, levels)
     except UnreadableImage:
         if ends.whole:
             raise
-        image = open_image(stored_bytes(source, index, ends))  # its header is longer
-    found = _has_end(image.format or "?", ends)
+        image = open_image(stored_bytes(source, index, ends), levels)  # its header is longer
+    found, data = _has_end(image.format or "?", ends), ends.head
     if not found:
         data = stored_bytes(source, index, ends)
-        image = open_image(data)
-        decode(data)
-    header = Header(image.height, image.width, image.format or "?", image.mode, not found)
+        image = open_image(data, levels)
+        decode(data, levels=levels)
+    pages = count_tiff_pages(data) if image.format == "TIFF" else 1
+    header = Header(
+        image.height,
+        image.width,
+        image.format or "?",
+        image.mode,
+        not found,
+        pages,
+        orientation(image) if "exif" in image.info else 1,
+        image.info.get("samples", ""),
+    )
     return header, found is False, image.info
 
 

@@ -43,7 +43,9 @@ def inspect(
         {"data": uri, "splits": {"train" | "val" | "test": facts}, "left_out_splits": [names of
         others], "unread_files": [{"kind", "fix", "files", "names"}]} with facts {"images", "bytes",
         "classes": {name: images} or None, "height", "width": [smallest, median, largest],
-        "formats", "modes": {name: images},
+        "formats", "modes": {name: images}, "turned": images with an EXIF orientation, "pages":
+        {"files", "pages"} of files with several, "levels": {kind: {"images", "low", "high"}} of
+        decoded images of more than 8 bits a sample,
         "duplicates": {"images", "groups", "labels_differ", "named": up to 1,000 groups},
         "shared": images identical to images of train, or None for train itself,
         "near_empty": names, "odd" and "unreadable": [{"name", "reason"}], "decoded": images whose
@@ -89,7 +91,8 @@ def _inspect_images(
     modes: Counter[str] = Counter()
     near_empty: list[str] = []
     problems: dict[str, list[dict[str, str]]] = {"odd": [], "unreadable": []}
-    decoded = 0
+    levels: dict[str, dict[str, float]] = {}
+    decoded = turned = paged = pages = 0
     sampled = frozenset(torch.linspace(0, count - 1, samples).long().tolist())
     chunks = [range(i, min(i + chunk, count)) for i in range(0, count, chunk)]
     for images in map_in_workers(partial(inspect_chunk, source, sampled), chunks, workers):
@@ -97,13 +100,24 @@ def _inspect_images(
             name = source.name(image.index)
             sizes[image.index] = image.size
             decoded += image.decoded
+            if image.levels is not None:
+                kind, low, high = image.levels
+                old = levels.get(kind, {"images": 0, "low": low, "high": high})
+                levels[kind] = {
+                    "images": old["images"] + 1,
+                    "low": min(low, old["low"]),
+                    "high": max(high, old["high"]),
+                }
             if image.header is None:
                 problems["unreadable"].append({"name": name, "reason": image.error or ""})
                 continue
             digests[image.index] = image.digest
             shapes[:, image.index] = image.header.height, image.header.width
             formats[image.header.format] += 1
-            modes[image.header.mode] += 1
+            modes[image.header.samples or image.header.mode] += 1
+            turned += image.header.turn > 1
+            if image.header.pages > 1:
+                paged, pages = paged + 1, pages + image.header.pages
             if image.oddity is not None:
                 problems["odd"].append({"name": name, "reason": image.oddity})
             if image.nearly_empty:
@@ -119,6 +133,9 @@ def _inspect_images(
         "width": _range_and_median(widths),
         "formats": dict(formats.most_common()),
         "modes": dict(modes.most_common()),
+        "turned": turned,
+        "pages": {"files": paged, "pages": pages},
+        "levels": levels,
         "near_empty": near_empty,
         **problems,
         "decoded": decoded,
@@ -155,6 +172,15 @@ def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
     for kind in ("formats", "modes"):
         counted = ", ".join(f"{n:,} {name}" for name, n in facts[kind].items())
         rows.append([kind, counted or "none"])
+    if facts["turned"]:
+        text = f"{facts['turned']:,} turned or mirrored; --exif-orientation turns them upright"
+        rows.append(["EXIF orientation", text])
+    if paged := facts["pages"]["files"]:
+        text = f"{facts['pages']['pages']:,} in {paged:,} files; the first of each, or --pages all"
+        rows.append(["pages", text])
+    for kind, used in facts["levels"].items():
+        text = f"{used['low']:g} to {used['high']:g} used by {used['images']:,}; --range maps them"
+        rows.append([kind, text])
     repeated = facts["duplicates"]
     duplicates = f"{repeated['images']:,} identical to another image"
     if repeated["labels_differ"]:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..images.decode import JPEG_COLORS, READ_ERRORS, decode, read_error_reason, simplejpeg_module
 from ..images.headers import Header, read_ends, read_header, stored_bytes
+from ..images.levels import Levels, Samples, to_rgb_levels
 from ..images.metadata import broken_checksum, odd_metadata
+from ..images.samples import used_levels
 from ..sources.source import Source
 from .identical_images import digest
 
@@ -27,6 +29,7 @@ class InspectedImage(NamedTuple):
     oddity: str | None = None  # a problem of an image that can be decoded
     decoded: bool = False  # all pixels were decoded
     nearly_empty: bool = False
+    levels: tuple[str, float, float] | None = None  # kind of deep samples, lowest and highest
 
 
 def inspect_chunk(source: Source, sampled: frozenset[int], chunk: range) -> list[InspectedImage]:
@@ -46,7 +49,10 @@ def inspect_image(source: Source, index: int, whole: bool) -> InspectedImage:
             key = digest(ends.numpy().tobytes())
             empty = is_nearly_empty(ends)
             return InspectedImage(index, ends.numel(), key, header, None, None, True, empty)
-        found = found._replace(size=ends.size, digest=digest(ends.head, ends.tail, ends.size))
+        page = bytes([0] * getattr(ends.head, "page", 0))  # pages of one file are not identical
+        found = found._replace(
+            size=ends.size, digest=digest(ends.head, ends.tail + page, ends.size)
+        )
         header, cut, info = read_header(source, index, ends)
         # A JPEG of one color takes some 620 bytes, and another one for each 36 to 64 pixels.
         whole = whole or ends.size < 700 + header.height * header.width // 24
@@ -54,13 +60,35 @@ def inspect_image(source: Source, index: int, whole: bool) -> InspectedImage:
         oddity = oddity or odd_metadata(source.name(index), header.format, info)
         empty = False
         if whole:
-            pixels, damage = _decode_strictly(stored_bytes(source, index, ends), header)
+            data = stored_bytes(source, index, ends)
+            pixels, damage = _decode_strictly(data, header)
+            if used := used_levels(data):
+                found, pixels = _add_levels(found, *used)
             oddity, empty = oddity or damage, is_nearly_empty(pixels)
         return found._replace(
             header=header, oddity=oddity, decoded=whole or header.decoded, nearly_empty=empty
         )
     except READ_ERRORS as error:
-        return found._replace(error=read_error_reason(error))
+        found = found._replace(error=read_error_reason(error))
+        if "--range" in str(found.error) and (used := used_levels(_read_bytes(source, index))):
+            found, _ = _add_levels(found, *used)
+        return found
+
+
+def _read_bytes(source: Source, index: int) -> bytes:
+    image = source[index].image
+    assert isinstance(image, bytes)
+    return image
+
+
+def _add_levels(
+    found: InspectedImage, samples: Samples, low: float, high: float
+) -> tuple[InspectedImage, Tensor]:
+    """Return the image with the levels that it uses, and its pixels stretched over them."""
+    one = samples._replace(values=samples.values[:, :, :1], color=False)
+    pixels = to_rgb_levels(one, Levels(range=(low, max(high, low + 1e-9))))
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+    return found._replace(levels=(samples.text, low, high)), pixels
 
 
 def _decode_strictly(data: bytes, header: Header) -> tuple[Tensor, str | None]:

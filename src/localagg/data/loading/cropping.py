@@ -15,6 +15,7 @@ from ...config import ViewConfig, require_resolved
 from ..images.augment import view_draws, view_uniforms
 from ..images.crops import Boxes, crop_boxes, evaluation_boxes
 from ..images.decode import READ_ERRORS, decode_crops, decoded_size, read_error_reason
+from ..images.levels import levels_of
 from ..sources.source import Source
 from .workers import map_in_workers
 
@@ -120,11 +121,12 @@ def _crop(
 
     ``boxes`` takes rows of the batch and their heights and widths, and returns V boxes of each."""
     indices, upright = index.tolist(), views.exif_orientation
+    levels = levels_of(views)
     rows, stored, sizes, unreadable = [], [], [], {}
     for row, i in enumerate(indices):
         try:
             image = source[i].image
-            sizes.append(decoded_size(image, upright=upright))
+            sizes.append(decoded_size(image, upright=upright, levels=levels))
             stored.append(image)
             rows.append(row)
         except READ_ERRORS as error:
@@ -136,7 +138,8 @@ def _crop(
     corners = [box.corners() for box in boxes(torch.tensor(rows).long(), height, width)]
     for row, image, cut in zip(rows, stored, torch.stack(corners, dim=1).tolist(), strict=True):
         try:
-            crops.append(decode_crops(image, cut, size, resize=resize, upright=upright))
+            crop = decode_crops(image, cut, size, resize=resize, upright=upright, levels=levels)
+            crops.append(crop)
             kept.append(row)
         except READ_ERRORS as error:
             unreadable[indices[row]] = read_error_reason(error)

@@ -14,9 +14,10 @@ from ...config import ViewConfig, flag
 from ...distributed.collectives import World
 from ...engine.counter_rng import ORDER, permutation
 from ...errors import UserError
-from ...io.console import ProgressCallback
+from ...io.console import ProgressCallback, notify
 from ...io.machine import keep_freed_memory
 from ..images.augment import view_uniforms
+from ..images.levels import levels_of
 from ..sources.source import Source
 from .cropping import TrainingBatch, training_crops
 from .scan import Memory, load_or_scan, require_readable
@@ -76,14 +77,17 @@ class Feed:
         self.pin = device in ("auto", "cuda") and torch.cuda.is_available()
         self.world = world or World()
         keep_freed_memory()
-        self.pixels, self.unreadable, self.sizes = load_or_scan(
+        self.pixels, self.unreadable, self.sizes, pages = load_or_scan(
             source,
             upright=views.exif_orientation,
+            levels=levels_of(views),
             memory=memory,
             memory_gb=memory_gb,
             workers=workers,
             on_progress=on_progress,
         )
+        if pages and self.world.rank == 0:
+            notify(f"{pages:,} further pages of TIFF files are not read; --pages all reads them.")
         self.cropped = self.pixels is None
         self.valid = torch.arange(len(source))
         require_readable(source, self.unreadable, self.policy)

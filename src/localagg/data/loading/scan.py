@@ -11,7 +11,9 @@ from ...errors import UserError
 from ...io.console import ProgressCallback
 from ..images.decode import READ_ERRORS, decode, decoded_size, read_error_reason
 from ..images.headers import read_ends, read_header
-from ..sources.source import Source
+from ..images.levels import STORED, Levels
+from ..images.samples import count_tiff_pages
+from ..sources.source import ImagePage, Source
 from .workers import map_in_workers
 
 _NAMED = 3  # unreadable files named in a message
@@ -28,6 +30,8 @@ class ScannedImages(NamedTuple):
     """{index: reason}. Without pixels, damage behind an image's header is not found."""
     sizes: set[tuple[int, int]]
     """(height, width) that occur."""
+    pages: int = 0
+    """Further pages of TIFF files, which are not read."""
 
     @property
     def complete_pixels(self) -> Tensor | None:
@@ -39,6 +43,7 @@ def load_or_scan(
     source: Source,
     *,
     upright: bool = False,
+    levels: Levels = STORED,
     memory: Memory = "auto",
     memory_gb: float = 2.0,
     workers: int = 0,
@@ -51,6 +56,7 @@ def load_or_scan(
     Args:
         source: the images.
         upright: turn images by their EXIF orientation.
+        levels: mapping of deep samples and of bands.
         memory: "auto": load images of one size that fit ``memory_gb``; "always": any number.
         memory_gb: GiB that the decoded images may take.
         workers: processes that scan headers.
@@ -61,12 +67,14 @@ def load_or_scan(
     Raises:
         UserError: ``memory="always"`` with images of different sizes.
     """
-    total, unreadable, sizes, done = len(source), {}, set(), 0
+    total, unreadable, sizes, done, pages = len(source), {}, set(), 0, 0
     load = memory != "never"
     pixels: Tensor | None = None
     while load and done < total:
         try:
-            image = decode(source[done].image, upright=upright)
+            stored = source[done].image
+            pages += _further_pages(stored)
+            image = decode(stored, upright=upright, levels=levels)
             sizes.add(tuple(image.shape[1:]))
             fits = memory == "always" or total * image.numel() <= memory_gb * 2**30
             load = fits and len(sizes) == 1
@@ -85,20 +93,21 @@ def load_or_scan(
         done += 1
         on_progress(done, total)
     if load:
-        return ScannedImages(pixels, unreadable, sizes)
+        return ScannedImages(pixels, unreadable, sizes, pages)
     workers = 0 if total - done < serial_below else workers
     chunks = [range(first, min(first + chunk, total)) for first in range(done, total, chunk)]
-    scan = functools.partial(scan_headers, source)
+    scan = functools.partial(scan_headers, source, levels=levels)
     for indices, scanned in zip(chunks, map_in_workers(scan, chunks, workers), strict=True):
         unreadable |= scanned.unreadable
         sizes |= scanned.sizes
+        pages += scanned.pages
         on_progress(indices.stop, total)
-    return ScannedImages(None, unreadable, sizes)
+    return ScannedImages(None, unreadable, sizes, pages)
 
 
-def scan_headers(source: Source, indices: range) -> ScannedImages:
+def scan_headers(source: Source, indices: range, levels: Levels = STORED) -> ScannedImages:
     """Return sizes and read errors of some images by their headers, without pixels."""
-    found = ScannedImages(None, {}, set())
+    found, pages = ScannedImages(None, {}, set()), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata that are not used
         for index in indices:
@@ -107,10 +116,18 @@ def scan_headers(source: Source, indices: range) -> ScannedImages:
                 if isinstance(ends, Tensor):
                     found.sizes.add((ends.shape[1], ends.shape[2]))
                 else:
-                    found.sizes.add(read_header(source, index, ends)[0][:2])
+                    header = read_header(source, index, ends, levels)[0]
+                    found.sizes.add(header[:2])
+                    pages += 0 if isinstance(ends.head, ImagePage) else header.pages - 1
             except READ_ERRORS as error:
                 found.unreadable[index] = read_error_reason(error)
-    return found
+    return found._replace(pages=pages)
+
+
+def _further_pages(image: bytes | Tensor) -> int:
+    if not isinstance(image, bytes) or isinstance(image, ImagePage):
+        return 0
+    return count_tiff_pages(image) - 1 if image[:2] in (b"II", b"MM") else 0
 
 
 def require_readable(source: Source, unreadable: dict[int, str], policy: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import ProgressCallback
@@ -23,7 +24,7 @@ from ..images.decode import (
     read_error_reason,
 )
 from ..loading.workers import map_in_workers
-from ..sources.source import ImageRecord, Source, encoded_bytes
+from ..sources.source import ImagePage, ImageRecord, Source, encoded_bytes
 from .formats import PackFormat
 from .partial_folder import PartialFolder
 
@@ -70,7 +71,7 @@ def process_image(source: Source, index: int, shrink: ShrinkOptions | None) -> P
     lost = True
     try:
         sample = source[index]
-        image, label, lost = encoded_bytes(sample.image), sample.label, False
+        image, label, lost = packed_bytes(sample.image), sample.label, False
         format = open_image(image).format or "?"
         pixels = decode(image)
         if shrink and (smaller := _shrink(pixels.permute(1, 2, 0).numpy(), shrink, image)):
@@ -78,6 +79,15 @@ def process_image(source: Source, index: int, shrink: ShrinkOptions | None) -> P
     except READ_ERRORS as failure:
         error = read_error_reason(failure)
     return ProcessedImage(image, label, format, error, lost, shrunk, hashlib.sha256(image).digest())
+
+
+def packed_bytes(image: bytes | Tensor) -> bytes:
+    """Return encoded bytes unchanged; decoded pixels, and a page of several, as PNG.
+
+    Raises:
+        UnreadableImage: the page cannot be decoded.
+    """
+    return encoded_bytes(decode(image) if isinstance(image, ImagePage) else image)
 
 
 def _shrink(pixels: np.ndarray, shrink: ShrinkOptions, image: bytes) -> bytes | None:
@@ -104,8 +114,8 @@ def estimate_bytes(source: Source, shrink: ShrinkOptions | None) -> int:
     before = after = 0
     for i in np.linspace(0, len(source) - 1, min(_SAMPLES, len(source))).astype(int).tolist():
         try:
-            before += len(encoded_bytes(source[i].image))
-        except (OSError, UserError):
+            before += len(packed_bytes(source[i].image))
+        except READ_ERRORS:
             continue
         after += len(process_image(source, i, shrink).image)
     return int(size * _MARGIN * after / before) if before else size
@@ -200,6 +210,6 @@ def _hash_chunk(source: Source, chunk: range) -> list[bytes]:
 
 def _hash_image(source: Source, index: int) -> bytes:
     try:
-        return hashlib.sha256(encoded_bytes(source[index].image)).digest()
-    except (OSError, UserError):
+        return hashlib.sha256(packed_bytes(source[index].image)).digest()
+    except READ_ERRORS:
         return b""
