@@ -16,7 +16,7 @@ class Clusters:
     source: str = positional("RUN|FILE.parquet")
     """Run folder, or table that embed wrote."""
     k: str = "auto"
-    """Number of clusters; auto chooses it from the embeddings."""
+    """Number of clusters; auto: that of the largest mean silhouette, 2 to 100."""
     seed: int = 0
     """Random seed of the clusterings."""
     out: str | None = None
@@ -56,4 +56,9 @@ def run(options: Clusters) -> dict[str, Any]:
         f"{result['images']:,} images, {result['k']:,} clusters, mean silhouette"
         f" {result['silhouette']:.2f}."
     )
+    if (chosen := result["chosen"]) and (tried := chosen["silhouettes"]):
+        print(
+            f"Of {min(tried)} to {max(tried)} clusters, {result['k']} have the largest silhouette on"
+            f" {chosen['images']:,} images; --k N sets another number."
+        )
     return result

@@ -11,6 +11,7 @@ from ..clustering import kmeans
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import notify, show_progress
+from .cluster_count import choose_clusters
 from .open_table import open_table
 from .result_file import check_result_file, write_result
 from .table import EmbeddingTable
@@ -50,7 +51,8 @@ def cluster_images(
             :class:`Fit`.
 
     Returns:
-        {"table", "images": N, "k": clusters with images, "chosen": how k was chosen, or None,
+        {"table", "images": N, "k": clusters with images, "chosen": {"silhouettes": {k: mean},
+        "images": of the sample} or None,
         "silhouette": mean over images, "clusters": [{"cluster", "size", "tightness", "silhouette",
         with labels "label": the most common and "purity": its share of the labeled images,
         "exemplars": the 12 images nearest to the mean}]}.
@@ -64,7 +66,8 @@ def cluster_images(
     opened = open_table(table)
     rows_ND, chosen = opened.unit_embeddings(), None
     if k == "auto":
-        k, chosen = _choose(rows_ND, seed)
+        found = choose_clusters(rows_ND, seed=seed)
+        k, chosen = found.k, {"silhouettes": found.silhouettes, "images": found.images}
     if k > len(rows_ND):
         raise UserError("option-invalid", f"--k {k:,} exceeds the {len(rows_ND):,} images.")
     labels_N, fit = cluster_rows(rows_ND, k, seed=seed)
@@ -149,10 +152,6 @@ def _best_clustering(rows: Tensor, k: int, seed: int) -> KMeans:
 def _number_by_tightness(labels: Tensor, fit: Fit) -> tuple[Tensor, Fit]:
     order = fit.tightness.nan_to_num(-2).argsort(descending=True, stable=True)
     return order.argsort()[labels], fit._replace(tightness=fit.tightness[order])
-
-
-def _choose(rows: Tensor, seed: int) -> tuple[int, Any]:
-    raise UserError("option-missing", "--k auto is not available yet; name a number.")
 
 
 def _describe(table: EmbeddingTable, labels: Tensor, fit: Fit, cluster: int) -> dict[str, Any]:
