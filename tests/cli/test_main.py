@@ -115,7 +115,9 @@ def test_invalid_use_is_one_sentence_and_status_2(line, named, tmp_path, run, pi
 def test_a_mistake_in_a_process_of_its_own_ends_with_status_2():
     done = localagg("pretrain", "digits", "--data", "/no/such/folder")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip().count("\n") == 0
+    first, last = done.stderr.strip().splitlines()
+    assert first.startswith("localagg pretrain: ")
+    assert "/no/such/folder" in last
 
 
 @pytest.mark.parametrize(
@@ -153,3 +155,14 @@ def test_a_closed_pipe_ends_a_command_quietly(words):
     os.close(write)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_messages_into_a_closed_pipe_end_a_command_too(pictures):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "localagg", "inspect", str(pictures), "--recipe", "none"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stdout

@@ -19,6 +19,9 @@ from .commands import COMMANDS
 from .parse import parse
 
 
+_QUICK = ("recipes", "results", "inspect")  # print their own first line at once, or end
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line.
 
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return _report("stopped.", 130)
     except BrokenPipeError:  # the reader left, as in ``localagg results RUN | head``
         with open(os.devnull, "w") as devnull:  # for Python's own flush at exit
-            os.dup2(devnull.fileno(), sys.stdout.fileno())
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(devnull.fileno(), stream.fileno())
         return 128 + 13  # the status of a program that SIGPIPE ends
     except OSError as error:  # disk full, no permission
         if error.filename is None:
@@ -63,8 +67,13 @@ def _convert_worker_death() -> Iterator[None]:
             raise
 
 
+def _is_first_process() -> bool:
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+
+
 def _report(message: str, status: int) -> int:
-    print(f"localagg: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"localagg: {printable(message)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -86,6 +95,8 @@ def _run_command(words: list[str]) -> None:
     options, file = parse(kind, name, rest)
     if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
         raise UserError("not-found", f"--json {file} is not a file in an existing folder.")
+    if name not in _QUICK and "torch" not in sys.modules and _is_first_process():
+        print(f"localagg {name}: starting", file=sys.stderr, flush=True)  # torch takes seconds
     result = run(options)
     if file is not None and result is not None:
         from ..checkpoint import write_json

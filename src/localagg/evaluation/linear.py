@@ -29,7 +29,7 @@ from ..data.loading.workers import convert_worker_death
 from ..distributed.signals import StopRequest, handle_stop_signals
 from ..engine.device import describe_arithmetic
 from ..errors import UserError
-from ..io.console import notify, progress_bar
+from ..io.console import ProgressLine, notify
 from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .linear_heads import cross_entropies
@@ -186,9 +186,10 @@ def _train(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
                 probe.step += 1
                 recorder.after_step(epoch, losses, stop)
             due = probe.config.eval_every and (epoch + 1) % probe.config.eval_every == 0
-            if due and probe.step < schedule.total_steps:
+            last = probe.step == schedule.total_steps  # measured by finish()
+            if due and not last:
                 recorder.measured(epoch, probe.measure(ten_crop=False)[0])
-            recorder.end_of_epoch(stop)
+            recorder.end_of_epoch(epoch, bool(due) or last, stop)
         return recorder.finish()
 
 
@@ -203,17 +204,14 @@ class TransferRecorder:
         self.metrics: MetricsLog | None = None
         if run is not None:
             self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=probe.step)
-        self.bar = progress_bar()
+        self.line = ProgressLine("learning", probe.schedule.total_steps, probe.step)
 
     def __enter__(self) -> "TransferRecorder":
-        self.bar.start()
-        total = self.probe.schedule.total_steps
-        self.task = self.bar.add_task("learning", total=total, note="")
-        self.bar.update(self.task, completed=self.probe.step)
+        self.line.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.line.__exit__()
         if self.metrics is not None:
             self.metrics.close()
 
@@ -234,8 +232,8 @@ class TransferRecorder:
             rate = schedule.learning_rate(step - 1)
             self._write({"epoch": epoch + 1, **named, "learning_rate": rate})
             note = f"mean loss {sum(values.values()) / len(values):.3f}"
-            self.bar.update(self.task, description=f"epoch {epoch + 1}", note=note)
-        self.bar.update(self.task, completed=step)
+            self.line.update(description=f"epoch {epoch + 1}/{self.config.epochs}", note=note)
+        self.line.update(step)
         if ends:
             return
         if stop.requested or time.monotonic() - self.saved >= self.config.checkpoint_seconds:
@@ -247,10 +245,12 @@ class TransferRecorder:
         named = {f"{key}_{layer}": v for layer, found in layers.items() for key, v in found.items()}
         self._write({"epoch": epoch + 1, **named})
         shown = ", ".join(f"{layer} {found['top1']:.1%}" for layer, found in layers.items())
-        notify(f"epoch {epoch + 1}/{self.config.epochs}, top-1 by layer: {shown}")
+        notify(f"epoch {epoch + 1}/{self.config.epochs}  {self.line.note}  top-1 by layer: {shown}")
 
-    def end_of_epoch(self, stop: StopRequest) -> None:
-        """Save the state."""
+    def end_of_epoch(self, epoch: int, measured: bool, stop: StopRequest) -> None:
+        """Save the state, and print a line if the epoch was not measured."""
+        if not measured:
+            notify(f"epoch {epoch + 1}/{self.config.epochs}  {self.line.note}")
         self.save()
         self._raise_if_stopped(stop)
 

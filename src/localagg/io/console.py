@@ -2,22 +2,14 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -26,21 +18,26 @@ from ..errors import printable
 ProgressCallback = Callable[[int, int], None]
 """Called with (items done, items); 0 items if unknown."""
 
-_BAR_SECONDS = 0.1  # between updates of a bar
 _LINE_SECONDS = 10.0  # between lines of progress without a terminal
-console = Console(stderr=True)
+_LINE_WIDTH = 100  # columns of such a line
+_BAR_WIDTH = 16
+_PER_SECOND = 5  # updates of a live line
+_SAMPLE_SECONDS, _WINDOW = 2.0, 30  # the rate is that of the last minute
+
+
+class _Console(Console):
+    """A console that leaves a closed pipe to the command line; rich would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+console = _Console(stderr=True)
 
 
 def notify(message: str) -> None:
     """Print one line on stderr."""
     console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
-
-
-class _TableConsole(Console):
-    """A console that leaves a closed pipe to the command line; rich would exit with status 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -50,7 +47,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(_escaped(column), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_escaped, row))
-    _TableConsole().print(table)
+    _Console().print(table)
 
 
 def _escaped(text: str) -> str:
@@ -58,49 +55,139 @@ def _escaped(text: str) -> str:
     return escape(printable(text))
 
 
-class _ItemsPerSecond(ProgressColumn):
-    """Speed, which rich's own column shows only while the total is unknown."""
+def duration(seconds: float) -> str:
+    """Return ``3:20`` or ``2:03:20``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:,.1f}/s")
+
+def progress_text(
+    width: int,
+    description: str,
+    *,
+    done: int = 0,
+    total: int | None = None,
+    note: str = "",
+    rate: float | None = None,
+) -> str:
+    """Return a line of progress of at most ``width`` columns.
+
+    Whole parts are omitted where it is too narrow, so that no number is cut: first the bar, then
+    rate, share, count, note and time left.
+
+    Args:
+        width: columns.
+        description: always shown, cut only if it alone is too long.
+        done, total: items; total None if unknown.
+        note: such as the loss.
+        rate: items a second, if known.
+    """
+    left = total is not None and rate and f"{duration((total - done) / rate)} left"
+    filled = round(_BAR_WIDTH * done / total) if total else 0
+    parts = {
+        "description": description,
+        "bar": total and "━" * filled + "╌" * (_BAR_WIDTH - filled),
+        "count": f"{done:,}/{total:,}" if total else done and f"{done:,}",
+        "share": total and f"{done / total:.0%}",
+        "note": note,
+        "rate": rate and (f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"),
+        "left": left,
+    }
+    parts = {name: str(part) for name, part in parts.items() if part}
+    for name in ("bar", "rate", "share", "count", "note", "left"):
+        if len("  ".join(parts.values())) < width:
+            break
+        parts.pop(name, None)
+    return "  ".join(parts.values())[: max(0, width - 1)]
 
 
-def progress_bar() -> Progress:
-    """Return a bar with count, speed, share, elapsed and remaining time; off without a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TaskProgressColumn(),
-        _ItemsPerSecond(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+class ProgressLine:
+    """One line of progress: live on a terminal and in a notebook, else printed every ten seconds.
+
+    Args:
+        description: the work, such as "embedding".
+        total: number of items, if known.
+        done: items already done.
+    """
+
+    def __init__(self, description: str, total: int | None = None, done: int = 0) -> None:
+        self.description, self.total, self.done, self.note = description, total, done, ""
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._live: Live | None = None
+        self._display: Any = None
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> "ProgressLine":
+        self._samples.append((time.monotonic(), self.done))
+        if console.quiet:
+            return self
+        if console.is_jupyter:
+            from IPython.display import display
+
+            self._display = display(self._mime(), raw=True, display_id=True)
+        elif console.is_terminal:
+            self._live = Live(
+                console=console,
+                get_renderable=lambda: Text(self.text(console.width), no_wrap=True),
+                refresh_per_second=_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._display is not None:
+            self._display.update(self._mime(), raw=True)
+
+    def update(
+        self,
+        done: int | None = None,
+        total: int | None = None,
+        *,
+        description: str | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Change what the line shows."""
+        self.done = self.done if done is None else done
+        self.total = self.total if total is None else total
+        self.description = self.description if description is None else description
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if now - self._samples[-1][0] >= _SAMPLE_SECONDS:
+            self._samples.append((now, self.done))
+        if self._display is not None and now - self._shown >= 1 / _PER_SECOND:
+            self._shown = now
+            self._display.update(self._mime(), raw=True)
+        elif not (self._live or self._display) and now - self._shown >= _LINE_SECONDS:
+            self._shown = now
+            notify(self.text(_LINE_WIDTH))
+
+    def rate(self) -> float | None:
+        """Return items a second over about the last minute; None at the beginning."""
+        start, first = self._samples[0]
+        seconds, items = time.monotonic() - start, self.done - first
+        return items / seconds if items > 0 and seconds > 0 else None
+
+    def text(self, width: int) -> str:
+        """Return the line; see :func:`progress_text`."""
+        return progress_text(
+            width,
+            printable(self.description),
+            done=self.done,
+            total=self.total,
+            note=printable(self.note),
+            rate=self.rate(),
+        )
+
+    def _mime(self) -> dict[str, str]:
+        return {"text/plain": self.text(_LINE_WIDTH)}
 
 
 @contextlib.contextmanager
 def show_progress(description: str) -> Iterator[ProgressCallback]:
-    """Show a bar; the block reports ``(done, total)``, total 0 if unknown.
-
-    Without a terminal it prints a line every ten seconds.
-    """
-    with progress_bar() as bar:
-        task = bar.add_task(_escaped(description), total=None, note="")
-        updated, line = 0.0, time.monotonic()
-
-        def show(done: int, total: int) -> None:
-            nonlocal updated, line
-            now = time.monotonic()
-            if done != total and now - updated < _BAR_SECONDS:
-                return
-            updated = now
-            bar.update(task, completed=done, total=total or None)
-            if bar.disable and now - line >= _LINE_SECONDS:
-                line = now
-                notify(f"{description}: {done:,} of {total:,}")
-
-        yield show
+    """Show a :class:`ProgressLine`; the block reports ``(done, total)``, total 0 if unknown."""
+    with ProgressLine(description) as line:
+        yield lambda done, total: line.update(done, total or None)

@@ -14,6 +14,7 @@ from ..data.sources.open import Source
 from ..distributed.batch_norm import SynchronizedBatchNorm
 from ..distributed.collectives import World
 from ..embeddings.embed import ImageEmbeddings, embed
+from ..io.console import ProgressCallback
 from ..models import Encoder
 
 _BATCH = 256
@@ -30,6 +31,7 @@ def embed_bank(
     pixels: Tensor | None,
     workers: int,
     autocast: Callable[[], AbstractContextManager],
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> None:
     """Put the embedding of each image by the untrained network into its row.
 
@@ -48,6 +50,7 @@ def embed_bank(
         pixels: the decoded images, if they are in memory already.
         workers: processes that decode.
         autocast: precision context of the forward pass.
+        on_progress: called with (images done, images).
     """
     norms = [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     first, last = bank.part.start // _BATCH, -(-bank.part.stop // _BATCH)
@@ -56,7 +59,12 @@ def embed_bank(
     def fill(batches: slice) -> None:
         if batches.start < batches.stop:
             options: Any = {"pixels": pixels, "workers": workers, "autocast": autocast}
-            options |= {"batch": _BATCH, "batch_statistics": True, "part": batches}
+            options |= {
+                "on_progress": on_progress,
+                "batch": _BATCH,
+                "batch_statistics": True,
+                "part": batches,
+            }
             _put(bank, embed(encoder, source, views, **options))
 
     for norm in norms:

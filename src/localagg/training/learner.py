@@ -19,6 +19,7 @@ from ..engine.device import make_fabric
 from ..engine.kmeans import KMeans
 from ..engine.search import store_by_row
 from ..errors import UserError
+from ..io.console import show_progress
 from ..models import Encoder, create_encoder
 from .initial_bank import embed_bank
 from .trained_part import freeze_untrained
@@ -85,16 +86,18 @@ class Learner:
         a 200-NN of 40.4 % from embeddings and 25.5 % from random rows. Batch statistics are used,
         as batch-norm has no others yet. Deviation: the reference starts from random rows.
         """
-        embed_bank(
-            self.encoder,
-            self.bank,
-            self.world,
-            source,
-            self.config.views,
-            pixels=pixels,
-            workers=self.config.workers,
-            autocast=self.fabric.autocast,
-        )
+        with show_progress("first bank") as show:
+            embed_bank(
+                self.encoder,
+                self.bank,
+                self.world,
+                source,
+                self.config.views,
+                pixels=pixels,
+                workers=self.config.workers,
+                autocast=self.fabric.autocast,
+                on_progress=show,
+            )
 
     def share_gradients(self, gradient: Tensor) -> Tensor:
         """Sum the weights' gradients over the ranks, and average batch-norm's running statistics.

@@ -15,7 +15,7 @@ from ..data.loading.loading_hint import data_loading_hint
 from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
-from ..io.console import notify, progress_bar
+from ..io.console import ProgressLine, duration, notify
 from ..io.metrics_log import MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
 from .deferred_metrics import DeferredMetrics, StepMetrics, first_not_finite
@@ -58,6 +58,8 @@ class Recorder:
         self._epoch_seconds = dict(self.timer.seconds)  # by part, when the epoch began
         self._epoch_start = (learner.step, time.monotonic())
         self._hinted = False
+        self._loss = ""
+        self._unreadable = len(feed.unreadable)  # reported when the images were read
         self._seconds_before = progress["seconds"]
         self.final: dict[str, float] = dict(progress["final"])
         self.floors: dict[str, dict[str, float]] = dict(progress.get("floors", {}))
@@ -68,14 +70,12 @@ class Recorder:
             self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=learner.step)
         self._deferred = DeferredMetrics()
         self.health = Diagnostics(progress.get("health"), self.world)
-        self.bar = progress_bar()
+        self.line = ProgressLine("learning", self.total_steps, learner.step)
 
     def __enter__(self) -> "Recorder":
         with ExitStack() as stack:
             stack.callback(self.metrics.close)
-            stack.enter_context(self.bar)
-            self._task = self.bar.add_task("learning", total=self.total_steps, note="")
-            self.bar.update(self._task, completed=self.learner.step)
+            stack.enter_context(self.line)
             self._signals = stack.enter_context(handle_stop_signals())
             if not self.world.gather_objects(has_checkpoint(self.run))[0]:  # as rank 0 sees it
                 self.checkpoint()
@@ -104,7 +104,7 @@ class Recorder:
             self._end_of_epoch(epoch)
         elif step % self.config.log_every == 0:
             self._write(self._deferred.exchange())
-        self.bar.update(self._task, completed=step)
+        self.line.update(step)
         if not ends and self._checkpoint_due:
             self.checkpoint()
 
@@ -136,15 +136,14 @@ class Recorder:
                 what = "gradient of the loss is not finite" if isfinite(loss) else f"loss is {loss}"
                 self._stop_not_finite(f"The {what} at step {step.number:,}", step)
             self.health.add(step.values)
+            self._loss = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
             if step.number % self.config.log_every and step.number != self.total_steps:
                 continue
             rate = {"learning_rate": step.facts["learning_rate"]}
             with convert_write_errors(self.run):
                 self.metrics.write(step.number, step.facts | step.values | rate)
-            note = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
-            if "without_close" in step.values:
-                note += f", {step.values['without_close']:.0%} without a close neighbor"
-            self.bar.update(self._task, description=f"epoch {step.facts['epoch']}", note=note)
+            epoch = f"epoch {step.facts['epoch']}/{self.config.epochs}"
+            self.line.update(description=epoch, note=self._loss)
 
     def _stop_not_finite(self, what: str, step: StepMetrics) -> NoReturn:
         """Raise a UserError that names the images of a step and the checkpoint before it."""
@@ -183,7 +182,9 @@ class Recorder:
                 self.metrics.write(
                     self.learner.step, {"epoch": epoch + 1, "unreadable": unreadable}
                 )
-            notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are excluded.")
+            if unreadable != self._unreadable:
+                notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are excluded.")
+            self._unreadable = unreadable
 
     def _curve(self, values: dict[str, float]) -> None:
         with convert_write_errors(self.run):
@@ -196,7 +197,9 @@ class Recorder:
             Interrupted: a signal asked to stop; the step before the clusterings is saved.
         """
         count = len(self.config.objective.clusters or ())
-        self.bar.update(self._task, note=f"clustering {number + 1}/{count} done")
+        done = number + 1
+        note = f"clustering {done}/{count} done" if done < count else self._loss
+        self.line.update(note=note)
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
@@ -225,10 +228,16 @@ class Recorder:
             notify(f"epoch {epoch + 1}: warning: {warning}.")
         with convert_write_errors(self.run):
             self.metrics.write(self.learner.step, {"epoch": epoch + 1, **found, **metrics})
-        if metrics:
-            self.final = metrics
-            shown = ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
-            notify(f"epoch {epoch + 1}/{self.config.epochs}: {shown}")
+        self.final = metrics or self.final
+        left = (self.total_steps - self.learner.step) / max(1, self.learner.step - step)
+        shown = [
+            f"epoch {epoch + 1}/{self.config.epochs}",
+            self._loss,
+            f"spread {found['spread']:.2f}",
+            *(f"{name} {value:.1%}" for name, value in metrics.items()),
+            f"{duration(left * (time.monotonic() - start))} left",
+        ]
+        notify("  ".join(filter(None, shown)))
         self._epoch_start = (self.learner.step, time.monotonic())
 
     def seconds(self) -> float:
