@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,15 @@ from localagg.training.loop import pretrain, resume
 from localagg.training.recorder import Recorder
 
 
-def test_a_run_learns_and_tells(tmp_path):
+def test_a_run_learns_and_tells(tmp_path, capsys):
     out = pretrain(override(QUICK, epochs=10, ir_epochs=8, width=16), "digits", tmp_path / "run")
+    told = re.findall(
+        r"^epoch (\d+)/10  (IR|LA) loss \d.\d{3}  spread \d.\d\d  .*knn1 .*%  \d:\d\d left$",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
+    phases = ["IR"] * 8 + ["LA"] * 2
+    assert told == [(str(epoch), phase) for epoch, phase in enumerate(phases, 1)]
     lines = read_metrics(tmp_path / "run")
     losses = [line for line in lines if "loss" in line]
     assert {line["phase"] for line in losses} == {"IR", "LA"}

@@ -18,7 +18,6 @@ from ..errors import Interrupted, ReportedElsewhere, UserError, printable, sugge
 from .commands import COMMANDS
 from .parse import parse
 
-
 _QUICK = ("recipes", "results", "inspect")  # print their own first line at once, or end
 
 
