@@ -218,7 +218,7 @@ def test_missing_labels_are_null_and_odd_names_escaped(weights, flat, tmp_path, 
         ({"device": "gpu"}, "option-invalid", "gpu"),
         ({"precision": "half"}, "option-invalid", "half"),
         ({"split": "trian"}, "not-found", "trian"),
-        ({"out": "e.csv"}, "unsupported", "e.csv"),
+        ({"out": "e.txt"}, "unsupported", "e.txt"),
         ({"workers": -1}, "option-invalid", "--workers"),
     ],
 )

@@ -9,7 +9,7 @@ from .parse import positional
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Write the embeddings of any images to a Parquet file, one row an image.
+    """Write the embeddings of any images to a table, one row an image.
 
     Columns: path, split, index, label (where there are labels) and embedding. Paths are relative to
     the folder that the table's metadata name as root.
@@ -20,15 +20,16 @@ class Embed:
     data: str
     """Data URI."""
     out: str
-    """Parquet file to write."""
+    """Table to write, in the format of its suffix: .parquet, .csv, .npy (and .images.csv), .arrow,
+    .h5 or .zarr. Commands read Parquet."""
     split: str = "all"
     """Splits of the data: train, val, test or stored names, separated by commas; or all."""
     pages: Literal["first", "all"] = "first"
     """Multi-page TIFF files and animations. all: each page is an image."""
     image_column: str | None = None
     """Column of images of a table. Default: by its type, name and first bytes."""
-    layer: str | None = None
-    """Write the read-out features of this layer. Default: the embedding."""
+    layer: tuple[str, ...] | None = None
+    """Write the read-out features of these layers, in one pass. Default: the embedding."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the written rows."""
     batch_size: int = 256

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
 from .all_splits import JoinedSplits, open_splits
 from .table import DTYPES, describe_root, path_text
+from .table_formats import check_format
 from .table_writer import open_writer
 
 
@@ -118,14 +119,14 @@ def write_embeddings(
     out: str | Path,
     *,
     split: str = "all",
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     dtype: str = "float32",
     workers: int = 0,
     batch: int = 256,
     device: str = "auto",
     precision: str = "32-true",
 ) -> dict[str, Any]:
-    """Write embeddings of any images as a Parquet file; see :mod:`localagg.embeddings.table`.
+    """Write embeddings of any images as a table; see :mod:`localagg.embeddings.table`.
 
     Each readable image has a row, in order of the index. After a kill the same call resumes at the
     next batch. The file is then byte-identical if the arithmetic is reproducible, as on one CPU.
@@ -133,10 +134,12 @@ def write_embeddings(
     Args:
         weights: run folder or weights file.
         data: data URI.
-        out: the file to write; it appears when complete.
+        out: the file to write, in the format of its suffix (:data:`.TABLE_FORMATS`); it appears
+            when complete. Beside FILE.npy, FILE.images.csv holds the paths.
         split: train, val, test or stored names, separated by commas; or all.
         layer: a name of ``encoder.layers``: write its features (pooled and flattened as in the
-            reference, not normalized). Default: the embedding.
+            reference, not normalized); several, in one pass, become columns ``layer_NAME``.
+            Default: the embedding.
         dtype: float32 or float16.
         workers: processes that decode.
         batch: images a batch.
@@ -153,7 +156,8 @@ def write_embeddings(
         Interrupted: Ctrl-C; finished batches are kept.
     """
     weights, data, out = Path(weights), os.fspath(data), Path(out)
-    _check_options(out, dtype, workers, batch)
+    layer = _one_or_several(layer)
+    _check_options(out, layer, dtype, workers, batch)
     start, fabric = time.perf_counter(), make_fabric(device, precision)
     encoder = load_encoder(weights).to(fabric.device)
     source = open_splits(data, split)
@@ -184,13 +188,16 @@ def write_embeddings(
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, images: Tensor, layer: str | None, fabric: Fabric) -> Tensor:
-    """Return embeddings of views, or their features at a layer: float32 [B, F] on the CPU.
+def encode(
+    encoder: Encoder, images: Tensor, layer: str | list[str] | None, fabric: Fabric
+) -> Tensor:
+    """Return embeddings of views, or their features at layers: float32 [B, F] on the CPU.
 
     Args:
         encoder: in inference mode, on ``fabric``'s device.
         images: [B, 3, S, S], uint8 or floating-point in 0-1.
-        layer: a name of ``encoder.layers``. Default: the embedding, unit rows.
+        layer: a name of ``encoder.layers``, or several, whose features are joined. Default: the
+            embedding, unit rows.
         fabric: sets the precision.
 
     Raises:
@@ -198,8 +205,17 @@ def encode(encoder: Encoder, images: Tensor, layer: str | None, fabric: Fabric) 
     """
     images = images.to(fabric.device)
     with fabric.autocast():
-        found = encoder(images) if layer is None else encoder.features(images, [layer])[layer]
-    return found.float().cpu()
+        if layer is None:
+            return encoder(images).float().cpu()
+        features = encoder.features(images, [layer] if isinstance(layer, str) else layer)
+    return torch.cat([each.float().cpu() for each in features.values()], dim=1)
+
+
+def _one_or_several(layer: str | Sequence[str] | None) -> str | list[str] | None:
+    names = [layer] if isinstance(layer, str) else [str(name) for name in layer or ()]
+    if len(set(names)) < len(names):
+        raise UserError("option-invalid", f"--layer {' '.join(names)}: name each layer once.")
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:
@@ -207,11 +223,12 @@ def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:
     return resolve_defaults(PretrainConfig(views=views), len(source), typical_side(source)).views
 
 
-def _check_options(out: Path, dtype: str, workers: int, batch: int) -> None:
+def _check_options(
+    out: Path, layer: str | list[str] | None, dtype: str, workers: int, batch: int
+) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError("not-found", f"--out {out} is not a file in an existing folder.")
-    if out.suffix.lower() not in (".parquet", ".pq"):
-        raise UserError("unsupported", f"--out {out} must end in .parquet, the format written.")
+        raise UserError("not-found", f"--out {out} is not a new file in an existing folder.")
+    check_format(out, len(layer) if isinstance(layer, list) else 1)
     if dtype not in DTYPES:
         raise UserError("option-invalid", f"--dtype is {dtype}; it must be {' or '.join(DTYPES)}.")
     check_arguments(batch_size=(batch, 1), workers=(workers, 0))
@@ -221,7 +238,7 @@ def _describe(
     encoder: Encoder,
     source: Source,
     views: ViewConfig,
-    layer: str | None,
+    layer: str | list[str] | None,
     dtype: str,
     fabric: Fabric,
 ) -> dict[str, Any]:
@@ -231,12 +248,19 @@ def _describe(
     if source.labels is not None and source.classes is not None:
         names = json.dumps(source.classes).encode()
         labels = hashlib.sha256(names + source.labels.numpy().tobytes()).hexdigest()
+    view = torch.zeros(1, 3, size, size)
+    names = {f"layer_{name}": name for name in layer} if isinstance(layer, list) else {}
+    columns = {
+        column: encode(encoder, view, name, fabric).shape[1]
+        for column, name in (names or {"embedding": layer}).items()
+    }
     return {
         "version": __version__,
         "weights_digest": weights_digest(encoder),
         "model": encoder.spec["model"],
         "layer": layer,
-        "dim": encode(encoder, torch.zeros(1, 3, size, size), layer, fabric).shape[1],
+        "dim": sum(columns.values()),
+        "columns": columns,
         "dtype": dtype,
         "views": to_dict(views),
         **describe_arithmetic(fabric),
@@ -251,7 +275,7 @@ def _convert(found: Tensor, source: Source, index: Tensor, facts: dict[str, Any]
     values = found.to(getattr(torch, facts["dtype"]))
     finite = values.isfinite().all(dim=1)
     if not finite.all():
-        layer = "embedding" if facts["layer"] is None else f"layer {facts['layer']}"
+        layer = "embedding" if facts["layer"] is None else f"output of layer {facts['layer']}"
         fix = f"the weights '{facts['weights']}' are damaged"
         if found.isfinite().all():
             fix = "use --dtype float32"

@@ -28,6 +28,8 @@ from ..io.console import show_progress
 if TYPE_CHECKING:
     import pyarrow as pa
 
+UNREAD = (".csv", ".npy", ".arrow", ".feather", ".h5", ".hdf5", ".zarr")
+"""Suffixes of tables that are written for other programs alone."""
 DTYPES = ("float32", "float16")
 _KEY = b"localagg"
 _COLUMNS = {"path", "index", "embedding"}
@@ -38,7 +40,8 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
     """Return the columns, with ``facts`` as metadata.
 
     Args:
-        facts: JSON values; "dim" and "dtype" set the embedding's type, "labels" the label column.
+        facts: JSON values; "columns" {name: values a row} and "dtype" set the columns of vectors,
+            "labels" the label column.
     """
     import pyarrow as pa
 
@@ -46,7 +49,7 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
     columns: dict[str, Any] = {"path": pa.string(), "split": pa.string(), "index": pa.int64()}
     if facts["labels"] is not None:
         columns["label"] = pa.string()
-    columns["embedding"] = pa.list_(value, facts["dim"])
+    columns |= {name: pa.list_(value, dim) for name, dim in facts["columns"].items()}
     return pa.schema(columns, metadata={_KEY: json.dumps(facts)})
 
 
@@ -80,6 +83,10 @@ class EmbeddingTable:
 
         if not path.is_file():
             raise UserError("not-found", f"There is no file '{path}'; write one by localagg embed.")
+        if path.suffix.lower() in UNREAD:
+            raise UserError(
+                "unsupported", f"'{path}' is no Parquet table; write one by --out FILE.parquet."
+            )
         self.path = path
         with self._convert_damage():
             self.file = pq.ParquetFile(path, page_checksum_verification=True)

@@ -1,4 +1,4 @@
-"""Write the Parquet table of embeddings, resuming after a kill.
+"""Write the table of embeddings, resuming after a kill.
 
 While it is written, ``.FILE.parts`` holds ``job.json``, facts about the table, and ``batches.bin``
 with a record of each finished batch: batch number, number of images n, checksum, n indices (int64)
@@ -25,6 +25,7 @@ from ..io.crc32c import crc32c
 from ..io.files import atomic_write
 from ..io.run_lock import lock_run
 from .table import table_schema
+from .table_formats import TABLE_FORMATS, publish_images_file
 
 _HEAD_BYTES = 24  # batch number, number of images and checksum, as int64
 GROUP_ROWS, GROUP_BYTES = 16_384, 64 * 2**20  # of a row group, which is held in memory at once
@@ -111,38 +112,43 @@ class TableWriter:
         Raises:
             UserError: no rows, damaged records, full disk or no permission.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if not self.rows:
             raise UserError(
                 "unreadable-images",
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
                 " read; check them by localagg inspect.",
             )
-        schema, records, written = table_schema(self.facts), self._read(), 0
+        schema, suffix = table_schema(self.facts), self.out.suffix.lower()
+        with self._convert_write_errors(), atomic_write(self.out) as temporary:
+            TABLE_FORMATS[suffix](temporary, schema, self.rows, self._groups(schema, columns))
+            publish_images_file(temporary, self.out)
+        shutil.rmtree(self._records.parent, ignore_errors=True)
+
+    def _groups(
+        self, schema: Any, columns: Callable[[list[int]], dict[str, list[str | None]]]
+    ) -> Iterator[Any]:
+        """Yield the rows as Arrow tables; raise UserError if some are damaged."""
+        import pyarrow as pa
+
+        records, written = self._read(), 0
         row_bytes = self.facts["dim"] * np.dtype(self.facts["dtype"]).itemsize
         batches = min(GROUP_ROWS, GROUP_BYTES // row_bytes) // self.facts["batch"]
-        # Plain pages that every reader knows; a dictionary of floats saves nothing.
-        options: Any = {"use_dictionary": ["label"], "write_page_checksum": True}
-        with self._convert_write_errors(), atomic_write(self.out) as temporary:
-            with pq.ParquetWriter(temporary, schema, **options) as writer:
-                while group := list(itertools.islice(records, max(1, batches))):
-                    index = np.concatenate([index for _, index, _ in group])
-                    values = np.concatenate([values for _, _, values in group]).ravel()
-                    lists = pa.FixedSizeListArray.from_arrays(pa.array(values), self.facts["dim"])
-                    named = columns(index.tolist())
-                    writer.write_table(
-                        pa.table({**named, "index": index, "embedding": lists}, schema)
-                    )
-                    written += len(index)
-            if written != self.rows:
-                raise UserError(
-                    "damaged",
-                    f"'{self._records}' was damaged on the disk; the same command computes the"
-                    " damaged batches again.",
-                )
-        shutil.rmtree(self._records.parent, ignore_errors=True)
+        ends = np.cumsum([*self.facts["columns"].values()])[:-1]
+        while group := list(itertools.islice(records, max(1, batches))):
+            index = np.concatenate([index for _, index, _ in group])
+            parts = np.split(np.concatenate([values for _, _, values in group]), ends, axis=1)
+            vectors = {
+                name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim)
+                for (name, dim), values in zip(self.facts["columns"].items(), parts, strict=True)
+            }
+            yield pa.table({**columns(index.tolist()), "index": index, **vectors}, schema)
+            written += len(index)
+        if written != self.rows:
+            raise UserError(
+                "damaged",
+                f"'{self._records}' was damaged on the disk; the same command computes the"
+                " damaged batches again.",
+            )
 
     def _is_same_job(self, job: Path) -> bool:
         try:

@@ -1,0 +1,128 @@
+"""Each format is read by its own library, with the rows of the Parquet table."""
+
+import json
+import sys
+
+import h5py
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from expect import user_error
+
+import localagg.embeddings.table_formats as formats
+from embeddings import hidden_files, save_small_encoder, stacked_rows
+from localagg.cli.main import main
+from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.search import search
+
+
+def from_csv(path):
+    table = pandas.read_csv(path)
+    return table, table.filter(regex=r"^embedding_\d+$").to_numpy()
+
+
+def from_npy(path):
+    return pandas.read_csv(path.with_suffix(".images.csv")), np.load(path)
+
+
+def from_arrow(path):
+    table = pandas.read_feather(path)
+    return table, np.stack(table["embedding"])
+
+
+def from_hdf5(path):
+    with h5py.File(path) as file:
+        assert json.loads(file.attrs["localagg"])["dim"] == 12
+        columns = {name: file[name][:] for name in file if name != "embedding"}
+        texts = {n: [t.decode() for t in c] for n, c in columns.items() if n != "index"}
+        return columns | texts, file["embedding"][:]
+
+
+def from_zarr(path):
+    group = zarr.open_group(path, mode="r")
+    assert json.loads(group.attrs["localagg"])["dim"] == 12
+    return {name: group[name][:] for name in group if name != "embedding"}, group["embedding"][:]
+
+
+READERS = {
+    ".csv": from_csv, ".npy": from_npy, ".arrow": from_arrow, ".feather": from_arrow,
+    ".h5": from_hdf5, ".hdf5": from_hdf5, ".zarr": from_zarr,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_small_encoder(tmp_path_factory.mktemp("weights") / "small.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def expected(weights, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("table") / "e.parquet"
+    write_embeddings(weights, str(pictures), out, split="val", batch=5)
+    return pq.read_table(out)
+
+
+def test_every_format_but_parquet_has_a_reader_here():
+    assert set(formats.TABLE_FORMATS) == {".parquet", ".pq", *READERS}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_other_libraries_read_the_rows(weights, pictures, expected, tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("localagg.embeddings.table_writer.GROUP_ROWS", 5)  # several groups
+    out = tmp_path / f"e{suffix}"
+    write_embeddings(weights, str(pictures), out, split="val", batch=5)
+    columns, rows = READERS[suffix](out)
+    np.testing.assert_array_equal(rows.astype(np.float32), stacked_rows(expected))
+    for name in ("path", "split", "index", "label"):
+        assert list(columns[name]) == expected[name].to_pylist()
+    assert not hidden_files(tmp_path)
+    if not out.is_dir():  # a second table replaces the first
+        write_embeddings(weights, str(pictures), out, split="train", batch=5)
+        assert len(READERS[suffix](out)[1]) == 48
+
+
+def test_several_layers_are_columns_of_one_pass(weights, flat, tmp_path):
+    out = tmp_path / "layers.parquet"
+    words = ["embed", str(weights), "--data", str(flat), "--out", str(out), "--workers", "0"]
+    assert main([*words, "--layer", "0", "1"]) == 0
+    both = pq.read_table(out)
+    for layer in ("0", "1"):
+        alone = tmp_path / f"{layer}.parquet"
+        write_embeddings(weights, str(flat), alone, layer=layer)
+        np.testing.assert_allclose(
+            np.stack(both[f"layer_{layer}"].to_numpy()),
+            stacked_rows(pq.read_table(alone)),
+            atol=1e-6,
+        )
+    with user_error("unsupported", out):
+        search(out, [0])
+    with user_error("option-conflict", "e.npy"):
+        write_embeddings(weights, str(flat), tmp_path / "e.npy", layer=["0", "1"])
+    with user_error("option-invalid", "0 0"):
+        write_embeddings(weights, str(flat), out, layer=["0", "0"])
+    with user_error("option-unknown", "conv9"):
+        write_embeddings(weights, str(flat), out, layer=["0", "conv9"])
+
+
+def test_half_precision_is_kept(weights, flat, tmp_path):
+    for suffix in (".npy", ".h5", ".zarr"):
+        write_embeddings(weights, str(flat), tmp_path / f"e{suffix}", dtype="float16")
+        rows = READERS[suffix](tmp_path / f"e{suffix}")[1]
+        assert (rows.dtype, rows.shape) == (np.float16, (12, 12))
+
+
+def test_other_suffixes_and_missing_libraries_are_refused(weights, flat, tmp_path, monkeypatch):
+    for name in ("e.txt", "e", "e.csv.gz"):
+        with user_error("unsupported", name, ".parquet", ".csv"):
+            write_embeddings(weights, str(flat), tmp_path / name)
+    write_embeddings(weights, str(flat), tmp_path / "e.csv")
+    with user_error("unsupported", "e.csv", ".parquet"):
+        search(tmp_path / "e.csv", [0])
+    (tmp_path / "z.zarr").mkdir()
+    with user_error("not-found", "z.zarr"):
+        write_embeddings(weights, str(flat), tmp_path / "z.zarr")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with user_error("missing-extra", "h5py", "localagg[tables]"):
+        write_embeddings(weights, str(flat), tmp_path / "e.h5")
