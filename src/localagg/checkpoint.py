@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
@@ -39,7 +39,7 @@ from .io.files import atomic_write, sync_to_disk, write_synced
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_tensors
-from .models import Encoder, create_encoder
+from .models import Encoder, create_encoder, encoder_of
 
 EXPORTED_NAME = "localagg.safetensors"
 """The weights file within a folder of ``localagg export --to hub``."""
@@ -279,12 +279,18 @@ def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) 
     save_tensors(path, encoder.state_dict(), metadata)
 
 
-def load_encoder(path: str | Path) -> Encoder:
+def load_encoder(path: str | Path, backbone: nn.Module | None = None) -> Encoder:
     """Load the encoder of a run's latest checkpoint, a weights file or an exported folder.
 
     It is in eval mode.
 
-    Raises UserError if there is none, localagg did not write it, or it is damaged.
+    Args:
+        path: run folder, weights file or exported folder.
+        backbone: the network of a run that was given one in Python; its weights are replaced.
+
+    Raises:
+        UserError: there is none, localagg did not write it, it is damaged, or it has another
+            backbone.
     """
     path = _exported_file(path)
     if path.is_dir():
@@ -296,9 +302,30 @@ def load_encoder(path: str | Path) -> Encoder:
             "unsupported", f"'{path}' was not written by localagg: it names no architecture."
         )
     with _convert_damage(path):
-        encoder = create_encoder(**json.loads(metadata["localagg"]))
+        spec = json.loads(metadata["localagg"])
+        if backbone is None:
+            encoder = create_encoder(**spec)
+        else:
+            size = from_dict(ViewConfig, json.loads(metadata.get("views", "{}"))).image_size or 224
+            encoder = encoder_of(
+                backbone, spec["dim"], size, head_layers=spec.get("head_layers", 1)
+            )
+            _check_same_keys(path, encoder)
         encoder.load_state_dict(load_file(path))
     return encoder.eval()
+
+
+def _check_same_keys(path: Path, encoder: Encoder) -> None:
+    """Raise UserError if a weights file has other tensors than an encoder."""
+    targets, found = encoder.state_dict(), load_file(path)
+    for key in [*targets, *found]:
+        shapes = [tuple(t[key].shape) if key in t else "none" for t in (found, targets)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                "mismatch",
+                f"'{path}' has {key} of shape {shapes[0]}, the given backbone of shape"
+                f" {shapes[1]}; pass the network that the run learned.",
+            )
 
 
 def load_views(path: str | Path) -> ViewConfig | None:

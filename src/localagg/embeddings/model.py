@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import EXPORTED_NAME, load_bank, load_encoder, load_views, read_run
 from ..config import ViewConfig
-from ..data.images.image_list import as_source
+from ..data.images.image_dataset import as_source
 from ..data.loading.cropping import evaluation_crops
 from ..data.loading.scan import require_readable
 from ..data.sources.open import Source, open_images
@@ -190,7 +190,13 @@ class Model:
         return self._bank, self._source
 
 
-def load(source: str | Path, *, views: ViewConfig | None = None, device: str = "auto") -> Model:
+def load(
+    source: str | Path,
+    *,
+    views: ViewConfig | None = None,
+    device: str = "auto",
+    backbone: nn.Module | None = None,
+) -> Model:
     """Load a trained network for use in Python.
 
     Args:
@@ -198,12 +204,13 @@ def load(source: str | Path, *, views: ViewConfig | None = None, device: str = "
             hub``, or the name of such a one on the Hugging Face Hub, "USER/NAME" (downloaded once).
         views: the view of images. Default: the measured view that the run or file stores.
         device: auto (a GPU if there is one), cpu, cuda or mps.
+        backbone: the network of a run that was given one; see :func:`.load_encoder`.
 
     Raises:
         UserError: no such run, file or name, or not weights of localagg; no such device.
     """
     path = _find(str(source))
-    encoder = load_encoder(path)
+    encoder = load_encoder(path, backbone)
     run = path if (path / "config.json").is_file() and (path / "checkpoints").is_dir() else None
     return Model(encoder, views or load_views(path) or ViewConfig(), run, device)
 

@@ -2,6 +2,7 @@
 
 from .backbone import Compat, Normalization
 from .encoder import BACKBONES, Encoder, available_models, create_encoder
+from .module_backbone import encoder_of
 from .weights import WeightsReport, load_weights
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "WeightsReport",
     "available_models",
     "create_encoder",
+    "encoder_of",
     "load_weights",
 ]

@@ -30,6 +30,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 
 _ROUNDING = 1e-3  # that resized images may exceed 0-1 by
 
+GIVEN = "module:"
+"""Prefix of the name of a network that was given in Python as a module."""
+
 
 class Encoder(nn.Module):
     """A backbone and an embedding head with bias, which maps images to unit rows.
@@ -218,8 +221,7 @@ def create_encoder(
         options: of the architecture (``resnet18_small``: width, blocks, stem_stride; torchvision's
             and timm's own). Unknown models and options raise UserError.
     """
-    if head_layers not in (1, 2):
-        raise UserError("option-invalid", f"head_layers is {head_layers}; use 1 or 2.")
+    head_options(head_layers)  # checks it
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -229,10 +231,15 @@ def create_encoder(
             raise UserError(
                 "option-unknown", f"Model {model} does not take these options: {error}."
             ) from None
-        spec = {"model": model, "dim": dim, **options}
-        if head_layers != 1:  # weights files of linear heads omit it
-            spec["head_layers"] = head_layers
+        spec = {"model": model, "dim": dim, **options, **head_options(head_layers)}
         return Encoder(backbone, dim, spec)
+
+
+def head_options(head_layers: int) -> dict[str, int]:
+    """Return the part of a spec for the head; specs of linear heads omit it."""
+    if head_layers not in (1, 2):
+        raise UserError("option-invalid", f"head_layers is {head_layers}; use 1 or 2.")
+    return {} if head_layers == 1 else {"head_layers": head_layers}
 
 
 def _create_backbone(model: str, options: dict[str, Any]) -> Backbone:
@@ -240,6 +247,12 @@ def _create_backbone(model: str, options: dict[str, Any]) -> Backbone:
         return BACKBONES[model](**options)
     if model.startswith("timm:"):
         return TimmBackbone(model.removeprefix("timm:"), **options)
+    if model.startswith(GIVEN):
+        raise UserError(
+            "option-missing",
+            f"The network {model.removeprefix(GIVEN)} was given in Python; pass it again as"
+            " backbone=MODULE, to localagg.load, load_encoder or resume.",
+        )
     known = available_models()
     raise UserError(
         "option-unknown",

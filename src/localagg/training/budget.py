@@ -15,6 +15,7 @@ from ..data.sources.open import Source
 from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
+from ..models.encoder import GIVEN
 from ..recipes.derived_settings import resolve_defaults
 from .epoch_time import reading_seconds, training_seconds
 from .learner import Learner
@@ -51,9 +52,14 @@ def fit_budget(
         UserError: ``--minutes`` where nothing is left to choose, or options that do not fit.
     """
     device = make_fabric(config.device).device.type
-    adapted = config.adapt.feature_views > 0
-    if config.minutes is None and (config.epochs is not None or device != "cpu" or adapted):
+    unknown = config.adapt.feature_views > 0 or (config.encoder.model or "").startswith(GIVEN)
+    if config.minutes is None and (config.epochs is not None or device != "cpu" or unknown):
         return config
+    if unknown and config.adapt.feature_views == 0:
+        raise UserError(
+            "option-conflict",
+            f"--minutes {config.minutes:g} has no effect with backbone=; set epochs instead.",
+        )
     minutes = CPU_MINUTES if config.minutes is None else config.minutes
     side, size = typical_side(source), len(source)
     candidates = list(_candidates(config, side, typed))

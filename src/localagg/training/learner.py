@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..bank import MemoryBank
 from ..clustering import cluster
-from ..config import EncoderConfig, PretrainConfig
+from ..config import EncoderConfig, PretrainConfig, require_resolved
 from ..data.sources.open import Source
 from ..distributed.batch_norm import running_statistics, synchronize_batch_norm
 from ..distributed.collectives import World
@@ -20,7 +20,7 @@ from ..engine.kmeans import KMeans
 from ..engine.search import store_by_row
 from ..errors import UserError
 from ..io.console import show_progress
-from ..models import Encoder, create_encoder
+from ..models import Encoder, create_encoder, encoder_of
 from .initial_bank import embed_bank
 from .trained_part import freeze_untrained
 
@@ -35,16 +35,32 @@ class Learner:
         config: resolved.
         size: N, rows of the bank.
         world: the ranks. Default: this process alone.
+        backbone: a network given in Python, in place of that of the configuration.
 
     Raises:
         UserError: a device that is missing, or a batch-norm that cannot be shared.
     """
 
-    def __init__(self, config: PretrainConfig, size: int, world: World | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        size: int,
+        world: World | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
         self.config, self.world = config, world or World()
         number = self.world.local_rank if self.world.size > 1 else None
         self.fabric = make_fabric(config.device, config.precision, number)
-        self.encoder = make_encoder(config.encoder, config.seed)
+        if backbone is None:
+            self.encoder = make_encoder(config.encoder, config.seed)
+        else:
+            self.encoder = encoder_of(
+                backbone,
+                config.encoder.dim,
+                require_resolved(config.views.image_size),
+                head_layers=config.encoder.head_layers,
+                seed=config.seed,
+            )
         if config.sync_batch_norm and self.world.size > 1:
             synchronize_batch_norm(self.encoder, self.world)
         if config.adapt.feature_views:

@@ -10,14 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import checkpoint
 from ..config import PretrainConfig
 from ..data.images.augment import Augment
+from ..data.images.image_dataset import open_data
 from ..data.images.samples import with_measured_range
 from ..data.loading.loader import Feed, on_device
+from ..data.loading.own_views import Transform
 from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
-from ..data.sources.open import open_images, report_unread
+from ..data.sources.open import report_unread
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..engine.search import missing_backend_note
 from ..errors import UserError
@@ -29,6 +33,7 @@ from ..recipes.schedule import Schedule
 from .budget import fit_budget
 from .frozen_features import FrozenFeatures
 from .learner import Learner
+from .own_parts import OwnParts
 from .recorder import START, WAITING, Recorder
 from .run_setup import (
     check_ranks,
@@ -46,11 +51,13 @@ from .step import take_step
 
 def pretrain(
     config: PretrainConfig,
-    data: str,
+    data: Any,
     out: str | Path,
     *,
     start: str | Path | None = None,
     typed: Iterable[str] = (),
+    backbone: nn.Module | None = None,
+    views: Transform | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
@@ -62,12 +69,19 @@ def pretrain(
 
     Args:
         config: settings; those that are None are derived from the images.
-        data: data URI.
+        data: data URI; or images: a list of files, bytes, PIL images, arrays or tensors, an array
+            uint8 [N, H, W, 3], or a torch ``Dataset`` (see :func:`.as_source`).
         out: the run folder to make.
         start: a finished run of IR on the same images to continue: its weights, bank and momentum
             are loaded and its epochs count, as in the reference's LA runs. LA begins after
             ``ir_epochs``, or at once if these have passed.
         typed: names of options in ``config`` that ``minutes`` keeps, even if they equal a default.
+        backbone: a network in place of the configuration's: returns [B, C] or [B, C, H, W] of
+            normalized images [B, 3, S, S]. It is trained in place, from the weights that it has.
+        views: makes a random view [3, S, S] of an image uint8 [3, H, W], in place of the
+            configuration's views, for example a transform of torchvision.transforms.v2. It returns
+            uint8, or floats in 0-1 that are not normalized, and draws by torch's generator, which
+            is seeded for each view. Measurements use ``config.views``.
         rank_timeout: seconds of silence of one process after which all end.
 
     Returns:
@@ -87,13 +101,15 @@ def pretrain(
         if world.rank == 0:
             checkpoint.check_new(run)
         check_start_weights(config, start)
-        source = world.rank_zero_first(lambda: open_images(data))
+        source, place = world.rank_zero_first(lambda: open_data(data))
         if world.rank == 0:
-            report_unread(data)
+            report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:
             config = settings_after_ir(config, Path(start), fingerprint)
         config = replace(config, views=with_measured_range(config.views, source))
+        own = OwnParts(backbone, views)
+        config = own.configure(config, source)
         fitted = world.rank_zero_first(
             lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
         )
@@ -102,12 +118,13 @@ def pretrain(
         check_ranks(resolved, world)
         for line in explain_defaults(config, resolved, len(source)):
             notify(line)
-        learner = Learner(resolved, len(source), world)
+        learner = Learner(resolved, len(source), world, backbone)
         load_start_weights(learner.encoder, resolved, world)
-        feed = open_feed(source, resolved, world)
-        evaluate = OnlineKnn(resolved, data, source, feed.valid, world=world)
-        floors = RunFloors(run, resolved, data, feed, world)
-        facts = {"data": data, "fingerprint": fingerprint, "size": len(source)}
+        feed = open_feed(source, resolved, world, transform=views)
+        evaluate = OnlineKnn(resolved, place, source, feed.valid, world=world)
+        floors = RunFloors(run, resolved, place, feed, world)
+        facts = {"data": place, "fingerprint": fingerprint, "size": len(source)}
+        facts |= own.facts(source, learner.encoder, resolved)
         if start is not None:
             facts["start"] = str(start)
         with lock_run_for_all(run, world):
@@ -122,8 +139,10 @@ def resume(
     out: str | Path,
     config: PretrainConfig | None = None,
     *,
-    data: str | None = None,
+    data: Any = None,
     typed: Iterable[str] = (),
+    backbone: nn.Module | None = None,
+    views: Transform | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint, to the same end as a run that never stopped.
@@ -134,8 +153,10 @@ def resume(
     Args:
         out: the run folder.
         config: options set now; only workers, device, compile and unreadable may differ.
-        data: another place of the same images. Default: the place in the run folder.
+        data: another place of the same images. Default: the place in the run folder. Images that
+            were given in Python are given again.
         typed: names of the options in ``config`` that were set now.
+        backbone, views: those that the run began with.
         rank_timeout: see :func:`pretrain`.
 
     Returns:
@@ -150,8 +171,10 @@ def resume(
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
         settings = continue_settings(run, stored, config, typed, facts["removed"])
-        place = data or str(facts["data"])
-        source = world.rank_zero_first(lambda: open_images(place))
+        own = OwnParts(backbone, views)
+        own.check_given(run, facts)
+        given = facts["data"] if data is None else data
+        source, place = world.rank_zero_first(lambda: open_data(given))
         if source.fingerprint() != facts["fingerprint"]:
             raise UserError(
                 "mismatch",
@@ -166,12 +189,14 @@ def resume(
             if summary := progress.get("summary"):
                 notify(f"'{run}' has already finished its {settings.epochs} epochs.")
                 return summary
-            feed = open_feed(source, settings, world, progress)
-            learner = Learner(settings, len(source), world)
-            evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
-            floors = RunFloors(run, settings, place, feed, world)
+            feed = open_feed(source, settings, world, progress, views)
+            learner = Learner(settings, len(source), world, backbone)
             if newest is None:  # killed before its first checkpoint
                 load_start_weights(learner.encoder, settings, world)
+            own.check_same(facts, source, learner, values=newest is None)
+            evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
+            floors = RunFloors(run, settings, place, feed, world)
+            if newest is None:
                 features = set_first_state(learner, feed, facts)
             else:
                 learner.restore(newest)

@@ -11,6 +11,7 @@ import torch
 from .. import checkpoint
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.loading.loader import Feed
+from ..data.loading.own_views import Transform
 from ..data.sources.open import Source
 from ..distributed.collectives import World
 from ..errors import UserError
@@ -166,7 +167,11 @@ def check_ranks(config: PretrainConfig, world: World) -> None:
 
 
 def open_feed(
-    source: Source, config: PretrainConfig, world: World, progress: dict[str, Any] | None = None
+    source: Source,
+    config: PretrainConfig,
+    world: World,
+    progress: dict[str, Any] | None = None,
+    transform: Transform | None = None,
 ) -> Feed:
     """Return the batches of a run; with the progress of a checkpoint, those that come next."""
     before = progress if progress and "left_out" in progress else None
@@ -184,6 +189,7 @@ def open_feed(
             on_progress=show,
             before=before,
             world=world,
+            transform=transform,
         )
     feed.check_batch_size(config.ir_batch_size or 0, "ir_batch_size")
     if feed.unreadable:

@@ -64,9 +64,10 @@ def take_step(
         timer: measures the parts of the step.
     """
     with timer("augmentation"):
-        views = batch.images  # features [b, C] of a frozen backbone pass as they are
-        if views.ndim == 4:
+        views = batch.images  # frozen features [b, C] and the user's own views pass as they are
+        if views.dtype == torch.uint8:
             views = augment(views, epoch, batch.index, batch.uniforms)
+        if views.ndim == 4:
             views = views.contiguous(memory_format=torch.channels_last)
     with timer("network"):
         v_bD = learner.network(views)

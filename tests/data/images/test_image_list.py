@@ -9,7 +9,8 @@ from expect import user_error
 from PIL import Image
 
 from localagg.data.images.decode import decode
-from localagg.data.images.image_list import ImageList, as_source
+from localagg.data.images.image_dataset import as_source
+from localagg.data.images.image_list import ImageList
 from localagg.data.sources.open import open_images
 
 

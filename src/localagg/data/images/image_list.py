@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError
-from ..sources.source import Sample, Source, content_hash
+from ..sources.open import GIVEN
+from ..sources.source import Sample, content_hash
 from .decode import decode_opened
 
 _KINDS = "a path, encoded bytes, a PIL image, an array [H, W, 3] or a tensor [3, H, W]"
@@ -34,7 +35,7 @@ class ImageList:
         UserError: no image, no such file, an object of another kind, shape, dtype or range.
     """
 
-    uri = "the given images"
+    uri = GIVEN
     classes: list[str] | None = None
     labels: Tensor | None = None
 
@@ -100,15 +101,6 @@ class ImageList:
                 "option-invalid",
                 f"Image {number} of the list is of type {type(image).__name__}; pass {_KINDS}.",
             )
-
-
-def as_source(images: Any, *, upright: bool = False) -> Source:
-    """Return images as a source: one from :func:`~localagg.open_images` as it is, else a list.
-
-    Raises:
-        UserError: as :class:`ImageList`.
-    """
-    return images if hasattr(images, "fingerprint") else ImageList(images, upright=upright)
 
 
 def _as_list(images: Any) -> list[Any]:

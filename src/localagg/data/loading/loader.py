@@ -20,6 +20,7 @@ from ..images.augment import view_uniforms
 from ..images.levels import levels_of
 from ..sources.source import Source
 from .cropping import TrainingBatch, training_crops
+from .own_views import Transform, own_view_crops
 from .scan import Memory, load_or_scan, require_readable
 from .workers import map_in_workers
 
@@ -43,6 +44,7 @@ class Feed:
         device: "auto" or "cuda": load batches into page-locked memory if CUDA is available.
         before: {"left_out", "unreadable"} of the resumed run, from :meth:`state`.
         world: the ranks; default: this process alone.
+        transform: makes the views in place of the options; then batches have float views.
 
     Attributes:
         pixels: all images uint8 [N, 3, H, W] if they are held in memory, else None.
@@ -71,17 +73,18 @@ class Feed:
         on_progress: ProgressCallback = lambda done, of: None,
         before: dict[str, list[int]] | None = None,
         world: World | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self.source, self.views, self.batch, self.seed = source, views, batch_size, seed
         self.workers, self.memory_gb, self.policy = workers, memory_gb, unreadable
         self.pin = device in ("auto", "cuda") and torch.cuda.is_available()
-        self.world = world or World()
+        self.world, self.transform = world or World(), transform
         keep_freed_memory()
         self.pixels, self.unreadable, self.sizes, pages = load_or_scan(
             source,
             upright=views.exif_orientation,
             levels=levels_of(views),
-            memory=memory,
+            memory="never" if transform else memory,  # whole images go through the function
             memory_gb=memory_gb,
             workers=workers,
             on_progress=on_progress,
@@ -157,6 +160,9 @@ class Feed:
                 yield TrainingBatch(index, images, view_uniforms(self.seed, epoch, index))
             return
         crop = functools.partial(training_crops, self.source, self.views, self.seed, epoch)
+        if self.transform is not None:
+            keys = (self.source, self.views, self.transform, self.seed, epoch)
+            crop = functools.partial(own_view_crops, *keys)
         for batch, unreadable in map_in_workers(crop, chunks, self.workers, pin=self.pin):
             self.unreadable.update(unreadable)
             require_readable(self.source, unreadable, self.policy)

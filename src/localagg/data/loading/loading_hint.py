@@ -23,7 +23,7 @@ def data_loading_hint(share: float, feed: Feed) -> str | None:
     if share < HINT_FROM or feed.pixels is not None:
         return None
     waited = f"{share:.0%} of the time was spent waiting for data; "
-    if len(feed.sizes) == 1:
+    if len(feed.sizes) == 1 and feed.transform is None:
         height, width = next(iter(feed.sizes))
         needed = len(feed.source) * 3 * height * width
         if needed <= _MEMORY_SHARE * memory_bytes():

@@ -75,6 +75,10 @@ def parse_uri(uri: str | os.PathLike[str]) -> tuple[str, DataOptions]:
     return place, DataOptions(split, options.get("pages") == "all", options.get("image-column"))
 
 
+GIVEN = "the given images"
+"""Stands in a run folder for images that were given in Python."""
+
+
 def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
     """Open a data URI.
 
@@ -93,6 +97,10 @@ def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
     Raises:
         UserError: no such path, no images in it, no such split, or damaged data.
     """
+    if uri == GIVEN:
+        raise UserError(
+            "option-missing", f"The run learned from {GIVEN} in Python; pass data= or --data."
+        )
     place, options = parse_uri(uri)
     splits = find_splits(place, options.column)
     names = [name for name in splits.names if name not in options.split]
@@ -120,7 +128,7 @@ def _print_note(note: str) -> None:
 def open_evaluation(uri: str | os.PathLike[str]) -> Source | None:
     """Open the split to measure on ("val", under any of its names), or return None without one."""
     try:
-        return open_images(uri, "val")
+        return None if uri == GIVEN else open_images(uri, "val")
     except MissingSplit:
         return None
 
@@ -155,6 +163,8 @@ class Unread(NamedTuple):
 
 def report_unread(uri: str | os.PathLike[str]) -> Unread:
     """Return the stored splits and the files that are not read, and print a line on each."""
+    if uri == GIVEN:
+        return Unread([], [])
     place, options = parse_uri(uri)
     splits = find_splits(place, options.column)
     known = {*_known(splits.names).values(), *options.split}
