@@ -2,9 +2,9 @@
 
     python benchmarks/cluster_count.py digits.parquet eurosat.parquet ...
 
-Tables are those of ``localagg embed`` with labels, or .npz files of ``rows`` [N, D] and ``labels``;
-``digits`` stands for scikit-learn's pixels. Of each table random subsets of 2, 3, 5, 7 and 10 classes
-are drawn, two each, of at most 500 images.
+Tables are those of ``localagg embed`` with labels, or .npz files of ``rows`` [N, D] and
+``labels``; ``digits`` stands for scikit-learn's pixels. Random subsets of 2, 3, 5, 7 and 10 classes
+of each table are drawn, two each, of at most 500 images.
 """
 
 import argparse

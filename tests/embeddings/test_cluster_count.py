@@ -1,5 +1,7 @@
 """The number of clusters: that of clear groups, of the digits, and of rows without any."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ def test_candidates_are_dense_and_leave_images_for_each_cluster():
     assert candidates(12) == [2, 3, 4]
     many = candidates(10_000)
     assert (many[0], many[-1] > 85, many[-1] <= 100) == (2, True, True)
-    assert all(b <= max(a + 1, 1.2 * a) for a, b in zip(many, many[1:], strict=False))
+    assert all(b <= max(a + 1, 1.2 * a) for a, b in itertools.pairwise(many))
 
 
 def test_components_are_those_of_scikit_learn():

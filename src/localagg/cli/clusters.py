@@ -58,7 +58,7 @@ def run(options: Clusters) -> dict[str, Any]:
     )
     if (chosen := result["chosen"]) and (tried := chosen["silhouettes"]):
         print(
-            f"Of {min(tried)} to {max(tried)} clusters, {result['k']} have the largest silhouette on"
+            f"{result['k']:,} clusters have the largest silhouette of {min(tried)}-{max(tried)} on"
             f" {chosen['images']:,} images; --k N sets another number."
         )
     return result

@@ -174,7 +174,7 @@ def verdict(floors: dict[str, Values], images: int) -> str:
         return f"Below {numbers}: lower --learning-rate, or train fewer epochs."
     if below or level:
         degree = "Below" if below else "No better than"
-        return f"{degree} {numbers}: train longer, or start from pretrained weights."
+        return f"{degree} {numbers}: train longer, or start from pretrained weights (recipe adapt)."
     if not labeled:
         return f"Better than {numbers}, which training aims at; labels would show the classes."
     best = max(floors[name].get("nmi", 0.0) for name in before)
