@@ -190,9 +190,13 @@ def _print(result: dict[str, Any], data: str | None) -> None:
 
 def _write_page(run: str) -> None:
     """Write RUN/report.html; a failure prints how to write it later, as the run is complete."""
+    from ..checkpoint import latest
     from ..io.console import notify
-    from ..report.run_report import write_report
+    from ..report.run_report import REPORT, write_report
 
+    page = Path(run) / REPORT
+    if page.exists() and page.stat().st_mtime > (latest(Path(run)) / "progress.json").stat().st_mtime:
+        return  # the run had already finished
     later = f"write it with localagg report {shlex.quote(run)}"
     try:
         print(f"Open {write_report([run])['out']}")

@@ -1,0 +1,88 @@
+"""How long does the page of 5,000 and 50,000 images take, to write, to open and to pan?
+
+Takes CIFAR-10's images or any others, and random rows around 30 centers as their embedding.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from playwright.sync_api import sync_playwright
+
+import report
+from localagg.data.sources.open import open_images
+from localagg.report.embedding_page import Pictured, write_embedding_page
+from localagg.report.thumbnails import SourceImages
+
+_PAN = """async () => {
+  const map = window.localagg.map, times = [];
+  map.zoom(1.5);
+  for (let i = 0, last = performance.now(); i < 60; i++) {
+    map.dx += 4;
+    map.redraw();
+    await new Promise(requestAnimationFrame);
+    const now = performance.now();
+    times.push(now - last), (last = now);
+  }
+  times.sort((a, b) => a - b);
+  return 1000 / times[30];
+}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="images; repeated if too few")
+    parser.add_argument("--counts", type=int, nargs="+", default=[5000, 50_000])
+    asked = parser.parse_args()
+    source, rows = open_images(asked.data), []
+    for count in asked.counts:
+        draws = torch.Generator().manual_seed(0)
+        centers = torch.randn(30, 128, generator=draws)[torch.arange(count) % 30]
+        space = F.normalize(centers + 0.8 * torch.randn(count, 128, generator=draws), dim=1)
+        index = [i % len(source) for i in range(count)]
+        shown = Pictured(space, [source.name(i) for i in index], {}, SourceImages(source, index))
+        with tempfile.TemporaryDirectory() as folder:
+            file, start = Path(folder) / "page.html", time.perf_counter()
+            found = write_embedding_page(file, shown, title="benchmark")
+            written = time.perf_counter() - start
+            ready, rate = _browse(file)
+        megabytes = found["bytes"] / 1e6
+        cells = [f"{megabytes:.1f}", f"{written:.0f}", f"{ready:.2f}", f"{rate:.0f}"]
+        rows.append([f"{count:,}", *cells])
+        print(rows[-1], flush=True)
+    report.write(
+        "report_page",
+        "The page of a run",
+        ["images", "MB", "s to write, after the embedding", "s to interact", "pan, frames a s"],
+        rows,
+        "Written: neighbors, clusters, map and thumbnails. To interact: from opening the file to a"
+        " drawn map with an image chosen by key. Frames: median of 60 while panning, Chromium"
+        " without a GPU, at most 60.",
+    )
+
+
+def _browse(file: Path) -> tuple[float, float]:
+    """Return (seconds until a key has an effect, frames a second of panning)."""
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=arguments
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto("about:blank")
+        start = time.perf_counter()
+        page.goto(file.as_uri())
+        page.locator(".stage > canvas").press("ArrowRight")
+        page.wait_for_selector(".side .path")
+        ready = time.perf_counter() - start
+        rate = page.evaluate(_PAN)
+        browser.close()
+    return ready, rate
+
+
+if __name__ == "__main__":
+    main()
