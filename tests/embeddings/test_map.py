@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from embeddings import blobs
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
+from embeddings import blobs
 from localagg.embeddings import map as map_module
 from localagg.embeddings.map import kept_map, map_rows
 

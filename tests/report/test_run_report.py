@@ -4,10 +4,10 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from embeddings import blobs, save_small_encoder, save_table
 from expect import user_error
 from small_runs import QUICK
 
+from embeddings import blobs, save_small_encoder, save_table
 from localagg import pretrain
 from localagg.cli.main import main
 from localagg.config import override

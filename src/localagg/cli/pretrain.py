@@ -195,7 +195,10 @@ def _write_page(run: str) -> None:
     from ..report.run_report import REPORT, write_report
 
     page = Path(run) / REPORT
-    if page.exists() and page.stat().st_mtime > (latest(Path(run)) / "progress.json").stat().st_mtime:
+    if (
+        page.exists()
+        and page.stat().st_mtime > (latest(Path(run)) / "progress.json").stat().st_mtime
+    ):
         return  # the run had already finished
     later = f"write it with localagg report {shlex.quote(run)}"
     try:
