@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from . import (
-    clusters,
     demo,
     embed,
     inspect,
@@ -14,9 +13,9 @@ from . import (
     recipes,
     report,
     results,
-    search,
     transfer,
 )
+from .embeddings import clusters, duplicates, outliers, search
 from .weights import export, import_tf
 
 # An action prints its result and returns what --json writes, or None.
@@ -26,6 +25,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {
     "knn": (knn.Knn, knn.run),
     "transfer": (transfer.Transfer, transfer.run),
     "clusters": (clusters.Clusters, clusters.run),
+    "duplicates": (duplicates.Duplicates, duplicates.run),
+    "outliers": (outliers.Outliers, outliers.run),
     "embed": (embed.Embed, embed.run),
     "search": (search.Search, search.run),
     "report": (report.Report, report.run),

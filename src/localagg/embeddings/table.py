@@ -126,7 +126,7 @@ class EmbeddingTable:
 
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Return {"path", "split", "index", "label"} of rows, in the given order."""
-        return self.images.take(list(positions)).to_pylist()
+        return self.images.take(np.array(positions, np.int64)).to_pylist()
 
     def image_file(self, position: int) -> Path | None:
         """Return the file of a row's image, or None if it has none, or none is there any more.

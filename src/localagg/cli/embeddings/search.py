@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .parse import positional
+from ..parse import positional
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Search:
 
 def run(options: Search) -> dict[str, Any]:
     """Print the nearest rows of each image."""
-    from ..embeddings.search import search
-    from ..io.console import print_table
+    from ...embeddings.search import search
+    from ...io.console import print_table
 
     result = search(options.table, options.images, options.run, options.k)
     for query in result["queries"]:

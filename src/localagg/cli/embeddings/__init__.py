@@ -1,0 +1,1 @@
+"""Commands on the embeddings of a run or table."""
