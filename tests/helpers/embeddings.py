@@ -26,6 +26,7 @@ def save_table(path: Path, rows: np.ndarray, labels: list[str] | None = None) ->
     """Write a table of given embeddings [N, F], of the images 0.jpg, 1.jpg, ..."""
     facts = dict.fromkeys(("weights_digest", "views", "precision", "layer"))
     facts |= {"weights": "none", "dtype": "float32", "dim": rows.shape[1], "labels": labels and ""}
+    facts["columns"] = {"embedding": rows.shape[1]}
     columns = {"path": [f"{row}.jpg" for row in range(len(rows))], "index": [*range(len(rows))]}
     columns["split"] = ["train"] * len(rows)
     columns |= {"label": labels} if labels else {}
