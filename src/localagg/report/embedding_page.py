@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..embeddings.cluster_count import choose_clusters
 from ..embeddings.clusters import Fit, cluster_rows
 from ..embeddings.map import kept_map, map_rows
 from ..embeddings.neighbors import nearest_others
@@ -57,13 +58,13 @@ def write_embedding_page(
         title: heading.
         head, foot: HTML above the map and below the last pictures.
         kept: file that keeps the map for the next call.
-        clusters: number of clusters. Default: half the square root of N.
+        clusters: number of clusters. Default: as :func:`choose_clusters` finds.
 
     Returns:
         {"images": N, "clusters": k, "bytes": size of the page, "pictures": readable ones}.
     """
     count = len(shown.rows)
-    k = clusters or min(count, max(2, round(math.sqrt(count) / 2)))
+    k = clusters or (choose_clusters(shown.rows).k if count else 0)
     labels, fit = cluster_rows(shown.rows, k) if count else (torch.empty(0).long(), None)
     xy = map_rows(shown.rows) if kept is None else kept_map(kept, shown.rows)
     near, similarity = nearest_others(shown.rows, NEIGHBORS)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import latest, load_bank, read_progress, read_run
+from ..data.images.decode import UnreadableImage
 from ..data.sources.open import open_images
 from ..embeddings.map import MOST
 from ..embeddings.open_table import open_table, open_table_images
@@ -84,9 +85,29 @@ def _pictured(path: Path, workers: int) -> Pictured:
     try:
         shown.images = SourceImages(open_table_images(opened), index)
     except UserError as error:
-        shown.notes.append(f"Without pictures: {error}")
-        notify(shown.notes[-1])
+        files = [opened.image_file(position) for position in kept]
+        if any(files):
+            shown.images = _Files(files)
+        else:
+            shown.notes.append(f"Without pictures: {error}")
+            notify(shown.notes[-1])
     return shown
+
+
+class _Files:
+    """Image files, some of which may be missing."""
+
+    def __init__(self, files: Sequence[Path | None]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> bytes:
+        file = self.files[number]
+        if file is None:
+            raise UnreadableImage("missing")
+        return file.read_bytes()
 
 
 def _columns(opened: EmbeddingTable, kept: list[int]) -> dict[str, list[Any]]:
