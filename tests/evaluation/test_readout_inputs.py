@@ -6,6 +6,7 @@ from pathlib import Path
 from expect import user_error
 from readouts import saved_dataset
 
+from localagg.data import open_images
 from localagg.evaluation.readout_inputs import open_labeled
 
 
@@ -34,10 +35,16 @@ def test_missing_splits_and_labels_are_reported(tmp_path, pictures):
             open_labeled(str(folder))
 
 
-def test_single_missing_and_constant_labels_are_reported(tmp_path, pictures):
-    missing = saved_dataset(tmp_path / "missing", pictures, [0, 1, -1, 2], [0, 1])
-    with user_error("no-labels", missing, "1 of the 4 training images"):
-        open_labeled(missing)
+def test_images_without_a_label_are_not_used(tmp_path, pictures, capsys):
+    missing = saved_dataset(tmp_path / "missing", pictures, [0, -1, 1, 2], [0, -1, 1])
+    splits = open_labeled(missing)
+    assert (splits.labels.tolist(), splits.held_out_labels.tolist()) == ([0, 1, 2], [0, 1])
+    whole = open_images(missing)
+    assert splits.source[1] == whole[2]._replace(index=1)
+    assert "1 of the 4 training images" in " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_and_constant_labels_are_reported(tmp_path, pictures):
     missing = saved_dataset(tmp_path / "held out", pictures, [0, 1], [-1, -1])
     with user_error("no-labels", missing, "held-out images"):
         open_labeled(missing)

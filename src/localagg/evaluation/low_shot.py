@@ -5,7 +5,6 @@ A subset is drawn for each seed, class by class. Linear heads on the frozen enco
 images.
 """
 
-import hashlib
 import math
 import os
 import statistics
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import check_new, weights_digest, write_json
 from ..config import TransferConfig, require_resolved
-from ..data.sources.open import Source
-from ..data.sources.source import Sample
+from ..data.sources.combined import SourceSubset
 from ..engine.device import describe_arithmetic
 from ..errors import UserError
 from ..io.console import notify
@@ -38,39 +36,6 @@ NOT_TUNING = frozenset({"ten_crop", "eval_every", "checkpoint_seconds"})
 """Names of those without effect on fine-tuning either, which is measured once at its end."""
 
 Scores = dict[str, dict[str, float]]
-
-
-class SourceSubset(Source):
-    """Some images of a source, as a source.
-
-    Args:
-        source: all images.
-        index: int64 [n], the images of the subset.
-    """
-
-    def __init__(self, source: Source, index: Tensor) -> None:
-        self.source, self.index = source, index
-        self.uri, self.classes = source.uri, source.classes
-        self.labels: Tensor | None = None if source.labels is None else source.labels[index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[int(self.index[index])]._replace(index=index)
-
-    def name(self, index: int) -> str:
-        """Return the name of an image for messages."""
-        return self.source.name(int(self.index[index]))
-
-    def fingerprint(self) -> str:
-        """Return a hash of the source's fingerprint and the subset."""
-        whole = self.source.fingerprint().encode()
-        return hashlib.sha256(whole + self.index.numpy().tobytes()).hexdigest()
-
-    def stored_bytes(self) -> int:
-        """Return the stored bytes, estimated by the share of the images."""
-        return round(self.source.stored_bytes() * len(self) / len(self.source))
 
 
 def draw_fraction(labels: Tensor, index: Tensor, fraction: float, seed: int) -> Tensor:

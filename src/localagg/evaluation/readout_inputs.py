@@ -16,9 +16,11 @@ from ..data.images.augment import evaluation_view, ten_crop_views
 from ..data.images.samples import with_measured_range
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
+from ..data.sources.combined import SourceSubset
 from ..data.sources.labels import held_out_to_training_labels
 from ..data.sources.open import Source, open_evaluation, open_images
 from ..errors import UserError
+from ..io.console import notify
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
 from .results.protocols import default_drops
@@ -50,27 +52,17 @@ class LabeledSplits(NamedTuple):
 def open_labeled(data: str) -> LabeledSplits:
     """Open both splits of a data URI and match their classes by name.
 
-    A class may lack held-out images, or training images.
+    A class may lack held-out images, or training images. Images without a label are not used.
 
     Raises:
-        UserError: no held-out split, no or missing labels, fewer than two classes in training, or
+        UserError: no held-out split, no labels, fewer than two classes in training, or
             held-out classes that training lacks.
     """
     source, held_out = open_images(data), open_evaluation(data)
     if held_out is None:
         raise UserError("not-found", f"'{data}' has no held-out split; put images into val/.")
-    for part, name in ((source, "training"), (held_out, "held-out")):
-        if part.labels is None:
-            raise UserError(
-                "no-labels",
-                f"The {name} images of '{data}' have no labels; put each class into a folder.",
-            )
-        if missing := int((part.labels < 0).sum()):
-            raise UserError(
-                "no-labels",
-                f"{missing:,} of the {len(part):,} {name} images of '{data}' have no label;"
-                " exclude them.",
-            )
+    source = _labeled(data, source, "training")
+    held_out = _labeled(data, held_out, "held-out")
     assert source.labels is not None
     assert held_out.labels is not None
     names = held_out_to_training_labels(data, source, held_out)
@@ -78,6 +70,24 @@ def open_labeled(data: str) -> LabeledSplits:
     splits = LabeledSplits(data, source, source.labels, held_out, names[held_out.labels], classes)
     check_classes(splits, torch.arange(len(source)))
     return splits
+
+
+def _labeled(data: str, source: Source, name: str) -> Source:
+    """Return the images with a label, and print how many have none.
+
+    Raises:
+        UserError: none has a label.
+    """
+    if source.labels is None:
+        raise UserError(
+            "no-labels",
+            f"The {name} images of '{data}' have no labels; put each class into a folder.",
+        )
+    missing = int((source.labels < 0).sum())
+    if not missing:
+        return source
+    notify(f"{missing:,} of the {len(source):,} {name} images have no label; they are not used.")
+    return SourceSubset(source, (source.labels >= 0).nonzero().squeeze(1))
 
 
 def check_classes(splits: LabeledSplits, readable: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sources made of others: several splits as one, and every page of a file as an image."""
+"""Sources made of others: several splits as one, some images of one, every page of a file."""
 
 import hashlib
 import io
@@ -68,6 +68,43 @@ def _renumbered(part: Source, number: dict[str, int]) -> Tensor:
     if part.labels is None or part.classes is None:
         return torch.full((len(part),), -1)
     return torch.tensor([*(number[name] for name in part.classes), -1])[part.labels]
+
+
+class SourceSubset(Source):
+    """Some images of a source, as a source.
+
+    Args:
+        source: all images.
+        index: int64 [n], the images of the subset.
+    """
+
+    def __init__(self, source: Source, index: Tensor) -> None:
+        self.source, self.index = source, index
+        self.uri, self.classes = source.uri, source.classes
+        self.labels: Tensor | None = None if source.labels is None else source.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.index[index])]._replace(index=index)
+
+    def name(self, index: int) -> str:
+        """Return the name of an image for messages."""
+        return self.source.name(int(self.index[index]))
+
+    def file(self, index: int) -> Path | None:
+        """Return the file that holds an image alone, or None."""
+        return self.source.file(int(self.index[index]))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the source's fingerprint and the subset."""
+        whole = self.source.fingerprint().encode()
+        return hashlib.sha256(whole + self.index.numpy().tobytes()).hexdigest()
+
+    def stored_bytes(self) -> int:
+        """Return the stored bytes, estimated by the share of the images."""
+        return round(self.source.stored_bytes() * len(self) / len(self.source))
 
 
 class Pages(Source):
