@@ -21,7 +21,8 @@ from expect import user_error
 from PIL import Image
 
 from localagg.data import open_images
-from localagg.data.sources.open import add_options, report_unread, stored_splits
+from localagg.data.pack.pack_dataset import pack
+from localagg.data.sources.open import add_options, check_outside, report_unread, stored_splits
 
 JPEG = encoded(Image.fromarray(np.arange(48 * 32 * 3, dtype=np.uint8).reshape(32, 48, 3)), "JPEG")
 
@@ -468,3 +469,16 @@ def test_the_column_that_was_taken_is_named(tmp_path, capsys):
     printed = " ".join(capsys.readouterr().err.split())
     assert "column 'image', not of depth; --image-column" in printed
     assert len(open_images(add_options(str(tmp_path), image_column="depth"))) == 1
+
+
+def test_an_output_inside_the_images_is_refused(tmp_path, monkeypatch):
+    put(tmp_path, "photos/{3}.jpg")
+    for output in (tmp_path / "photos" / "run", "views.png"):
+        monkeypatch.chdir(tmp_path / "photos")
+        with user_error("option-conflict", "--out", output):
+            check_outside(".", output, "--out")
+    monkeypatch.chdir(tmp_path)
+    check_outside("photos", tmp_path / "run", "--out")
+    check_outside("digits", "digits/run", "--out")
+    with user_error("option-conflict", "DST"):
+        pack(tmp_path / "photos", tmp_path / "photos" / "packed")

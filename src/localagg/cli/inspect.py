@@ -53,7 +53,7 @@ def run(options: Inspect) -> dict[str, Any]:
     notify(f"Inspecting {options.data}.")
     with show_progress(count_files(options.data)):  # importing torch takes seconds
         from ..data.inspect.inspect_dataset import inspect, summary_rows
-        from ..data.sources.open import add_options
+        from ..data.sources.open import add_options, check_outside
         from ..io.machine import cores
         from ..report.contact_sheet import check_sheet
     data = add_options(
@@ -62,6 +62,7 @@ def run(options: Inspect) -> dict[str, Any]:
     options = replace(options, data=data)
     if options.augmented is not None:
         check_sheet(Path(options.sheet), options.augmented)
+        check_outside(data, options.sheet, "--sheet")
     workers = min(cores(), 16) if options.workers is None else options.workers
     result = inspect(options.data, workers=workers, decode_all=options.decode)
     for split, facts in result["splits"].items():

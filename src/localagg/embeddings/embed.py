@@ -20,7 +20,7 @@ from ..config import PretrainConfig, ViewConfig, check_arguments, require_resolv
 from ..data.images.augment import evaluation_view
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source, check_outside, open_images
 from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import show_progress
@@ -158,6 +158,7 @@ def write_embeddings(
     weights, data, out = Path(weights), os.fspath(data), Path(out)
     layer = _one_or_several(layer)
     _check_options(out, layer, dtype, workers, batch)
+    check_outside(data, out, "--out")
     start, fabric = time.perf_counter(), make_fabric(device, precision)
     encoder = load_encoder(weights).to(fabric.device)
     source = open_splits(data, split)

@@ -18,7 +18,7 @@ import torch
 
 from ...errors import UserError
 from ...io.console import notify, show_progress
-from ..sources.open import open_images, report_unread, stored_splits
+from ..sources.open import check_outside, open_images, report_unread, stored_splits
 from ..sources.source import Source
 from .formats import FORMATS
 from .partial_folder import PartialFolder, check_destination, check_free_space
@@ -82,6 +82,7 @@ def pack(
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     shrink = _check_options(format, size, quality, shard_bytes)
     check_destination(destination)
+    check_outside(uri, destination, "DST")
     splits = _plan_splits(uri, format, shrink, shard_bytes)
     fingerprints = {s.target: [s.source.fingerprint(), len(s.files)] for s in splits}
     key = {"data": uri, "format": format, "shrink": shrink, "splits": fingerprints}

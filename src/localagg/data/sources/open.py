@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import UserError
@@ -17,6 +18,7 @@ __all__ = [
     "Sample",
     "Source",
     "add_options",
+    "check_outside",
     "open_evaluation",
     "open_images",
     "report_unread",
@@ -123,6 +125,20 @@ def _print_note(note: str) -> None:
     if note and note not in _notes:
         _notes.add(note)
         notify(note)
+
+
+def check_outside(uri: str | os.PathLike[str], output: str | os.PathLike[str], option: str) -> None:
+    """Check that an output does not lie in the folder of the images, where it would become data.
+
+    Raises:
+        UserError: it does.
+    """
+    place = Path(parse_uri(uri)[0]).expanduser()
+    if place.is_dir() and Path(output).expanduser().resolve().is_relative_to(place.resolve()):
+        raise UserError(
+            "option-conflict",
+            f"{option} {output} lies inside the images' folder '{place}'; write it elsewhere.",
+        )
 
 
 def open_evaluation(uri: str | os.PathLike[str]) -> Source | None:
