@@ -21,7 +21,7 @@ from ..data.loading.loader import Feed, on_device
 from ..data.loading.own_views import Transform
 from ..data.loading.scan import typical_side
 from ..data.loading.workers import convert_worker_death
-from ..data.sources.open import report_unread
+from ..data.sources.open import check_outside, report_unread
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..engine.search import missing_backend_note
 from ..errors import UserError
@@ -103,6 +103,7 @@ def pretrain(
         check_start_weights(config, start)
         source, place = world.rank_zero_first(lambda: open_data(data))
         if world.rank == 0:
+            check_outside(place, run, "--out")
             report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:
