@@ -4,6 +4,7 @@ Trying the candidates takes some seconds. The result names each choice as an opt
 run keeps it, and the run is a function of its options alone.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -61,7 +62,7 @@ def fit_budget(
             f"--minutes {config.minutes:g} has no effect with backbone=; set epochs instead.",
         )
     minutes = CPU_MINUTES if config.minutes is None else config.minutes
-    side, size = typical_side(source), len(source)
+    side = typical_side(source)
     candidates = list(_candidates(config, side, typed))
     if len(candidates) == 1 and config.epochs is not None:
         raise UserError(
@@ -69,14 +70,9 @@ def fit_budget(
             f"--minutes {minutes:g} has no effect: network, image size and epochs are set, by"
             " options or by the recipe; omit it, or use the recipe folder.",
         )
-    with show_progress("measuring speed") as show:
-        for number, candidate in enumerate(candidates):
-            show(number, len(candidates))
-            resolved = resolve_defaults(candidate, size, side)
-            seconds = _epoch_seconds(resolved, source) / (processes if device == "cuda" else 1)
-            epochs = require_resolved(resolved.epochs)
-            if epochs * seconds <= 60 * minutes:
-                break
+    shared = processes if device == "cuda" else 1
+    resolved, seconds = _first_that_fits(candidates, source, side, 60 * minutes * shared)
+    epochs, seconds = require_resolved(resolved.epochs), seconds / shared
     if config.epochs is None:
         epochs = max(1, config.ir_epochs or 0, min(epochs, int(60 * minutes / seconds)))
     encoder, views = resolved.encoder, resolved.views
@@ -88,6 +84,21 @@ def fit_budget(
     )
     _report(fitted, resolved, epochs * seconds / 60, minutes, device)
     return fitted
+
+
+def _first_that_fits(
+    candidates: list[PretrainConfig], source: Source, side: int, budget: float
+) -> tuple[PretrainConfig, float]:
+    """Return the first candidate within the seconds of the budget, or the last, and its epoch's."""
+    resolved, seconds = candidates[0], math.inf
+    with show_progress("measuring speed") as show:
+        for number, candidate in enumerate(candidates):
+            show(number, len(candidates))
+            resolved = resolve_defaults(candidate, len(source), side)
+            seconds = _epoch_seconds(resolved, source)
+            if require_resolved(resolved.epochs) * seconds <= budget:
+                break
+    return resolved, seconds
 
 
 def _candidates(
