@@ -182,7 +182,7 @@ async function describe(page, id, open) {
   const elements = [large, make("p", { className: "path" }, make("bdi", { textContent: path }))];
   if (facts.length) elements.push(make("p", { className: "note" }, make("bdi", { textContent: facts.join(" · ") })));
   if (neighbors.length) {
-    const near = neighbors.map(([other, s]) => pictureButton(page, other, [s.toFixed(2)], 60, () => open(other)));
+    const near = neighbors.map(([other, s]) => pictureButton(page, other, [s.toFixed(2)], 56, () => open(other)));
     elements.push(make("h3", { textContent: `${near.length} nearest, by cosine` }));
     elements.push(make("div", { className: "pictures" }, ...near));
   }
