@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import localagg
-from localagg import config, objectives, pretrain
+from localagg import cli, config, objectives, pretrain
 from localagg.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,58 @@ def python_blocks(page: Path) -> list[str]:
     """Python blocks that are programs, not sessions of an interpreter."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     return [block for block in blocks if ">>>" not in block]
+
+
+BLOCK = re.compile(
+    r"^(<!-- not run by the tests: [^\n]* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+NOT_RUN = {"README.md": 2, "networks.md": 1, "running.md": 2, "scaling.md": 1}
+"""Marked blocks: installation, downloaded weights, a cluster, several GPUs."""
+SMALL = (  # noqa: SIM905
+    "--epochs 2 --ir-epochs 1 --model resnet18_small --width 4 --blocks 1 --image-size 16"
+    " --workers 0 --device cpu"
+).split()
+
+
+def shell_commands(page: Path) -> list[list[str]]:
+    """The commands in the shell blocks that are not marked, as words."""
+    blocks = BLOCK.findall(page.read_text())
+    text = "".join(text for mark, kind, text in blocks if kind in ("", "bash") and not mark)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_blocks_that_are_not_run_are_marked_and_counted():
+    counts = {
+        page.name: sum(bool(mark) for mark, *_ in BLOCK.findall(page.read_text())) for page in PAGES
+    }
+    assert {name: count for name, count in counts.items() if count} == NOT_RUN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if shell_commands(p)], ids=lambda p: p.name)
+def test_shell_blocks_run(page, tmp_path, flat, monkeypatch, capsys):
+    """Word for word, on unlabelled images at the places that they name; runs are made small."""
+    monkeypatch.chdir(tmp_path)
+    photo = next(flat.rglob("*.jpg"))
+    for name in ("my-images", "IMAGES"):
+        shutil.copytree(flat, name)
+    shutil.copy(photo, "my-images/photo.jpg")
+    shutil.copy(photo, "photo.jpg")
+    commands = shell_commands(page)
+    if any("RUN" in words for words in commands):
+        small = config.override(config_of_a_small_run(), blocks=(1, 1, 1, 1), width=16)
+        pretrain(small, "IMAGES", "RUN")
+    for program, command, *words in commands:
+        assert Path(program).name == "localagg"
+        small = SMALL if command == "pretrain" and "--resume" not in words else []
+        status = cli.main([command, *words, *small])
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        if command == "knn":  # no labels: the way on is named
+            assert (status, "localagg clusters" in shown.err) == (2, True)
+        else:
+            assert status == 0, shown.err
 
 
 def test_the_python_example_of_the_readme_embeds_a_folder(tmp_path, flat, monkeypatch):

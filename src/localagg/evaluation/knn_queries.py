@@ -16,6 +16,8 @@ from ..models import Encoder
 
 _MAX_LEAVE_ONE_OUT = 5000  # training images that are queries where none are held out
 
+_WITHOUT_LABELS = " localagg clusters, embed and search need no labels."
+
 
 class Unmeasurable(UserError):
     """Unusable labels: none, only one class, or no class with two images."""
@@ -83,7 +85,9 @@ def select_queries(data: str, source: Source, valid: Tensor) -> QuerySelection:
         UserError: held-out classes that the training images lack by name.
     """
     if source.labels is None:
-        raise Unmeasurable("no-labels", f"'{data}' has no labels; put each class in a folder.")
+        raise Unmeasurable(
+            "no-labels", f"'{data}' has no labels; put each class in a folder.{_WITHOUT_LABELS}"
+        )
     labels = source.labels[valid]
     reference, reference_labels = valid[labels >= 0], labels[labels >= 0]
     if len(reference_labels.unique()) < 2:
