@@ -20,6 +20,10 @@ from localagg.config import (
 from localagg.config.fields import REMOVED, removed_options
 
 INVALID = [
+    (PretrainConfig, {"epochs": "three"}),
+    (PretrainConfig, {"learning_rate": "high"}),
+    (ViewConfig, {"flip": "often"}),
+    (ObjectiveConfig, {"clusters": ("many",)}),
     (PretrainConfig, {"epochs": -1}),
     (PretrainConfig, {"ir_epochs": -1}),
     (PretrainConfig, {"batch_size": 0}),

@@ -88,6 +88,7 @@ SAMPLES = {
     "--recipe": ["trans_res18_LA"],
     "--config": ["none.json:x"],
     "--processes": ["2"],
+    "--range": ["0.37", "37.0"],
 }
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
-from typing import Literal, get_args, get_origin
+from typing import Literal, TypeGuard, get_args, get_origin
 
 from ..errors import UserError
 from .fields import flag
@@ -22,26 +23,32 @@ def check_choices(config: object) -> None:
             raise _invalid(f.name, value, f"choose from {', '.join(map(str, choices))}")
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_at_least(config: object, low: int, *names: str) -> None:
     """Raise a UserError if one of these fields, or one of its numbers, is below ``low``."""
     for name in names:
         value = getattr(config, name)
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if not all(number >= low for number in numbers):
+        found = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(_is_number(number) and number >= low for number in found):
             raise _invalid(name, value, f"it must be at least {low}")
 
 
 def check_positive(config: object, *names: str) -> None:
     """Raise a UserError if one of these fields is not finite and above 0."""
     for name in names:
-        if not 0 < (value := getattr(config, name)) < math.inf:
+        value = getattr(config, name)
+        if not (_is_number(value) and 0 < value < math.inf):
             raise _invalid(name, value, "it must be above 0")
 
 
 def check_share(config: object, *names: str) -> None:
     """Raise a UserError if one of these fields is outside of [0, 1]."""
     for name in names:
-        if not 0 <= (value := getattr(config, name)) <= 1:
+        value = getattr(config, name)
+        if not (_is_number(value) and 0 <= value <= 1):
             raise _invalid(name, value, "it must be from 0 to 1")
 
 
