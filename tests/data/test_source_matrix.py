@@ -88,6 +88,23 @@ FILES: list[Row] = [
         ("unsupported", ["ZIP"]),
     ),
     (
+        "an array",
+        lambda r: put(r, "a.npy", content=b"\x93NUMPY") or r / "a.npy",
+        ("unsupported", ["NumPy"]),
+    ),
+    (
+        "a table that git lfs left out",
+        lambda r: put(
+            r, "data/train.parquet", content=b"version https://git-lfs.github.com/spec/v1"
+        ),
+        ("damaged", ["git lfs pull"]),
+    ),
+    (
+        "a tar that git lfs left out",
+        lambda r: put(r, "train.tar", content=b"version https://git-lfs.github.com/spec/v1"),
+        ("damaged", ["git lfs pull"]),
+    ),
+    (
         "system folders",
         lambda r: put(
             r, "a/1.jpg", "b/1.jpg", "@eaDir/1.jpg", "#recycle/1.jpg", "$RECYCLE.BIN/1.jpg"
@@ -370,6 +387,20 @@ LISTINGS: list[Row] = [
         "paths below another folder",
         lambda r: text(r, "a.csv", "path,label", "0.jpg,1"),
         ("not-found", ["a.csv:", "/images."]),
+    ),
+    ("labels first", lambda r: text(r, "a.csv", *(f"c,{p}" for p in TABLE)), {"train": (4, ["c"])}),
+    (
+        "an index, a path and a number",
+        lambda r: text(r, "a.csv", *(f"{i},{p},1" for i, p in enumerate(TABLE))),
+        {"train": (4, ["0", "1"])},
+    ),
+    (
+        "Kaggle's table beside two folders",
+        lambda r: (
+            put(r, "train/{5}.jpg", "test/{3}.jpg")
+            or text(r, "train.csv", "id,label", *(f"{i}.jpg,x" for i in range(5)))
+        ),
+        ("not-found", ["train.csv:", "/train."]),
     ),
     (
         "addresses",

@@ -5,6 +5,7 @@ archive of Places205 unpacks into a long folder that its lists omit; as in the r
 folder below the root is found. The index is the order of the lines.
 """
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def _file_splits(uri: str, table: Path, root: Path) -> Splits:
         images.setdefault(image.split, []).append(image)
 
     def open_split(split: str) -> CsvListing:
-        return _open(uri, table, root, Listing(images.get(split, []), listing.malformed))
+        return _open(uri, table, root, listing._replace(images=images.get(split, [])))
 
     return Splits([*images] or ["train"], open_split)
 
@@ -188,12 +189,15 @@ def _open(uri: str, table: Path, root: Path, listing: Listing) -> CsvListing:
         _relative_path(image.path, root, table, image.line, listing) for image in listing.images
     ]
     spell = _find_spelling(paths[:_PROBED], root)
+    if spell is None and listing.others:
+        with contextlib.suppress(UserError):
+            return _open(uri, table, root, listing.others[0]._replace(others=listing.others[1:]))
     if spell is None:
         first = listing.images[0].path
         raise UserError(
             "not-found",
             f"The first {min(_PROBED, len(paths))} images of '{table}' are not below '{root}', such"
-            f" as '{first}'; {_where_else(first, root, table)}.",
+            f" as '{first}'; {_where_else(paths[:_PROBED], first, root, table)}.",
         )
     labels = [image.label for image in listing.images]
     return CsvListing(uri, root, [*map(spell, paths)], labels, listing.malformed)
@@ -209,18 +213,26 @@ def _find_spelling(paths: list[str], root: Path) -> Callable[[str], str] | None:
     return next((s for s in spellings if any((root / s(path)).is_file() for path in paths)), None)
 
 
-def _where_else(path: str, root: Path, table: Path) -> str:
-    """Return the way out if no listed image exists: the folder that holds the first one, if any."""
-    if "://" in path or path.startswith(("http:/", "https:/")):
+def _where_else(paths: list[str], first: str, root: Path, table: Path) -> str:
+    """Return the way out if no listed image exists: the folder that holds most of them, if any."""
+    if "://" in first:
         return "download the images first; a listing names local files"
-    parts = PurePosixPath(path.replace("\\", "/")).parts
+    parts = PurePosixPath(first.replace("\\", "/")).parts
+    folders, last = [], ""
     for found, _ in itertools.islice(walk_images(root), _SEARCHED):
-        if PurePosixPath(found).name != parts[-1]:
-            continue
-        folder = PurePosixPath(found).parts[: -len(parts)]
-        if PurePosixPath(found).parts[-len(parts) :] == parts:
-            return f"name their folder as {table}:{root.joinpath(*folder)}"
-        return f"the first one lies at '{root / found}'; correct the paths"
+        own = PurePosixPath(found).parts
+        if own[-len(parts) :] == parts or PurePosixPath(found).stem == first:
+            folders.append(root.joinpath(*own[: -len(parts)]))
+        last = found if own[-1] == parts[-1] else last
+    if folders:
+
+        def rank(folder: Path) -> tuple[int, bool]:
+            held = sum(_find_spelling([path], folder) is not None for path in paths)
+            return held, folder.name in table.stem
+
+        return f"name their folder as {table}:{max(folders, key=rank)}"
+    if last:
+        return f"the first one lies at '{root / last}'; correct the paths"
     return f"name the folder that holds them as {table}:ROOT"
 
 

@@ -13,7 +13,7 @@ from ...errors import UserError, suggest
 from ...io.console import notify
 from .csv_listing import find_csv_listing, find_listings_in_folder
 from .digits import find_digits
-from .file_kinds import HEAD, describe
+from .file_kinds import HEAD, IMAGE_KINDS, describe, kind_of
 from .image_files import EXTENSIONS, is_image_file, is_system_folder, open_file, walk_images
 from .image_folder import find_image_folder
 from .splits import Splits
@@ -127,7 +127,7 @@ def _kinds_below(
                 "mismatch", f"'{uri}' holds several data sets; name one of {places} as --data."
             )
         if found:
-            notify(f"The data of '{uri}' are in '{found[0][0]}'.")
+            notify_once(f"The data of '{uri}' are in '{found[0][0]}'.")
             return found[0][1]
     return {}
 
@@ -162,12 +162,16 @@ def _no_images(uri: str, root: Path) -> UserError:
         return UserError("no-images", f"'{uri}' holds no images ({known}){there}.")
     try:
         with open_file(root) as file:
-            found = describe(file.read(HEAD))
+            head = file.read(HEAD)
     except OSError as error:
         return UserError("environment", f"'{uri}' cannot be read: {error.strerror}.")
     takes = "--data takes a folder, a .parquet, .tar or .csv file"
-    if root.suffix.lower() in EXTENSIONS or found.rpartition(" ")[2] in ("JPEG", "PNG", "TIFF"):
+    if root.suffix.lower() in EXTENSIONS or kind_of(head) in IMAGE_KINDS:
         return UserError("unsupported", f"'{uri}' is one image; {takes}: name its folder.")
-    return UserError(
-        "unsupported", f"'{uri}' is a file that --data does not take ({found}); {takes}."
-    )
+    return UserError("unsupported", f"--data does not take '{uri}' ({describe(head)}); {takes}.")
+
+
+@functools.cache
+def notify_once(note: str) -> None:
+    """Print a line about data that are opened several times, once."""
+    notify(note)

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ class Listing(NamedTuple):
     images: list[ListedImage]
     malformed: list[int]
     """Numbers of the lines that are no images."""
+    others: tuple["Listing", ...] = ()
+    """Further readings of lines without a header; the one whose files exist counts."""
 
 
 def read_listing(table: Path, limit: int | None = None) -> Listing:
@@ -73,10 +75,9 @@ def read_listing(table: Path, limit: int | None = None) -> Listing:
         if not {*names}.isdisjoint(_PATHS) and (delimiter != " " or known or len(names) == 1):
             return _collect(_headed_rows(lines, delimiter))
     plain = _collect(_plain_rows(lines))
-    if len(plain.images) > len(plain.malformed):
-        return plain
-    found = _collect(_guessed_rows(lines))
-    return found if len(found.images) > len(found.malformed) else plain
+    readings = [plain, _collect(_guessed_rows(lines)), _collect(_path_rows(lines))]
+    good = [found for found in readings if len(found.images) > len(found.malformed)]
+    return good[0]._replace(others=tuple(good[1:])) if good else plain
 
 
 def _encoding(table: Path) -> str:
@@ -172,7 +173,7 @@ def _csv_rows(reader: Any) -> Iterator[list[str]]:
         yield row
 
 
-def _find(names: list[str], wanted: tuple[str, ...]) -> int | None:
+def _find(names: Sequence[str], wanted: tuple[str, ...]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
 
@@ -193,15 +194,17 @@ def _label(text: Any) -> int | str | None:
     return int(whole[1]) if whole else word
 
 
+def _path_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
+    """Yield lines that are a path alone."""
+    for number, line in enumerate(lines, 1):
+        if path := line.strip().strip('"'):
+            yield number, ListedImage(number, path, None) if _is_image(path) else None
+
+
 def _guessed_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
     """Yield the rows of a table without a header; the column of image names is the path."""
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     probed = [line for _, line in numbered[:_PROBED]]
-    if sum(map(_is_image, probed)) * 2 > len(probed) and not any(
-        _is_image(line.split(mark)[0]) for line in probed[:1] for mark in ",;\t" if mark in line
-    ):
-        yield from ((n, ListedImage(n, line.strip('"'), None)) for n, line in numbered)
-        return
     for delimiter in ("\t", ";", ",", "|", " "):
         rows = [next(csv.reader([line], delimiter=delimiter), []) for line in probed]
         width = max(map(len, rows), default=0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ...errors import UserError
 from ...io.console import notify
 from .combined import CombinedSplits, Pages
-from .find_data import find_splits
+from .find_data import find_splits, notify_once
 from .source import Sample, Source
 from .splits import ALIASES, STORED, MissingSplit, find_stored_name
 from .unread_files import UnreadFiles, count_unread, describe_unread
@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 _OPTION = re.compile(r"(split|pages|image-column)=(.+)")
-_notes: set[str] = set()  # printed once
 
 
 class DataOptions(NamedTuple):
@@ -117,14 +116,9 @@ def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
         raise MissingSplit("not-found", f"'{place}' has no split '{unknown[0]}'; it has {known}.")
     parts = {name: splits.open(name) for name in chosen}
     source = parts[chosen[0]] if len(parts) == 1 else CombinedSplits(place, parts)
-    _print_note(splits.note or getattr(source, "note", ""))
+    if note := splits.note or getattr(source, "note", ""):
+        notify_once(note)
     return Pages(source) if options.pages else source
-
-
-def _print_note(note: str) -> None:
-    if note and note not in _notes:
-        _notes.add(note)
-        notify(note)
 
 
 def check_outside(uri: str | os.PathLike[str], output: str | os.PathLike[str], option: str) -> None:

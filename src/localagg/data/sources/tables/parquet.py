@@ -1,5 +1,6 @@
 """Parquet files of images, read through the cache of ``datasets``."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from ....errors import UserError
+from ..file_kinds import HEAD, describe, kind_of
+from ..image_files import open_file
 from ..splits import Splits, files_by_split, split_folders
 from .arrow_tables import TableImages, first_bytes, from_datasets, reason_of
 from .table_columns import NoImageColumn, choose_image_column
@@ -81,7 +84,11 @@ def _read_schema(path: Path) -> pa.Schema:
 
 
 def _damaged(name: str | Path, error: Exception) -> UserError:
-    return UserError("damaged", f"'{name}' cannot be read as Parquet: {reason_of(error)}.")
+    reason = reason_of(error)
+    with contextlib.suppress(OSError), open_file(name) as file:
+        if kind_of(head := file.read(HEAD)) not in ("", "a Parquet file"):
+            reason = describe(head)
+    return UserError("damaged", f"'{name}' cannot be read as Parquet: {reason}.")
 
 
 def _check_parquet(uri: str, path: Path, column: str | None) -> None:

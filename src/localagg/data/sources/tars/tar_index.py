@@ -24,6 +24,7 @@ from ....errors import UserError
 from ....io.console import notify
 from ....io.files import read_at
 from ..file_index import POSITIONS, Columns, cached_index, damaged, scan_files
+from ..file_kinds import HEAD, describe, kind_of
 from ..image_files import EXTENSIONS
 from ..labels import number_labels
 
@@ -75,7 +76,7 @@ def _members(path: Path) -> Iterator[_Member]:
         UserError: a compressed or damaged tar, or one that is cut off.
     """
     with _HeaderReader(io.FileIO(path), 1 << 16) as file:
-        _check_uncompressed(path, file.peek(8))
+        _check_uncompressed(path, file.peek(HEAD))
         archive, at, size = None, 0, os.fstat(file.fileno()).st_size
         while True:
             try:
@@ -125,6 +126,8 @@ def _check_uncompressed(path: Path, start: bytes) -> None:
         if start.startswith(magic):
             message = f"'{path}' is compressed by {kind}; unpack it to a plain .tar."
             raise UserError("unsupported", message)
+    if kind_of(start[:HEAD]) not in ("", "text", "a tar archive", "a file of zeros"):
+        raise damaged(path, 0, describe(start[:HEAD]))
 
 
 def _check_end_mark(path: Path, file: _HeaderReader, at: int) -> None:
