@@ -5,7 +5,6 @@ convolution has a bias and a batch-norm before its ReLU; conv1, the max-pools an
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch.fx
 from torch import Tensor, nn
@@ -47,24 +46,15 @@ class AlexNet(Backbone):
     """
 
     channels = 4096
-    layer_modules: ClassVar[dict[str, str]] = {
-        name: f"{'pools' if name.startswith('pool') else 'relus'}.{name}"
-        for name in [
-            "conv1",
-            "pool1",
-            "conv2",
-            "pool2",
-            "conv3",
-            "conv4",
-            "conv5",
-            "pool5",
-            "fc6",
-            "fc7",
-        ]
-    }
 
     def __init__(self) -> None:
         super().__init__()
+        names = [f"conv{n}" for n in range(1, 6)]
+        for n in (5, 2, 1):  # these convolutions have a max-pool behind them
+            names.insert(n, f"pool{n}")
+        names += ["fc6", "fc7"]
+        kinds = ("pools" if name.startswith("pool") else "relus" for name in names)
+        self.layer_modules = {n: f"{kind}.{n}" for n, kind in zip(names, kinds, strict=True)}
         convs = {name: nn.Conv2d(*sizes) for name, sizes in _CONVS.items()}
         self.convs = nn.ModuleDict(convs)
         self.norms = nn.ModuleDict({name: reference_batch_norm(s[1]) for name, s in _CONVS.items()})

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
@@ -18,14 +18,10 @@ class TorchvisionResNet(Backbone):
         options: arguments of torchvision's ``ResNet``.
     """
 
-    layer_modules: ClassVar[dict[str, str]] = {
-        "0": "stem",
-        **{str(n): f"stages.{n - 1}" for n in range(1, 5)},
-    }
-
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
         self.name = name
+        self.layer_modules = {"0": "stem", **{str(n): f"stages.{n - 1}" for n in range(1, 5)}}
         resnet: Any = torchvision.models.get_model(name, weights=None, **options)
         self.channels = resnet.fc.in_features
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -51,7 +47,7 @@ class TorchvisionResNet(Backbone):
 
     def pretrained_weights(self) -> dict[str, Tensor]:
         """Return torchvision's default weights: supervised by ImageNet's labels."""
-        weights = torchvision.models.get_model_weights(self.name)
+        weights: Any = torchvision.models.get_model_weights(self.name)
         try:
             return weights.DEFAULT.get_state_dict(
                 progress=True, check_hash=True, map_location="cpu", weights_only=True

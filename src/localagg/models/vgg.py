@@ -5,7 +5,6 @@ convolution of each stage, fc6 and fc7 have batch-norm in place of a bias; the o
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch.fx
 from torch import Tensor, nn
@@ -39,12 +38,11 @@ class VGG16(Backbone):
     """
 
     channels = 4096
-    layer_modules: ClassVar[dict[str, str]] = {
-        layer: f"relus.{layer}" for layer in ("0", "1", "2", "3", "4", "fc6", "fc7")
-    }
 
     def __init__(self) -> None:
         super().__init__()
+        layers = ("0", "1", "2", "3", "4", "fc6", "fc7")
+        self.layer_modules = {layer: f"relus.{layer}" for layer in layers}
         self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
         self.relus, self.pool = nn.ModuleDict(), nn.MaxPool2d(2)
         channels = 3

@@ -46,10 +46,15 @@ class ImageDataset:
             )
         if not len(dataset):
             raise UserError("no-images", f"The {type(dataset).__name__} is empty.")
-        self.dataset, self.upright = dataset, upright
+        self.dataset: Any = dataset
+        self.upright = upright
         self.labels, self.classes = _labels(dataset)
         first, again = (self[0].image for _ in range(2))
-        if not (torch.equal(first, again) if isinstance(first, Tensor) else first == again):
+        if not (
+            torch.equal(first, again)
+            if isinstance(first, Tensor) and isinstance(again, Tensor)
+            else first == again
+        ):
             raise UserError(
                 "mismatch",
                 f"Item 0 of the {type(dataset).__name__} differs when it is read again; remove its"
