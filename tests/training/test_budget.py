@@ -19,7 +19,7 @@ def device(monkeypatch):
     """A device whose step takes ``seconds`` an image, in proportion to width and pixels."""
     seconds = {"full": 1e-6}
 
-    def training_seconds(learner, aggregating, held, duration):
+    def training_seconds(learner, aggregating, *_):
         config = learner.config
         share = config.encoder.width / 64 * config.views.image_size**2 / 64**2
         return seconds["full"] * share * (2 if aggregating else 1)

@@ -24,6 +24,7 @@ from .learner import Learner
 CPU_MINUTES = 30.0
 _OVERHEAD = 1.2  # clusterings, measurements and checkpoints, beside reading and steps
 _SECONDS = 0.3  # of a measurement
+_STEP_SECONDS = 2.0  # of its longest step: small batches would count their fixed costs too often
 # Networks by falling cost: (width, blocks, stem stride, side of views).
 _NETWORKS = (
     (32, (1, 1, 1, 1), 2, 64),
@@ -127,7 +128,8 @@ def _epoch_seconds(config: PretrainConfig, source: Source) -> float:
     held = _held_size(config, source)
     learner = Learner(config, size)
     steps = [
-        training_seconds(learner, aggregating, held, _SECONDS) for aggregating in (False, True)
+        training_seconds(learner, aggregating, held, _SECONDS, _STEP_SECONDS)
+        for aggregating in (False, True)
     ]
     ir_share = require_resolved(config.ir_epochs) / require_resolved(config.epochs)
     step = ir_share * steps[0] + (1 - ir_share) * steps[1]
