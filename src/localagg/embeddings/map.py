@@ -86,7 +86,7 @@ def _tsne(rows: Tensor, seed: int) -> Tensor:
     found, cosine = nearest_others(rows, 3 * _PERPLEXITY)
     distance = (2 - 2 * cosine).clamp(min=0).sqrt()
     known = PrecomputedNeighbors(found.numpy(), distance.double().numpy())
-    perplexity = min(_PERPLEXITY, found.shape[1] / 3)
+    perplexity = max(1, min(_PERPLEXITY, found.shape[1] // 3))
     jobs = cores() if len(rows) >= _THREADS_FROM else 1
     with show_progress("drawing the map") as show:
         done = 0

@@ -102,13 +102,11 @@ def write_embedding_page(
         thumbnails = draw_thumbnails(images, sprite_budget(count, other))
     page = {"title": title, "head": head, "foot": foot}
     write_page(path, data=data, arrays=arrays, thumbnails=thumbnails, **page)
-    readable = 0 if thumbnails is None else int((thumbnails.sizes[:, 0] > 0).sum())
-    size = path.stat().st_size
     return {
         "images": count,
-        "clusters": len(sections and fit.tightness),
-        "bytes": size,
-        "pictures": readable,
+        "clusters": 0 if fit is None else len(fit.tightness),
+        "pictures": 0 if thumbnails is None else int((thumbnails.sizes[:, 0] > 0).sum()),
+        "bytes": path.stat().st_size,
     }
 
 

@@ -69,14 +69,11 @@ export class Grid {
  */
 export class PointMap {
   constructor(canvas, options) {
-    Object.assign(this, options, { canvas });
+    Object.assign(this, options, { canvas, labels: [], colors: [[0, 114, 178]], current: -1 });
     this.grid = new Grid(this.xy, this.count);
     this.context = canvas.getContext("2d", { alpha: false });
     this.codes = new Uint16Array(this.count);
-    this.colors = [[0, 114, 178]];
-    this.labels = [];
     this.selected = new Uint8Array(this.count);
-    this.current = -1;
     this.lasso = null;
     this.lassoMode = false;
     this.pointers = new Map();
@@ -92,6 +89,7 @@ export class PointMap {
     this.redraw();
   }
 
+  /** Set the selection. */
   choose(ids) {
     this.selected.fill(0);
     for (const i of ids) this.selected[i] = 1;
@@ -171,7 +169,7 @@ export class PointMap {
 
   #draw() {
     const style = getComputedStyle(this.canvas);
-    const back = style.getPropertyValue("--back"), text = style.getPropertyValue("--text");
+    const [back, text] = ["--back", "--text"].map((name) => style.getPropertyValue(name));
     const { context, ratio } = this;
     const [left, top] = [-this.dx / this.scale, -this.dy / this.scale];
     const [right, bottom] = [(this.width - this.dx) / this.scale, (this.height - this.dy) / this.scale];
@@ -196,13 +194,11 @@ export class PointMap {
     const pale = Uint32Array.from(this.colors, (c) => pack(mixed(c[0], r), mixed(c[1], g), mixed(c[2], b)));
     pixels.fill(pack(r, g, b));
     const radius = this.count > 200000 ? 0 : (this.count > 20000 ? 1.1 : this.count > 3000 ? 2.3 : 3.2) * ratio;
-    const disc = [];
-    const reach = Math.floor(radius);
+    const disc = [], reach = Math.floor(radius);
     for (let y = -reach; y <= reach; y++)
       for (let x = -reach; x <= reach; x++) if (x * x + y * y <= radius * radius) disc.push(y * wide + x);
+    const { xy } = this, count = some ? some.length : this.count;
     const [scale, dx, dy] = [this.scale * ratio, this.dx * ratio, this.dy * ratio];
-    const { xy } = this;
-    const count = some ? some.length : this.count;
     for (const wanted of anySelected ? [0, 1] : [0]) {
       const colors = anySelected && !wanted ? pale : full;
       for (let n = 0; n < count; n++) {
@@ -218,45 +214,36 @@ export class PointMap {
   }
 
   #drawPictures(ids) {
-    const { context } = this;
-    const room = Math.sqrt((this.width * this.height) / Math.max(8, ids.length));
-    const box = Math.min(96, Math.max(22, 0.8 * room));
+    const { context } = this, box = this.#box();
     for (const i of ids) {
       const [x, y] = this.toScreen(i);
       context.globalAlpha = this.anySelected && !this.selected[i] ? 0.3 : 1;
       const size = this.pictures.draw(context, i, x, y, box, () => this.redraw());
       if (!size) continue;
-      context.strokeStyle = `rgb(${this.colors[this.codes[i]] ?? this.colors[0]})`;
-      context.lineWidth = 2;
+      Object.assign(context, { strokeStyle: `rgb(${this.colors[this.codes[i]] ?? this.colors[0]})`, lineWidth: 2 });
       context.strokeRect(x - size[0] / 2, y - size[1] / 2, ...size);
     }
     context.globalAlpha = 1;
   }
 
   #drawLabels(back, text) {
-    const { context } = this;
-    context.font = "600 12px system-ui, sans-serif";
-    context.textAlign = "center";
-    context.textBaseline = "middle";
-    context.lineJoin = "round";
-    const taken = [];
+    const { context } = this, taken = [];
+    const font = "600 12px system-ui, sans-serif";
+    Object.assign(context, { font, textAlign: "center", textBaseline: "middle", lineJoin: "round", lineWidth: 4 });
     for (const label of this.labels) {
       const [x, y] = [label.x * this.scale + this.dx, label.y * this.scale + this.dy];
       const half = context.measureText(label.text).width / 2;
       if (taken.some(([tx, ty, th]) => Math.abs(tx - x) < th + half + 4 && Math.abs(ty - y) < 15)) continue;
       taken.push([x, y, half]);
-      context.lineWidth = 4;
-      context.strokeStyle = back;
+      Object.assign(context, { strokeStyle: back, fillStyle: text });
       context.strokeText(label.text, x, y);
-      context.fillStyle = text;
       context.fillText(label.text, x, y);
     }
   }
 
   #drawMarks(text) {
     const { context } = this;
-    context.strokeStyle = text;
-    context.lineWidth = 2;
+    Object.assign(context, { strokeStyle: text, lineWidth: 2 });
     if (this.current >= 0) {
       context.beginPath();
       context.arc(...this.toScreen(this.current), 9, 0, 7);
@@ -279,21 +266,19 @@ export class PointMap {
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
     canvas.addEventListener("pointerup", (event) => this.#up(event));
-    canvas.addEventListener("pointercancel", (event) => this.#cancel(event));
+    canvas.addEventListener("pointercancel", (event) => this.pointers.delete(event.pointerId));
     canvas.addEventListener("pointerleave", () => this.onHover(-1));
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("dblclick", (event) => this.zoom(2, event.offsetX, event.offsetY));
-    canvas.addEventListener(
-      "wheel",
-      (event) => {
-        // Scrolling down at the whole map scrolls the page on.
-        if (event.deltaY > 0 && this.scale <= this.fitted && !event.ctrlKey) return;
-        event.preventDefault();
-        const lines = event.deltaMode === 1 ? 30 : 1;
-        this.zoom(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.002)), event.offsetX, event.offsetY);
-      },
-      { passive: false },
-    );
+    canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
+  }
+
+  #wheel(event) {
+    // Scrolling down at the whole map scrolls the page on.
+    if (event.deltaY > 0 && this.scale <= this.fitted && !event.ctrlKey) return;
+    event.preventDefault();
+    const lines = event.deltaMode === 1 ? 30 : 1, rate = event.ctrlKey ? 0.01 : 0.002;
+    this.zoom(Math.exp(-event.deltaY * lines * rate), event.offsetX, event.offsetY);
   }
 
   /** The point or picture at a place of the canvas, or -1. */
@@ -354,12 +339,6 @@ export class PointMap {
     this.redraw();
   }
 
-  #cancel(event) {
-    this.pointers.delete(event.pointerId);
-    this.lasso = null;
-    this.redraw();
-  }
-
   /** Points within a polygon [[x, y], ...] on the canvas, by the even-odd rule. */
   within(polygon) {
     const corners = polygon.map(([x, y]) => [(x - this.dx) / this.scale, (y - this.dy) / this.scale]);
@@ -409,15 +388,12 @@ export class PointMap {
       const away = Math.abs(along) + 2 * across;
       if (away < least) [best, least] = [i, away];
     }
-    if (best < 0) return;
-    this.show(best);
-    this.onPick(best);
+    if (best >= 0) this.show(best), this.onPick(best);
   }
 }
 
 /** [red, green, blue] of a CSS color such as #fff or #17171a. */
 function rgb(text) {
-  const hex = text.trim().slice(1);
-  const parts = hex.length === 3 ? [...hex].map((c) => c + c) : hex.match(/../g);
+  const hex = text.trim().slice(1), parts = hex.length === 3 ? [...hex].map((c) => c + c) : hex.match(/../g);
   return parts.map((part) => parseInt(part, 16));
 }

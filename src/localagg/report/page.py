@@ -92,7 +92,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _file(name: str) -> str:
-    return files(__package__).joinpath(name).read_text("utf-8")
+    return files("localagg.report").joinpath(name).read_text("utf-8")
 
 
 def _hash(text: str) -> str:

@@ -28,7 +28,7 @@ class Images(Protocol):
     """Random access to encoded bytes or uint8 pixels [3, H, W]. Picklable."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> bytes | Tensor: ...
+    def __getitem__(self, number: int, /) -> bytes | Tensor: ...
 
 
 class Thumbnails(NamedTuple):
@@ -122,7 +122,7 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
 class SourceImages:
     """Images of a source by their numbers, for :func:`draw_thumbnails`."""
 
-    def __init__(self, source: Source, index: Sequence[int]) -> None:
+    def __init__(self, source: Source, index: Sequence[int] | Tensor) -> None:
         self.source, self.index = source, torch.as_tensor(index).tolist()
 
     def __len__(self) -> int:
