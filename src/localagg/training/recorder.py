@@ -137,13 +137,13 @@ class Recorder:
                 self._stop_not_finite(f"The {what} at step {step.number:,}", step)
             self.health.add(step.values)
             self._loss = f"{step.facts['phase']} loss {step.values['loss']:.3f}"
+            epoch = f"epoch {step.facts['epoch']}/{self.config.epochs}"
+            self.line.update(description=epoch, note=self._loss)
             if step.number % self.config.log_every and step.number != self.total_steps:
                 continue
             rate = {"learning_rate": step.facts["learning_rate"]}
             with convert_write_errors(self.run):
                 self.metrics.write(step.number, step.facts | step.values | rate)
-            epoch = f"epoch {step.facts['epoch']}/{self.config.epochs}"
-            self.line.update(description=epoch, note=self._loss)
 
     def _stop_not_finite(self, what: str, step: StepMetrics) -> NoReturn:
         """Raise a UserError that names the images of a step and the checkpoint before it."""
