@@ -52,8 +52,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_new(run: Path) -> None:
-    """Raise UserError if a folder already contains a run or any other file."""
+    """Raise UserError if a folder contains a run with a checkpoint, or any other file.
+
+    A run that failed before its first checkpoint has nothing to lose: it can be begun anew.
+    """
     if (run / "config.json").exists():
+        if not has_checkpoint(run):
+            return
         raise UserError(
             "exists",
             f"'{run}' already contains a run; use --resume {run}, or choose another --out.",
@@ -70,7 +75,12 @@ def _is_left_by_a_kill(path: Path) -> bool:
 
 
 def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
-    """Create a run folder with its configuration and the facts that a resume checks."""
+    """Create a run folder with its configuration and the facts that a resume checks.
+
+    Removes the metrics of a run that failed there before its first checkpoint.
+    """
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {**facts, "config": to_dict(config)})
     sync_to_disk(run.absolute().parent)

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from expect import user_error
 from small_runs import QUICK, assert_same, state
 
@@ -19,6 +21,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.errors import Interrupted, UserError
 from localagg.io.metrics_log import read_metrics
+from localagg.recipes.builtin import recipe
 from localagg.training.learner import make_encoder
 from localagg.training.loop import pretrain, resume
 from localagg.training.recorder import Recorder
@@ -210,12 +213,58 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with user_error("exists", tmp_path / "full"):
         pretrain(QUICK, "digits", tmp_path / "full")
     checkpoint.begin_run(tmp_path / "run", QUICK, {"data": "digits"})
+    (tmp_path / "run" / "checkpoints" / "step-000000001").mkdir()
     with user_error("exists", tmp_path / "run"):
         pretrain(QUICK, "digits", tmp_path / "run")
     with user_error("not-found", tmp_path / "full"):
         resume(tmp_path / "full")
     with user_error("not-found", tmp_path / "none"):
         resume(tmp_path / "none")
+
+
+def blank_pictures(folder, count, side):
+    folder.mkdir()
+    draws = np.random.RandomState(0)
+    for i in range(count):
+        pixels = draws.randint(0, 256, (side, side, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 257])
+def test_any_number_of_images_learns(tmp_path, count):
+    """A first bank of 257 images ends in a batch of one, which batch-norm cannot normalize."""
+    images = blank_pictures(tmp_path / "images", count, 8)
+    config = override(recipe("folder").config, epochs=1, image_size=16 if count == 1 else 8,
+                      width=4, blocks=(1, 1, 1, 1), model="resnet18_small", workers=0,
+                      device="cpu", precision="32-true")  # fmt: skip
+    assert pretrain(config, images, tmp_path / "run")["images"] == count
+    assert checkpoint.load_bank(tmp_path / "run").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ({"batch_size": 1}, ["batch of 1", "8 pixels", "--image-size", "--batch-size"]),
+        ({"model": "alexnet_bn", "batch_size": 2}, ["alexnet_bn", "8x8"]),
+    ],
+)
+def test_a_network_that_cannot_train_is_refused_before_a_folder_is_made(tmp_path, options, values):
+    images = blank_pictures(tmp_path / "images", 5, 8)
+    config = override(recipe("folder").config, epochs=1, image_size=8, device="cpu", workers=0)
+    with pytest.raises(UserError) as caught:
+        pretrain(override(config, **options), images, tmp_path / "run")
+    assert [value for value in values if value not in str(caught.value)] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.begin_run(run, override(QUICK, width=16), {"data": "elsewhere"})
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "loss": 99}\n')
+    pretrain(override(QUICK, epochs=1, ir_epochs=0), "digits", run)
+    assert [line["epoch"] for line in read_metrics(run)] == [1]
+    assert checkpoint.read_run(run)[0].encoder.width == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

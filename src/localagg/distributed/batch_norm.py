@@ -1,5 +1,7 @@
 """Batch-norm with the statistics of the whole batch when the batch is split over ranks."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,6 +92,19 @@ class _Normalize(torch.autograd.Function):
 def _expand(values: Tensor, like: Tensor) -> Tensor:
     """View [C] so that it broadcasts over [B, C, ...]."""
     return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+@contextlib.contextmanager
+def per_rank_batch_norm(network: nn.Module) -> Iterator[None]:
+    """Normalize by the samples of this rank only while the block runs."""
+    norms = [norm for norm in network.modules() if isinstance(norm, SynchronizedBatchNorm)]
+    for norm in norms:
+        norm.per_rank = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.per_rank = False
 
 
 def synchronize_batch_norm(network: nn.Module, world: World) -> None:

@@ -93,8 +93,11 @@ def embed(
     encoder.train(batch_statistics)
     try:
         for index, images in batches:
+            count = len(images)
+            if batch_statistics and count == 1:  # batch-norm needs two values of each channel
+                images = images.repeat(2, 1, 1, 1)
             with autocast():
-                found_rows.append(encoder(images))
+                found_rows.append(encoder(images)[:count])
             found_index.append(index)
             done += len(index)
             on_progress(done, len(source))

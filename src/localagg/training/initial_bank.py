@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..bank import MemoryBank
 from ..config import ViewConfig
 from ..data.sources.open import Source
-from ..distributed.batch_norm import SynchronizedBatchNorm
+from ..distributed.batch_norm import per_rank_batch_norm
 from ..distributed.collectives import World
 from ..embeddings.embed import ImageEmbeddings, embed
 from ..io.console import ProgressCallback
@@ -67,19 +67,14 @@ def embed_bank(
             }
             _put(bank, embed(encoder, source, views, **options))
 
-    for norm in norms:
-        if isinstance(norm, SynchronizedBatchNorm):
-            norm.per_rank = True
     before = [_tracked(norm) for norm in norms]
-    fill(slice(first, min(begins, last)))
-    for norm, (mean, variance, count) in zip(norms, before, strict=True):
-        _set(norm, mean, variance, count)
-    fill(slice(begins, last))
+    with per_rank_batch_norm(encoder):
+        fill(slice(first, min(begins, last)))
+        for norm, (mean, variance, count) in zip(norms, before, strict=True):
+            _set(norm, mean, variance, count)
+        fill(slice(begins, last))
     if world.size > 1:
         _add_up(world, norms, before)
-    for norm in norms:
-        if isinstance(norm, SynchronizedBatchNorm):
-            norm.per_rank = False
 
 
 def _put(bank: MemoryBank, found: ImageEmbeddings) -> None:

@@ -36,6 +36,7 @@ from .learner import Learner
 from .own_parts import OwnParts
 from .recorder import START, WAITING, Recorder
 from .run_setup import (
+    check_network,
     check_ranks,
     check_start_weights,
     continue_settings,
@@ -121,6 +122,7 @@ def pretrain(
             notify(line)
         learner = Learner(resolved, len(source), world, backbone)
         load_start_weights(learner.encoder, resolved, world)
+        check_network(learner)
         feed = open_feed(source, resolved, world, transform=views)
         evaluate = OnlineKnn(resolved, place, source, feed.valid, world=world)
         floors = RunFloors(run, resolved, place, feed, world)

@@ -13,6 +13,7 @@ from ..config import PretrainConfig, flag, option_value, override, require_resol
 from ..data.loading.loader import Feed
 from ..data.loading.own_views import Transform
 from ..data.sources.open import Source
+from ..distributed.batch_norm import per_rank_batch_norm
 from ..distributed.collectives import World
 from ..errors import UserError
 from ..io.console import notify, show_progress
@@ -164,6 +165,38 @@ def check_ranks(config: PretrainConfig, world: World) -> None:
             "option-conflict",
             f"--kmeans faiss runs in one process, not {world.size}; use --kmeans lloyd or auto.",
         )
+
+
+@torch.no_grad()
+def check_network(learner: Learner) -> None:
+    """Run the network on blank images as training does, before anything is written.
+
+    Raises:
+        UserError: it does not take images of this size, or batches as small as a rank's: batch-norm
+            needs more than one value of each channel.
+    """
+    config, encoder = learner.config, learner.encoder
+    size = require_resolved(config.views.image_size)
+    smallest = min(n for n in (config.batch_size, config.ir_batch_size) if n)
+    images = smallest if config.sync_batch_norm else smallest // learner.world.size
+    shape = (min(images, 2), 3, size, size)
+    blank = torch.zeros(shape, dtype=torch.uint8, device=learner.device)
+    before = [buffer.clone() for buffer in encoder.buffers()]
+    training = encoder.training
+    try:
+        with torch.random.fork_rng(), learner.fabric.autocast(), per_rank_batch_norm(encoder):
+            encoder.train()(blank)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            "option-invalid",
+            f"{config.encoder.model} cannot train on a batch of {images} images of {size} pixels a"
+            f" process ({reason}); use a larger --image-size or --batch-size.",
+        ) from None
+    finally:
+        encoder.train(training)
+        for buffer, value in zip(encoder.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def open_feed(
