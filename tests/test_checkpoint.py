@@ -41,7 +41,7 @@ def test_a_checkpoint_restores_everything(tmp_path, parts):
     folder = save(tmp_path, 7, parts, summary=None)
     fresh = small_training(seed=1)
     clusters, progress = checkpoint.restore(folder, **fresh)
-    assert progress == {"step": 7, "summary": None}
+    assert progress == {"step": 7, "clustered": True, "summary": None}
     assert clusters["labels"].shape == (1, 10)
     assert torch.equal(fresh["bank"].rows, parts["bank"].rows)
     for name, tensor in parts["encoder"].state_dict().items():
@@ -153,7 +153,7 @@ def test_a_kill_at_any_moment_of_a_write_leaves_the_checkpoint_before_or_this_on
         shutil.rmtree(tmp_path / "checkpoints")
         shutil.copytree(tmp_path / "first", tmp_path / "checkpoints")
         moments += 1
-    assert progress == {"step": step, "word": "after"}
+    assert progress == {"step": step, "clustered": True, "word": "after"}
     assert moments > (3 if step == 1 else 15)
 
 

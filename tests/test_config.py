@@ -39,6 +39,7 @@ INVALID = [
     (TransferConfig, {"momentum": -0.1}),
     (TransferConfig, {"precision": "64-true"}),
     (EncoderConfig, {"dim": 0}),
+    (EncoderConfig, {"width": 4}),
     (EncoderConfig, {"blocks": ()}),
     (EncoderConfig, {"blocks": (2, 0)}),
     (ViewConfig, {"augmentation": "ours"}),

@@ -16,6 +16,7 @@ any moment. Nothing is unpickled: ``optimizer.pt`` is loaded with ``weights_only
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
 from .distributed.collectives import World
 from .errors import UserError
-from .io.files import atomic_write, sync_to_disk, write_synced
+from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk, write_synced
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_tensors
@@ -82,6 +83,7 @@ def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
     (run / "metrics.jsonl").unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "data_absolute": absolute_place(str(facts.get("data")))}
     write_json(run / "config.json", {**facts, "config": to_dict(config)})
     sync_to_disk(run.absolute().parent)
 
@@ -100,20 +102,40 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, dict[str, Any]]:
     with _convert_damage(path):
         facts = json.loads(path.read_text())
         stored = facts.pop("config")
-        return from_dict(PretrainConfig, stored), {**facts, "removed": removed_options(stored)}
+        if "data" in facts:
+            facts["data"] = noted_place(facts["data"], facts.get("data_absolute"))
+        with convert_newer(path):
+            return from_dict(PretrainConfig, stored), {**facts, "removed": removed_options(stored)}
 
 
 @contextlib.contextmanager
-def _convert_damage(path: Path) -> Iterator[None]:
-    """Convert errors of reading a file or checkpoint to UserError."""
+def _convert_damage(
+    path: Path, fix: str = "restore it from a copy, or train again"
+) -> Iterator[None]:
+    """Convert errors of reading a file or checkpoint to UserError with a way out."""
     try:
         yield
     except (
         *(OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError),
         *(EOFError, pickle.UnpicklingError),
     ) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError("damaged", f"'{path}' is damaged: {reason}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        missing = isinstance(error, FileNotFoundError)
+        named = error.filename if isinstance(error, OSError) and error.filename else path
+        problem = "is missing" if missing and named == error.filename else f"is damaged ({reason})"
+        raise UserError("damaged", f"'{named}' {problem}; {fix}.") from None
+
+
+@contextlib.contextmanager
+def convert_newer(path: Path) -> Iterator[None]:
+    """Convert an unknown option to a UserError that names its file."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error).rstrip(".")
+        raise UserError(
+            "unsupported", f"'{path}' is from a newer version ({reason}); upgrade localagg."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -167,7 +189,8 @@ def save(
     """
     folder = run / "checkpoints" / f"step-{step:09d}"
     beside = folder.with_name(f".{folder.name}.tmp")
-    progress, world = {"step": step, **progress}, world or World()
+    progress = {"step": step, "clustered": bool(clusters), **progress}
+    world = world or World()
     exists = world.gather_objects(folder.exists())[0]  # rank 0's view of the disk
     if not exists:
         if world.rank == 0:
@@ -241,30 +264,40 @@ def restore(
     Returns (clusters of these rows, progress) as they were saved. Raises UserError if a file is
     missing or damaged.
     """
-    with _convert_damage(folder):
+    with _convert_damage(folder / "model.safetensors"):
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
+    with _convert_damage(folder / "optimizer.pt"):
         optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         )
+    with _convert_damage(folder / "bank-*.safetensors"):
         bank.rows.copy_(_load_bank_rows(folder, bank.part))
-        return _load_clusters(folder, bank), read_progress(folder)
+    progress = read_progress(folder)
+    with _convert_damage(folder / "clusters*.safetensors"):
+        clusters = _load_clusters(folder, bank)
+        if progress.get("clustered") and not clusters:
+            raise FileNotFoundError(errno.ENOENT, "", str(folder / "clusters.safetensors"))
+    return clusters, progress
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's step, seconds, unreadable images, and summary of the end."""
-    with _convert_damage(folder):
+    with _convert_damage(folder / "progress.json"):
         return json.loads((folder / "progress.json").read_text())
 
 
 def load_bank(run: Path) -> Tensor:
-    """Return the memory bank [N, D] of a run's latest checkpoint."""
-    return _load_bank_rows(latest(run))
+    """Return the memory bank [N, D] of a run's latest checkpoint; UserError if it is damaged."""
+    folder = latest(run)
+    fix = "localagg knn --against embeddings does not need the bank"
+    with _convert_damage(folder, fix):
+        return _load_bank_rows(folder)
 
 
 def _load_bank_rows(folder: Path, part: range | None = None) -> Tensor:
     files = find_shards(folder, "bank")
     if not files:
-        raise FileNotFoundError("it has no 'bank-0-of-1.safetensors'")
+        raise FileNotFoundError(errno.ENOENT, "", str(folder / "bank-0-of-1.safetensors"))
     return read_shards(files, "rows", part=part)
 
 
@@ -344,7 +377,7 @@ def load_views(path: str | Path) -> ViewConfig | None:
     if path.is_dir():
         return read_run(path)[0].views
     views = _read_metadata(path).get("views")
-    with _convert_damage(path):
+    with _convert_damage(path), convert_newer(path):
         return None if views is None else from_dict(ViewConfig, json.loads(views))
 
 
@@ -356,7 +389,16 @@ def _exported_file(path: str | Path) -> Path:
 
 def _read_metadata(path: Path) -> dict[str, str]:
     if not path.exists():
+        if path.name == "model.safetensors":
+            raise UserError("damaged", f"'{path}' is missing; restore it from a copy.")
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
+    with open(path, "rb") as file:
+        if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save, today and before 1.6
+            raise UserError(
+                "unsupported",
+                f"'{path}' holds weights of another program; start a run from them with"
+                f" localagg pretrain --weights {path}.",
+            )
     with _convert_damage(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

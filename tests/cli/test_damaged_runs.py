@@ -1,4 +1,4 @@
-"""Every command on every damaged file of a run: one sentence that names the file, or it works."""
+"""Every command on every damaged file of a run that it reads: one sentence that names the file."""
 
 import json
 import shutil
@@ -8,7 +8,15 @@ from small_commands import run_small
 
 from localagg import cli
 
-FILES = ["config.json", "model", "optimizer.pt", "bank", "clusters", "progress.json", "no checkpoint"]
+FILES = [
+    "config.json",
+    "model",
+    "optimizer.pt",
+    "bank",
+    "clusters",
+    "progress.json",
+    "no checkpoint",
+]
 DAMAGES = ["missing", "empty", "cut", "garbage", "newer"]
 NEEDS = {  # files that a command reads
     "knn": {"config.json", "model", "bank"},
@@ -16,7 +24,6 @@ NEEDS = {  # files that a command reads
     "embed": {"config.json", "model"},
     "transfer --quick": {"config.json", "model"},
     "resume": {"config.json", "model", "optimizer.pt", "bank", "clusters", "progress.json"},
-    "results": {"config.json"},
 }
 
 
@@ -33,7 +40,6 @@ def words(command, run):
         "embed": ["embed", str(run), *data, "--out", str(run.parent / "e.parquet")],
         "transfer": ["transfer", str(run), *data, *options, "--out", str(run.parent / "t")],
         "resume": ["pretrain", "--resume", str(run)],
-        "results": ["results", str(run)],
     }[name]
 
 
@@ -56,7 +62,9 @@ def damage(run, file, how):
         path.write_text(json.dumps(stored))
         return file == "config.json"
     else:
-        path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "garbage": b"\x93" * 300}[how])
+        path.write_bytes(
+            {"empty": b"", "cut": data[: len(data) // 2], "garbage": b"\x93" * 300}[how]
+        )
     return True
 
 
@@ -64,7 +72,9 @@ def damage(run, file, how):
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_one_sentence_that_names_the_file(whole, tmp_path, capsys, file, how):
     wrong = {}
-    for command in NEEDS:
+    for command, files in NEEDS.items():
+        if not (file in files or (file == "no checkpoint" and command != "resume")):
+            continue
         run = tmp_path / command.replace(" ", "") / "run"
         shutil.copytree(whole, run)
         if not damage(run, file, how):
@@ -72,12 +82,12 @@ def test_damage_is_one_sentence_that_names_the_file(whole, tmp_path, capsys, fil
         if command == "resume" and file != "progress.json":
             progress = next((run / "checkpoints").glob("*/progress.json"), None)
             if progress:  # a finished run is not read
-                progress.write_text(json.dumps(json.loads(progress.read_text()) | {"summary": None}))
+                progress.write_text(
+                    json.dumps(json.loads(progress.read_text()) | {"summary": None})
+                )
         capsys.readouterr()
         status = cli.main(words(command, run))
         error = capsys.readouterr().err.strip().splitlines()
-        needed = file in NEEDS[command] or (file == "no checkpoint" and "model" in NEEDS[command])
-        needed &= (command, file) != ("resume", "no checkpoint")
-        if status != (2 if needed else 0) or (needed and str(run) not in error[-1]):
+        if status != 2 or str(run) not in error[-1] or "Traceback" in str(error):
             wrong[command] = (status, error[-3:])
     assert wrong == {}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from expect import user_error
+from PIL import Image
 from small_runs import QUICK, assert_same, state
 
 from localagg import checkpoint
@@ -236,7 +236,7 @@ def test_any_number_of_images_learns(tmp_path, count):
     """A first bank of 257 images ends in a batch of one, which batch-norm cannot normalize."""
     images = blank_pictures(tmp_path / "images", count, 8)
     config = override(recipe("folder").config, epochs=1, image_size=16 if count == 1 else 8,
-                      width=4, blocks=(1, 1, 1, 1), model="resnet18_small", workers=0,
+                      width=8, blocks=(1, 1, 1, 1), model="resnet18_small", workers=0,
                       device="cpu", precision="32-true")  # fmt: skip
     assert pretrain(config, images, tmp_path / "run")["images"] == count
     assert checkpoint.load_bank(tmp_path / "run").isfinite().all()
@@ -263,7 +263,8 @@ def test_a_run_that_failed_before_its_first_checkpoint_begins_anew(tmp_path):
     checkpoint.begin_run(run, override(QUICK, width=16), {"data": "elsewhere"})
     (run / "metrics.jsonl").write_text('{"epoch": 1, "loss": 99}\n')
     pretrain(override(QUICK, epochs=1, ir_epochs=0), "digits", run)
-    assert [line["epoch"] for line in read_metrics(run)] == [1]
+    assert {line["epoch"] for line in read_metrics(run)} == {1}
+    assert 99 not in [line.get("loss") for line in read_metrics(run)]
     assert checkpoint.read_run(run)[0].encoder.width == 8
 
 
@@ -361,3 +362,18 @@ def test_ir_may_have_a_batch_of_its_own_and_la_then_starts_inside_an_epoch(tmp_p
         Recorder.after_step = after
     resume(tmp_path / "broken")
     assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_is_resumed_and_measured_from_another_folder(tmp_path, pictures, monkeypatch):
+    """Relative paths of the data are noted absolute, too."""
+    monkeypatch.chdir(pictures.parent)
+    config = override(QUICK, epochs=1, ir_epochs=1, image_size=16, batch_size=8, neighbors=8)
+    config = override(config, clusters=(4,), workers=0, augmentation="reference", eval_crop=1.0)
+    pretrain(override(config, memory="never"), pictures.name, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert Path(checkpoint.read_run("run")[1]["data"]) == pictures
+    newest = checkpoint.latest(tmp_path / "run") / "progress.json"
+    newest.write_text(json.dumps(json.loads(newest.read_text()) | {"summary": None}))
+    assert resume("run")["images"] == 48
+    with user_error("not-found", "elsewhere", "--data"):
+        resume("run", data="elsewhere")

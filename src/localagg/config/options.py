@@ -39,6 +39,10 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "dim", "width", "stem_stride", "blocks")
         check(len(self.blocks) > 0, self, "blocks", "name at least 1 stage")
+        # oneDNN (torch 2.14, channels_last) writes out of bounds in the backward pass of a strided
+        # 1x1 convolution of 4 channels.
+        wide = self.width >= 8 or len(self.blocks) == 1
+        check(wide, self, "width", "at least 8 with several blocks")
 
 
 @dataclass(frozen=True)

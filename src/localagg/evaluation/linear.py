@@ -23,13 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import check_new, save_weights, weights_digest, write_json
+from ..checkpoint import check_new, convert_newer, save_weights, weights_digest, write_json
 from ..config import TransferConfig, from_dict, to_dict
 from ..data.loading.workers import convert_worker_death
 from ..distributed.signals import StopRequest, handle_stop_signals
 from ..engine.device import describe_arithmetic
 from ..errors import UserError
 from ..io.console import ProgressLine, notify
+from ..io.files import absolute_place, noted_place
 from ..io.metrics_log import MetricsLog
 from ..models import Encoder
 from .linear_heads import cross_entropies
@@ -94,6 +95,10 @@ def read_out(
         "weights": path if path is None else str(path),
         "weights_digest": weights_digest(encoder),
         "data": splits.data,
+        "absolute": {
+            "weights": None if path is None else absolute_place(str(path)),
+            "data": absolute_place(splits.data),
+        },
         "fingerprints": splits.fingerprints() if run else [],
         "size": len(splits.source),
     }
@@ -137,7 +142,9 @@ def resume_transfer(
         finished = json.loads((run / "results.json").read_text())
         own = {"device": config.device, "precision": config.precision}  # of earlier versions
         return {"weights_digest": facts["weights_digest"], **own, **finished}
-    weights = facts["weights"] if weights is None else weights
+    absolute = facts.get("absolute", {})
+    if weights is None and facts["weights"] is not None:
+        weights = noted_place(facts["weights"], absolute.get("weights"))
     if weights is None:
         raise UserError(
             "option-missing", f"'{run}' began with an encoder, not a file; resume it with weights."
@@ -147,7 +154,7 @@ def resume_transfer(
         raise UserError(
             "mismatch", f"The weights differ from those that '{run}' began with; start a new --out."
         )
-    data = os.fspath(data or facts["data"])
+    data = os.fspath(data or noted_place(facts["data"], absolute.get("data")))
     splits = open_labeled(data)
     if splits.fingerprints() != facts["fingerprints"]:
         raise UserError(
@@ -315,6 +322,7 @@ def _read_transfer(run: Path) -> tuple[TransferConfig, dict[str, Any]]:
         raise UserError("not-found", f"'{run}' {fault}; name the --out of an earlier transfer.")
     try:
         facts = json.loads(path.read_text())
-        return from_dict(TransferConfig, facts.pop("config")), facts
+        with convert_newer(path):
+            return from_dict(TransferConfig, facts.pop("config")), facts
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("damaged", f"'{path}' cannot be read: {error}.") from None

@@ -43,6 +43,17 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def absolute_place(place: str) -> str | None:
+    """Return a data URI of paths (PATH, or FILE.csv:ROOT) with absolute paths; None for others."""
+    parts = [place] if os.path.exists(place) else place.split(":")
+    return ":".join(map(os.path.abspath, parts)) if all(map(os.path.exists, parts)) else None
+
+
+def noted_place(place: str, absolute: str | None) -> str:
+    """Return the place that a run noted; from another working directory, its absolute path."""
+    return absolute if absolute is not None and absolute_place(place) is None else place
+
+
 def read_at(file: int, length: int, offset: int) -> bytes:
     """Read up to ``length`` bytes of an open file at an offset. Windows has no ``os.pread``."""
     if hasattr(os, "pread"):
