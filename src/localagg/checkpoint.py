@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
-from .distributed.collectives import World
+from .distributed.collectives import World, raise_on_all_ranks
 from .errors import UserError
 from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk, write_synced
 from .io.run_lock import LOCK_NAME
@@ -78,7 +78,7 @@ def _is_left_by_a_kill(path: Path) -> bool:
 def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
     """Create a run folder with its configuration and the facts that a resume checks.
 
-    Removes the metrics of a run that failed there before its first checkpoint.
+    The metrics of a run that failed there before its first checkpoint are removed.
     """
     (run / "metrics.jsonl").unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
@@ -174,11 +174,8 @@ def save(
     only ``progress`` is rewritten, so that a complete checkpoint exists at every moment.
 
     Args:
-        run: the run folder.
-        step: number of optimizer steps done.
-        encoder: parameters and batch-norm statistics.
-        optimizer: its state.
-        bank: memory bank with this rank's rows.
+        run, step: the run folder, and the number of optimizer steps done.
+        encoder, optimizer, bank: of this rank, which writes its rows of the bank.
         clusters: "labels" [H, n] of these rows; empty before LA.
         progress: JSON values; those of rank 0 are saved.
         views: image settings, stored in the weights file.
@@ -196,7 +193,7 @@ def save(
         if world.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
         world.barrier()
-        with _raise_on_all_ranks(world, beside), convert_write_errors(run):
+        with raise_on_all_ranks(world, beside), convert_write_errors(run):
             beside.mkdir(parents=True, exist_ok=True)
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
@@ -221,20 +218,6 @@ def _save_rows(folder: Path, bank: MemoryBank, clusters: dict[str, Tensor], worl
     if clusters:
         alone = folder / "clusters.safetensors"
         save_tensors(alone if world.size == 1 else shard_path(folder, "clusters", *place), clusters)
-
-
-@contextlib.contextmanager
-def _raise_on_all_ranks(world: World, unfinished: Path) -> Iterator[None]:
-    """Raise the first rank's UserError on every rank; rank 0 removes the unfinished folder."""
-    failure = None
-    try:
-        yield
-    except UserError as error:
-        failure = (error.code, str(error))
-    if failures := [found for found in world.gather_objects(failure) if found is not None]:
-        if world.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(*failures[0])
 
 
 def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -389,8 +372,6 @@ def _exported_file(path: str | Path) -> Path:
 
 def _read_metadata(path: Path) -> dict[str, str]:
     if not path.exists():
-        if path.name == "model.safetensors":
-            raise UserError("damaged", f"'{path}' is missing; restore it from a copy.")
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
     with open(path, "rb") as file:
         if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save, today and before 1.6

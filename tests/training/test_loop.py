@@ -291,7 +291,7 @@ def test_unreadable_images_are_refused_or_skipped(tmp_path, pictures, memory):
         pretrain(config, str(data), tmp_path / "refused")
     message = str(caught.value)
     assert "2 of 49 images" in message
-    assert "flower/03.jpg (not an image)" in message
+    assert "flower/03.jpg (it is text" in message
     assert "--unreadable skip" in message
     assert not (tmp_path / "refused").exists()
     out = pretrain(override(config, unreadable="skip"), str(data), tmp_path / "skipped")

@@ -7,13 +7,16 @@ range of every other, and no sizes are exchanged.
 
 import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..errors import UserError
 
 # torch 2.14 renames the two and warns about their old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -180,3 +183,17 @@ class World:
             raise CollectiveError(str(error)) from error
         if self.calls == 1:  # gloo's threads exist and are named from now on
             lower_gloo_priority()
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks(world: World, unfinished: Path) -> Iterator[None]:
+    """Raise the first rank's UserError on every rank; rank 0 removes the unfinished folder."""
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = (error.code, str(error))
+    if failures := [found for found in world.gather_objects(failure) if found is not None]:
+        if world.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(*failures[0])

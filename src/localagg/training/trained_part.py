@@ -79,7 +79,8 @@ def whitening(features: FrozenFeatures, valid: Tensor, dim: int) -> tuple[Tensor
     """Return weight float64 [dim, C] and bias [dim] of whitened principal components.
 
     Each component of the measured views has mean 0 and variance 1; components without variance are
-    zero. Outputs of a smaller scale would move too far in each step: rows are scaled to unit length.
+    zero. Outputs of a smaller scale would move too far in each step, as rows are scaled to unit
+    length.
     """
     total, second = torch.zeros(()), torch.zeros(())
     for index in valid.split(_ROWS):
