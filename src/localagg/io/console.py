@@ -127,13 +127,14 @@ class ProgressLine:
 
             self._display = display(self._mime(), raw=True, display_id=True)
         elif console.is_terminal:
-            self._live = Live(
+            live = Live(
                 console=console,
                 get_renderable=lambda: Text(self.text(console.width), no_wrap=True),
                 refresh_per_second=_PER_SECOND,
                 transient=True,
             )
-            self._live.start()
+            live.start()
+            self._live = live
         return self
 
     def __exit__(self, *_: object) -> None:
