@@ -23,4 +23,4 @@ def test_local_aggregation_exceeds_the_computed_floors(tmp_path, capsys):
     assert 0.95 < raw["knn1"] <= 1
     assert set(result["seconds"]) == {"IR", "IR then LA", "total"}
     assert "IR then LA" in capsys.readouterr().out
-    assert (out / "report.html").read_text().count("id=sheet-") == 12
+    assert (out / "report.html").read_text().count("id=sheet-") == 50

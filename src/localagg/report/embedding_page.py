@@ -14,6 +14,7 @@ from ..embeddings.cluster_count import choose_clusters
 from ..embeddings.clusters import Fit, cluster_rows
 from ..embeddings.map import kept_map, map_rows
 from ..embeddings.neighbors import nearest_others
+from ..embeddings.outliers import outlier_scores
 from .gallery import sprite_budget
 from .page import write_page
 from .thumbnails import Images, draw_thumbnails
@@ -22,7 +23,7 @@ NEIGHBORS = 12
 _EXEMPLARS = 12
 _PAIRS, _ODDEST = 60, 48
 _MOST_GROUPS = 1000  # values of a column that are still a category
-_ODD_RANK = 10  # of the neighbor that tells how odd an image is
+_ODD_NEIGHBORS = 20  # that tell how odd an image is, as for localagg outliers
 
 
 @dataclass
@@ -67,7 +68,9 @@ def write_embedding_page(
     k = clusters or (choose_clusters(shown.rows).k if count else 0)
     labels, fit = cluster_rows(shown.rows, k) if count else (torch.empty(0).long(), None)
     xy = map_rows(shown.rows) if kept is None else kept_map(kept, shown.rows)
-    near, similarity = nearest_others(shown.rows, NEIGHBORS)
+    near, similarity = nearest_others(shown.rows, _ODD_NEIGHBORS)
+    oddness = outlier_scores(near, similarity)[0]
+    near, similarity = near[:, :NEIGHBORS], similarity[:, :NEIGHBORS]
     # Pictures of one cluster share a sheet: a row of pictures then needs one or two of them.
     order = labels.argsort(stable=True)
     place = order.argsort()
@@ -79,7 +82,7 @@ def write_embedding_page(
     }
     columns = {"cluster": [str(each) for each in labels.tolist()], **shown.columns}
     if near.shape[1]:
-        columns["oddness"] = (1 - similarity[:, :_ODD_RANK][:, -1]).tolist()
+        columns["oddness"] = oddness.tolist()
     described = []
     for number, (name, values) in enumerate(columns.items()):
         found = _column(name, [values[i] for i in order.tolist()])
@@ -87,7 +90,7 @@ def write_embedding_page(
             arrays[f"column-{number}"] = found.pop("values")
             described.append({**found, "array": f"column-{number}"})
     sections = [] if fit is None else [_cluster_section(shown, labels, fit, place)]
-    sections += _neighbor_sections(near, similarity, place)
+    sections += _neighbor_sections(near, similarity, oddness, place)
     data = {
         "paths": paths,
         "map": {"note": " ".join(shown.notes)},
@@ -180,7 +183,9 @@ def _cluster_section(shown: Pictured, labels: Tensor, fit: Fit, place: Tensor) -
     return {"title": "Clusters", "note": note, "rows": rows}
 
 
-def _neighbor_sections(near: Tensor, similarity: Tensor, place: Tensor) -> list[dict[str, Any]]:
+def _neighbor_sections(
+    near: Tensor, similarity: Tensor, oddness: Tensor, place: Tensor
+) -> list[dict[str, Any]]:
     """Return the most similar pairs, and the images far from their neighbors."""
     if not near.shape[1]:
         return []
@@ -196,11 +201,12 @@ def _neighbor_sections(near: Tensor, similarity: Tensor, place: Tensor) -> list[
         }
         for i in pairs
     ]
-    note = f"The {len(rows)} most similar pairs, by cosine."
+    note = (
+        f"The {len(rows)} most similar pairs, by cosine; localagg duplicates compares pixels too."
+    )
     duplicates = {"title": "Near-duplicates", "note": note, "rows": rows, "pairs": True}
-    far = similarity[:, :_ODD_RANK][:, -1]
-    odd = far.argsort(stable=True)[:_ODDEST]
-    lines = [[f"{far[i]:.2f}"] for i in odd]
-    note = f"Images least similar to their {min(_ODD_RANK, near.shape[1])}th neighbor, by cosine."
+    odd = oddness.argsort(descending=True, stable=True)[:_ODDEST]
+    lines = [[f"{oddness[i]:.2f}"] for i in odd]
+    note = "Images far from their neighbors, and farther than these are from theirs."
     row = {"title": "", "items": place[odd].tolist(), "lines": lines}
     return [duplicates, {"title": "Oddest", "note": note, "rows": [row]}]
