@@ -184,10 +184,9 @@ def test_search_finds_images_in_a_table_of_embed(run, pictures, tmp_path, result
     result("embed", run, "--data", pictures, "--out", table, "--dtype", "float16")
     image = pictures / "train" / "flower" / "01.jpg"
     queries = result("search", table, image, "train/flower/02.jpg", "--k", 3)["queries"]
-    assert queries[0]["neighbors"][0]["path"] == "train/flower/01.jpg"
-    assert queries[0]["neighbors"][0]["similarity"] > 0.99
-    assert len(queries[1]["neighbors"]) == 3
-    assert "train/flower/02.jpg" not in [near["path"] for near in queries[1]["neighbors"]]
+    for query, name in zip(queries, ("train/flower/01.jpg", "train/flower/02.jpg"), strict=True):
+        assert len(query["neighbors"]) == 3
+        assert name not in [near["path"] for near in query["neighbors"]]
     assert "similarity" in capsys.readouterr().out
 
 

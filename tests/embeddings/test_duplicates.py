@@ -9,9 +9,9 @@ from altered_images import ALTERATIONS, save_altered, texture
 from expect import user_error
 
 from embeddings import save_small_encoder
+from localagg.data.images.pixel_agreement import agreement, gray_thumbnail
 from localagg.embeddings.duplicates import find_duplicates, sharpness
 from localagg.embeddings.embed import write_embeddings
-from localagg.embeddings.pixel_agreement import agreement, gray_thumbnail
 
 KINDS = list(ALTERATIONS)
 

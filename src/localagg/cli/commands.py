@@ -15,7 +15,7 @@ from . import (
     results,
     transfer,
 )
-from .embeddings import clusters, duplicates, outliers, search
+from .embeddings import clusters, compare, duplicates, outliers, search
 from .weights import export, import_tf
 
 # An action prints its result and returns what --json writes, or None.
@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {
     "clusters": (clusters.Clusters, clusters.run),
     "duplicates": (duplicates.Duplicates, duplicates.run),
     "outliers": (outliers.Outliers, outliers.run),
+    "compare": (compare.Compare, compare.run),
     "embed": (embed.Embed, embed.run),
     "search": (search.Search, search.run),
     "report": (report.Report, report.run),

@@ -11,9 +11,9 @@ from ..clustering import kmeans
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import notify, show_progress
+from ..io.result_file import check_result_file, write_result
 from .cluster_count import choose_clusters
 from .open_table import open_table
-from .result_file import check_result_file, write_result
 from .table import EmbeddingTable
 
 _STARTS = 5  # clusterings, of which the tightest counts

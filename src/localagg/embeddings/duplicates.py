@@ -11,14 +11,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from ..data.images.decode import READ_ERRORS, decode
+from ..data.images.pixel_agreement import THUMBNAIL, agreement, details, gray_thumbnail
 from ..data.loading.workers import map_in_workers
 from ..data.sources.source import Source, encoded_bytes
 from ..errors import UserError
 from ..io.console import notify, show_progress
+from ..io.result_file import check_result_file, write_result
 from .neighbors import nearest_others
 from .open_table import open_table, open_table_images
-from .pixel_agreement import THUMBNAIL, agreement, details, gray_thumbnail
-from .result_file import check_result_file, write_result
 from .table import EmbeddingTable
 
 _NEIGHBORS, _COPIES = 10, 5  # candidates of an image; ranks beyond the copies are other images
@@ -39,7 +39,7 @@ def find_duplicates(
 
     Candidates are the ten nearest images by embedding, and by pixels, plain and flipped. Two
     candidates are near-duplicates if their agreement is at least S; see
-    :mod:`~localagg.embeddings.pixel_agreement`. Pairs that share an image are in one group.
+    :mod:`~localagg.data.images.pixel_agreement`. Pairs that share an image are in one group.
 
     S is midway between two agreements. A thousandth of the images reach the first with a different
     image: it is extrapolated from the 90 and 99 % quantiles over neighbors ranked sixth to tenth,

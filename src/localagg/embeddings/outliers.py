@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..io.result_file import check_result_file, write_result
 from .neighbors import nearest_others
 from .open_table import open_table
-from .result_file import check_result_file, write_result
 from .table import EmbeddingTable
 
 _NEIGHBORS = 20

@@ -1,5 +1,6 @@
 """Find the most similar images in a table of embeddings."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,19 @@ from ..checkpoint import load_encoder, weights_digest
 from ..config import ViewConfig, from_dict
 from ..data.images.decode import READ_ERRORS, decode, read_error_reason
 from ..data.loading.cropping import evaluation_batches
+from ..data.sources.image_files import walk_images
 from ..data.sources.source import Sample
 from ..engine.device import make_fabric
 from ..engine.search import sort_by_similarity
 from ..errors import UserError, suggest
+from ..io.console import notify
 from .embed import encode
+from .open_table import open_table
 from .table import EmbeddingTable, path_text
 
 
 def search(
-    table: str | Path,
+    table: str | Path | EmbeddingTable,
     images: Sequence[str | Path | int],
     weights: str | Path | None = None,
     k: int = 10,
@@ -32,17 +36,19 @@ def search(
     The search is exact: every row is compared. Equal similarities are sorted by row.
 
     Args:
-        table: file written by ``localagg embed``.
-        images: each an image file, or a path or an index in the table. A file takes precedence
-            over a path in the table. An image in the table is found by its row, without the
-            weights, and is excluded from its own neighbors.
+        table: run folder, or file written by ``localagg embed``.
+        images: each an image file, a path or an index in the table, or a folder of image files. A
+            file takes precedence over a path in the table, and that over a folder. An image in the
+            table, named either way, is found by its row, without the weights, and is excluded from
+            its own neighbors.
         weights: run folder or weights file of the table. Default: the place recorded in the table.
         k: number of neighbors, capped at the available ones.
 
     Returns:
-        {"table", "rows", "k", "exact": True, "seconds", "queries": [{"image", "index": in the table
-        or None, "neighbors": [{"path", "index", "label" if the table has labels, "similarity": -1
-        to 1}]}]}, the most similar first.
+        {"table", "rows", "k", "exact": True, "seconds", "unreadable": files in folders that cannot
+        be read, "queries": [{"image", "index": in the table or None, "neighbors": [{"path",
+        "index", "label" if the table has labels, "similarity": -1 to 1}]}]}, the most similar
+        first.
 
     Raises:
         UserError: no such table or image, a damaged one, or weights that are missing or not the
@@ -53,7 +59,8 @@ def search(
         raise UserError("option-invalid", f"--k is {k}; it must be at least 1.")
     if not images:
         raise UserError("option-missing", "Name at least one image to search for.")
-    opened = EmbeddingTable(Path(table))
+    opened = open_table(table)
+    images, unreadable = _expand_folders(opened, images)
     positions = [_find_position(opened, image) for image in images]
     files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
     embedded = iter(_embed_files(opened, files, weights) if files else ())
@@ -68,10 +75,11 @@ def search(
         for image, own, rows, cosines in zip(images, positions, *found, strict=True)
     ]
     return {
-        "table": str(table),
+        "table": str(opened.path),
         "rows": len(opened),
         "k": k,
         "exact": True,
+        "unreadable": unreadable,
         "queries": queries,
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -98,8 +106,62 @@ def _nearest(queries_QF: Tensor, bank_NF: Tensor, k: int) -> tuple[Tensor, Tenso
     return sort_by_similarity(torch.from_numpy(rows), torch.from_numpy(similarity).clamp(-1, 1))
 
 
+def _expand_folders(
+    table: EmbeddingTable, images: Sequence[str | Path | int]
+) -> tuple[list[str | Path | int], int]:
+    """Replace folders by the readable image files in them; return how many are not readable.
+
+    Raises:
+        UserError: a folder without a readable image.
+    """
+    found: list[str | Path | int] = []
+    unreadable = 0
+    for image in images:
+        folder = Path(str(image))
+        if (
+            isinstance(image, int)
+            or not folder.is_dir()
+            or table.find("path", path_text(str(image))) is not None
+        ):
+            found.append(image)
+            continue
+        files = [folder / name for name, _ in sorted(walk_images(folder))]
+        readable = [file for file in files if _read_error(file) is None]
+        unreadable += len(files) - len(readable)
+        if not readable:
+            raise UserError("no-images", f"'{folder}' has no readable image; name another folder.")
+        found += readable
+    if unreadable:
+        notify(f"Skipped {unreadable:,} files that cannot be read.")
+    return found, unreadable
+
+
+def _read_error(file: Path) -> str | None:
+    try:
+        decode(file.read_bytes())
+    except READ_ERRORS as error:
+        return read_error_reason(error)
+    return None
+
+
+def _find_file(table: EmbeddingTable, file: Path) -> int | None:
+    """Return the row of an image file, or None if the table has none of it."""
+    roots = [table.facts.get("root")]
+    if "root" not in table.facts and (data := table.facts.get("data")):  # an earlier version's
+        roots += [data, os.path.join(data, table.facts.get("split", "train"))]
+    if (nearby := table.facts.get("root_from_table")) is not None:
+        roots.append(table.path.absolute().parent / nearby)
+    for root in filter(None, roots):
+        for name in (os.path.abspath(file), os.path.realpath(file)):
+            for base in (os.path.abspath(root), os.path.realpath(root)):
+                path = os.path.relpath(name, base).replace(os.sep, "/")
+                if (row := table.find("path", path_text(path))) is not None:
+                    return row
+    return None
+
+
 def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None:
-    """Return an image's position in the table, or None for a file.
+    """Return an image's position in the table, or None for a file that is not in it.
 
     Raises:
         UserError: neither a file nor in the table.
@@ -107,11 +169,9 @@ def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None
     name = str(image)
     if not isinstance(image, int):
         if Path(image).is_file():
-            return None
+            return _find_file(table, Path(image))
         if (row := table.find("path", path_text(name))) is not None:
             return row
-        if Path(image).is_dir():
-            raise UserError("not-found", f"'{name}' is a folder; name image files in it.")
     index = int(name) if name.isdecimal() else -1
     if 0 <= index < 2**63 and (row := table.find("index", index)) is not None:
         return row
@@ -141,13 +201,10 @@ def _embed_files(
 ) -> Tensor:
     """Return embeddings [files, F] by the table's encoder, layer, view and precision."""
     for path in files:
-        try:
-            decode(path.read_bytes())
-        except READ_ERRORS as error:
+        if (reason := _read_error(path)) is not None:
             raise UserError(
-                "unreadable-images",
-                f"'{path}' cannot be read: {read_error_reason(error)}; name another image.",
-            ) from None
+                "unreadable-images", f"'{path}' cannot be read: {reason}; name another image."
+            )
     facts = table.facts
     place = Path(facts["weights"] if weights is None else weights)
     if weights is None and not place.exists():

@@ -30,8 +30,8 @@ def run(options: Clusters) -> dict[str, Any]:
     """Print the clusters, tightest first."""
     from ...embeddings.clusters import cluster_images
     from ...embeddings.open_table import open_table
-    from ...embeddings.result_file import check_result_file
     from ...io.console import print_table
+    from ...io.result_file import check_result_file
 
     if options.k != "auto" and not options.k.isdecimal():
         raise UserError("option-invalid", f"--k is '{options.k}'; name a number, or auto.")

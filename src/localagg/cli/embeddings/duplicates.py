@@ -28,8 +28,8 @@ def run(options: Duplicates) -> dict[str, Any]:
     """Print the groups, the image to keep first."""
     from ...embeddings.duplicates import find_duplicates
     from ...embeddings.open_table import open_table
-    from ...embeddings.result_file import check_result_file
     from ...io.console import print_table
+    from ...io.result_file import check_result_file
 
     check_result_file(options.out)
     check_page(options.html)
@@ -52,17 +52,23 @@ def run(options: Duplicates) -> dict[str, Any]:
     if len(groups) > _SHOWN:
         print(f"{len(groups) - _SHOWN:,} more groups; --out or --json FILE writes all.")
     summary = (
-        f"{len(groups):,} groups of near-duplicates among {result['images']:,} images (agreement"
-        f" of at least {result['above']:.3f}); {result['redundant']:,} images are redundant."
+        f"{len(groups):,} groups of near-duplicates among {result['images']:,} images;"
+        f" {result['redundant']:,} are redundant."
     )
+    rule = f"Near-duplicates agree by at least {result['above']:.3f}."
     print(summary)
+    print(rule)
     if options.html is not None:
         pictures = [
             (f"Group {number}: {len(group)} images", [(each, _lines(each)) for each in group])
             for number, group in enumerate(groups)
         ]
         write_pictures(
-            options.html, table, f"Near-duplicates of {options.source}", pictures, summary
+            options.html,
+            table,
+            f"Near-duplicates of {options.source}",
+            pictures,
+            f"{summary} {rule}",
         )
     return result
 

@@ -28,8 +28,8 @@ def run(options: Outliers) -> dict[str, Any]:
     """Print the oddest images."""
     from ...embeddings.open_table import open_table
     from ...embeddings.outliers import find_outliers
-    from ...embeddings.result_file import check_result_file
     from ...io.console import print_table
+    from ...io.result_file import check_result_file
 
     check_result_file(options.out)
     check_page(options.html)
@@ -46,8 +46,8 @@ def run(options: Outliers) -> dict[str, Any]:
     ]
     print_table(["oddest image", "score", "density", "isolation", "near it"], rows)
     summary = (
-        f"{len(listed):,} of {result['images']:,} images; density: similarity to neighbor"
-        f" {result['neighbors']}; near it: listed images among its 5 nearest."
+        f"{len(listed):,} of {result['images']:,} images. Density is the similarity to neighbor"
+        f" {result['neighbors']}."
     )
     print(summary)
     if options.html is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import atomic_write
+from .files import atomic_write
 
 SUFFIXES = (".csv", ".parquet", ".json")
 
