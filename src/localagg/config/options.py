@@ -91,7 +91,9 @@ class ViewConfig:
         check_at_least(self, 1, "bands")
         check(self.bands is None or len(self.bands) in (1, 3), self, "bands", "name one or three")
         valid = self.range in (None, ("auto",)) or (
-            len(self.range) == 2 and "auto" not in self.range and self.range[0] < self.range[1]
+            len(self.range) == 2
+            and "auto" not in self.range
+            and float(self.range[0]) < float(self.range[1])
         )
         check(valid, self, "range", "name LOW and HIGH, LOW below HIGH, or auto")
         valid = self.eval_crop is None or 0 < self.eval_crop <= 1

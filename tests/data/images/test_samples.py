@@ -233,17 +233,19 @@ def test_a_truncated_deep_tiff_is_unreadable(compression):
 
 
 def test_each_page_is_an_image(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
     stack = np.random.default_rng(0).integers(0, 255, (20, H, W)).astype(np.uint8)
-    (tmp_path / "s.tif").write_bytes(tiff(stack, photometric="minisblack"))
-    Image.new("L", (W, H), 7).save(tmp_path / "t.png")
-    assert len(open_images(tmp_path)) == 2
-    source = open_images(f"{tmp_path}#pages=all")
+    (folder / "s.tif").write_bytes(tiff(stack, photometric="minisblack"))
+    Image.new("L", (W, H), 7).save(folder / "t.png")
+    assert len(open_images(folder)) == 2
+    source = open_images(f"{folder}#pages=all")
     assert len(source) == 21
     assert source.name(3) == "s.tif page 4"
     for i in (0, 3, 19):
         assert np.array_equal(decode(source[i].image)[0].numpy(), stack[i])
     assert source.name(20) == "t.png"
-    report = pack(f"{tmp_path}#pages=all", tmp_path / "packed", verify=True)
+    report = pack(f"{folder}#pages=all", tmp_path / "packed", verify=True)
     packed = open_images(tmp_path / "packed")
     assert (report["images"], len(packed)) == (21, 21)
     assert np.array_equal(decode(packed[3].image)[0].numpy(), stack[3])

@@ -166,7 +166,7 @@ def read_tiff(data: bytes, page: int = 0) -> Samples:
             if max(ends, default=0) > len(data) or 0 in found.databytecounts:
                 raise UnreadableImage("its data end before the image does")
             if found.photometric == _PALETTE or found.photometric not in (0, 1, 2):
-                raise UnreadableImage(f"TIFF with {tags.text} in {found.photometric.name}")
+                raise UnreadableImage(f"TIFF with {tags.text} as {found.photometric!r}")
             values = found.asarray()
             turn = found.tags.get(274)
     except UnreadableImage:
@@ -199,7 +199,8 @@ def read_dicom(data: bytes, page: int = 0) -> Samples:
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, convert_color_space, pixel_array
+        from pydicom.pixels.processing import apply_modality_lut, convert_color_space
+        from pydicom.pixels.utils import pixel_array
     except ImportError:
         raise UnreadableImage("DICOM needs pip install 'localagg[dicom]'") from None
     try:

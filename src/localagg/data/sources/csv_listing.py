@@ -138,8 +138,9 @@ def find_listings_in_folder(uri: str, folder: Path) -> Splits | None:
     def reads(path: str) -> bool:
         nonlocal listed
         if listed is None:
-            listed = {path for split in splits.names for path in splits.open(split).paths}
-            listed |= {table.relative_to(folder).as_posix() for table in files.values()}
+            listed = {table.relative_to(folder).as_posix() for table in files.values()}
+            for source in map(splits.open, splits.names):
+                listed |= {source.name(i) for i in range(len(source))}
         return path in listed
 
     listed: set[str] | None = None

@@ -142,7 +142,8 @@ def _column(name: str) -> str:
 def _headed_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, ListedImage | None]]:
     """Yield the rows below a header; columns are found by their names."""
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    names = next((names for row in reader if any(names := [*map(_column, row)])), [])
+    header = next((row for row in reader if any(cell.strip() for cell in row)), [])
+    names = [_column(cell) for cell in header]
     rows = [(reader.line_num, row) for row in _csv_rows(reader)]
     path = _find(names, _PATHS)
     label, split = _find(names, _LABELS), _find(names, _SPLITS)
