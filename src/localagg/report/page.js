@@ -79,8 +79,8 @@ export class EmbeddedItems {
     return this.sheets[number];
   }
 
-  /** A canvas with the thumbnail. */
-  thumbnail(id, box) {
+  /** A canvas with the thumbnail, drawn at once or when it comes into view. */
+  thumbnail(id, box, lazily = false) {
     const size = this.sizeIn(id, box), [width, height] = size ?? [box / 2, box / 2];
     const ratio = Math.min(2, devicePixelRatio || 1);
     const canvas = make("canvas", { width: width * ratio, height: height * ratio });
@@ -91,7 +91,9 @@ export class EmbeddedItems {
       context.setTransform(ratio, 0, 0, ratio, 0, 0);
       this.draw(context, id, width / 2, height / 2, box, draw);
     };
-    draw();
+    if (!lazily) return draw(), canvas;
+    const seen = new IntersectionObserver(([entry]) => entry.isIntersecting && (seen.disconnect(), draw()), { rootMargin: "400px" });
+    seen.observe(canvas);
     return canvas;
   }
 }
@@ -143,12 +145,12 @@ function rowPart(page, { title, items, lines, select }) {
   return make("div", {}, title || select ? heading : "", make("div", { className: "pictures" }, ...pictures));
 }
 
-function pictureButton(page, id, lines, box, open = () => openDialog(page, id, lines)) {
+function pictureButton(page, id, lines, box, open) {
   const path = page.data.paths?.[id] ?? `image ${id}`;
   const button = make("button", { type: "button", className: "picture", title: path, ariaLabel: [path, ...lines].join(", ") });
-  button.append(page.items.thumbnail(id, box), ...lines.map((line) => make("span", {}, make("bdi", { textContent: line }))));
+  button.append(page.items.thumbnail(id, box, !open), ...lines.map((line) => make("span", {}, make("bdi", { textContent: line }))));
   button.dataset.id = id;
-  button.addEventListener("click", open);
+  button.addEventListener("click", open ?? (() => openDialog(page, id, lines)));
   return button;
 }
 
