@@ -22,6 +22,10 @@ class Embed:
     out: str
     """Table to write, in the format of its suffix: .parquet, .csv, .npy (and .images.csv), .arrow,
     .h5 or .zarr. Commands read Parquet."""
+    map: bool = False
+    """Also write the columns x, y (a map) and neighbors, which embedding-atlas reads."""
+    images: bool = False
+    """Also write the column image: a JPEG thumbnail of at most 128 pixels."""
     split: str = "all"
     """Splits of the data: train, val, test or stored names, separated by commas; or all."""
     pages: Literal["first", "all"] = "first"
@@ -47,7 +51,10 @@ def run(options: Embed) -> dict[str, Any]:
     """Write the embeddings and print their count."""
     from ..data.sources.open import add_options
     from ..embeddings.embed import write_embeddings
+    from ..embeddings.viewer_columns import add_viewer_columns, check_viewer_columns
 
+    if options.map or options.images:
+        check_viewer_columns(options.out)
     data = add_options(options.data, pages=options.pages, image_column=options.image_column)
     result = write_embeddings(
         options.run,
@@ -61,6 +68,8 @@ def run(options: Embed) -> dict[str, Any]:
         device=options.device,
         precision=options.precision,
     )
+    if options.map or options.images:
+        add_viewer_columns(options.out, map=options.map, images=options.images)
     skipped = (
         f", {result['unreadable']:,} unreadable images skipped" if result["unreadable"] else ""
     )
