@@ -24,6 +24,11 @@ def test_a_recipe_fits_the_images_it_was_made_for(name):
     assert recipe(name).cost
 
 
+def test_photos_are_turned_upright_but_by_the_reference():
+    turning = {name for name in RECIPES if recipe(name).config.views.exif_orientation}
+    assert turning == {"folder", "adapt"}
+
+
 def test_la_modern_has_the_options_of_the_published_tables():
     options = {"width": 16, "epochs": 38, "ir_epochs": 8, "drops": (35.0, 37.0)}
     options |= {"warm_clusters": True, "neighbors": 128, "instance_share": 0.5}

@@ -120,7 +120,7 @@ RECIPES: dict[str, Recipe[PretrainConfig]] = {
     "adapt": Recipe(
         PretrainConfig(
             adapt=AdaptConfig(train="head", feature_views=6),
-            views=ViewConfig(image_size=112),
+            views=ViewConfig(image_size=112, exif_orientation=True),
             rate_schedule="cosine",
             eval_every=1000,
         ),

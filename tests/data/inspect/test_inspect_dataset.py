@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from packed_folder import save_splits
 from PIL import Image
@@ -135,3 +136,18 @@ def test_ctrl_c_stops_at_once_and_leaves_no_process(pictures):
             return
         time.sleep(0.1)
     raise AssertionError("a worker is left")
+
+
+def test_levels_pages_and_orientation_are_reported(tmp_path):
+    deep = np.linspace(7, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    pages = [Image.new("L", (32, 32), level) for level in range(20)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 60)).save(tmp_path / "side.jpg", exif=exif)
+    facts = inspect(str(tmp_path))["splits"]["train"]
+    assert facts["levels"] == {"16 bits a sample": {"images": 1, "low": 7, "high": 4095}}
+    assert facts["pages"] == {"files": 1, "pages": 20}
+    assert facts["turned"] == 1
+    assert facts["near_empty"] == ["side.jpg", "stack.tif"]  # and not the dark one
