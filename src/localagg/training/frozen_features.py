@@ -143,7 +143,7 @@ def frozen_features(
     """
     source, world, options = feed.source, feed.world, config.adapt
     shape = len(source), 1 + options.feature_views, encoder.backbone.channels
-    needed = check_size(config, shape)
+    needed = check_size(encoder, config, len(source))
     digest = hash_images(source)[0] if world.rank == 0 else ""
     facts = {
         "version": __version__,
@@ -184,19 +184,22 @@ def frozen_features(
     return FrozenFeatures(values, found, config.seed)
 
 
-def check_size(config: PretrainConfig, shape: tuple[int, int, int]) -> int:
-    """Return the bytes of features float16 [N, 1 + V, C].
+def check_size(encoder: Encoder, config: PretrainConfig, images: int) -> int:
+    """Return the bytes of the features of a run; 0 if it has none.
 
     Raises:
         UserError: they exceed ``--cache-gb``.
     """
-    needed, limit = math.prod(shape) * 2, config.adapt.cache_gb
+    if not config.adapt.feature_views:
+        return 0
+    limit, view = config.adapt.cache_gb, images * encoder.backbone.channels * 2  # float16
+    needed = view * (1 + config.adapt.feature_views)
     if needed > limit * 2**30:
-        fewer = int(limit * 2**30 / (shape[0] * shape[2] * 2)) - 1
+        fewer = int(limit * 2**30 / view) - 1
         less = f", or use --feature-views {fewer}" if fewer > 0 else ""
         raise UserError(
             "too-large",
-            f"Frozen features of {shape[0]:,} images need {needed / 2**30:.2f} GiB, more than"
+            f"Frozen features of {images:,} images need {needed / 2**30:.2f} GiB, more than"
             f" --cache-gb {limit:g}; set --cache-gb {math.ceil(needed / 2**30)}{less}.",
         )
     return needed

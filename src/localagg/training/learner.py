@@ -64,8 +64,11 @@ class Learner:
         if config.sync_batch_norm and self.world.size > 1:
             synchronize_batch_norm(self.encoder, self.world)
         if config.adapt.feature_views:
+            # Not channels-last: torch 2.14 corrupts memory on a CPU in the backward pass of
+            # batch-norm that keeps its statistics.
             freeze_untrained(self.encoder, config.adapt)
-        self.encoder.to(memory_format=torch.channels_last)
+        else:
+            self.encoder.to(memory_format=torch.channels_last)
         self.device = self.fabric.device
         if self.world.size > 1 and self.device.type == "mps":
             raise UserError(

@@ -31,7 +31,7 @@ from ..io.console import notify, show_progress
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .budget import fit_budget
-from .frozen_features import FrozenFeatures
+from .frozen_features import FrozenFeatures, check_size
 from .learner import Learner
 from .own_parts import OwnParts
 from .recorder import START, WAITING, Recorder
@@ -123,6 +123,7 @@ def pretrain(
         learner = Learner(resolved, len(source), world, backbone)
         load_start_weights(learner.encoder, resolved, world)
         check_network(learner)
+        check_size(learner.encoder, resolved, len(source))
         feed = open_feed(source, resolved, world, transform=views)
         evaluate = OnlineKnn(resolved, place, source, feed.valid, world=world)
         floors = RunFloors(run, resolved, place, feed, world)

@@ -67,7 +67,7 @@ def take_step(
         views = batch.images  # frozen features [b, C] and the user's own views pass as they are
         if views.dtype == torch.uint8:
             views = augment(views, epoch, batch.index, batch.uniforms)
-        if views.ndim == 4:
+        if views.ndim == 4 and not learner.config.adapt.feature_views:
             views = views.contiguous(memory_format=torch.channels_last)
     with timer("network"):
         v_bD = learner.network(views)

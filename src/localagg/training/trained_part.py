@@ -24,17 +24,18 @@ def freeze_untrained(encoder: Encoder, options: AdaptConfig) -> None:
     encoder.freeze_statistics()
     if options.train == "all":
         return
-    parameters = dict(encoder.backbone.named_parameters())
-    frozen = list(parameters)
+    modules = dict(encoder.backbone.named_modules())
+    names = list(modules)  # in the order of the network
     if options.last_stages:
-        frozen = frozen[: _first_of_last_stages(encoder, options.last_stages, frozen)]
-    for name in frozen:
-        parameters[name].requires_grad_(False)
+        names = names[: _modules_before_last(encoder, options.last_stages, names)]
+    for name in names:
+        for parameter in modules[name].parameters(recurse=False):
+            parameter.requires_grad_(False)
 
 
-def _first_of_last_stages(encoder: Encoder, count: int, names: list[str]) -> int:
-    """Return how many parameters, in the order of the network, come before its last stages."""
-    stages = encoder.backbone.stage_modules
+def _modules_before_last(encoder: Encoder, count: int, names: list[str]) -> int:
+    """Return how many of the modules come before the last ``count`` stages."""
+    stages = list(encoder.backbone.layer_modules.values())
     if count > len(stages):
         raise UserError(
             "option-invalid",
@@ -43,8 +44,8 @@ def _first_of_last_stages(encoder: Encoder, count: int, names: list[str]) -> int
         )
     if count == len(stages):
         return 0
-    prefix = stages[-count - 1] + "."
-    return max(n for n, name in enumerate(names) if name.startswith(prefix)) + 1
+    end = stages[-count - 1]
+    return max(n for n, name in enumerate(names) if f"{name}.".startswith(f"{end}.")) + 1
 
 
 @torch.no_grad()
