@@ -24,7 +24,7 @@ from localagg.recipes.derived_settings import resolve_defaults
 from localagg.training import frozen_features as module
 from localagg.training.frozen_features import frozen_features
 
-NETWORK = {"model": "resnet18_small", "width": 4, "blocks": (1, 1)}
+NETWORK = {"model": "resnet18_small", "width": 8, "blocks": (1, 1)}
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Case:
 
 
 def network(seed: int = 0):
-    encoder = create_encoder(NETWORK["model"], 8, seed=seed, width=4, blocks=(1, 1))
+    encoder = create_encoder(NETWORK["model"], 8, seed=seed, width=8, blocks=(1, 1))
     for norm in encoder.backbone.modules():  # statistics that folding must not lose
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean.normal_(generator=torch.Generator().manual_seed(seed))

@@ -22,14 +22,14 @@ from localagg.recipes.schedule import Schedule
 from localagg.training.loop import pretrain
 from localagg.training.trained_part import whitening
 
-NETWORK = {"model": "resnet18_small", "width": 4, "blocks": (1, 1)}
+NETWORK = {"model": "resnet18_small", "width": 8, "blocks": (1, 1)}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     checkpoint.save_weights(
-        path, create_encoder("resnet18_small", 5, seed=3, width=4, blocks=(1, 1))
+        path, create_encoder("resnet18_small", 5, seed=3, width=8, blocks=(1, 1))
     )
     return path
 
