@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...io.console import notify
-from .image_files import EXTENSIONS, read_file, walk_images
+from .image_files import EXTENSIONS, files_with_suffix, read_file, walk_images
 from .labels import number_labels
 from .listing_table import SUFFIXES, ListedImage, Listing, read_listing
 from .source import Sample, Source, content_hash
@@ -166,9 +166,9 @@ def _split_listings(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if not folder.is_dir() or split_folders(folder):
         return found
-    for path in sorted(folder.iterdir()):
+    for path in files_with_suffix(folder, ".csv"):
         split, _, rest = path.stem.partition("_")
-        if path.suffix.lower() != ".csv" or split not in SPLIT_NAMES or not rest:
+        if split not in SPLIT_NAMES or not rest:
             continue
         if split in found:
             names = f"{found[split].name} and {path.name}"

@@ -89,6 +89,12 @@ def walk_images(
                 yield from walk_images(root, path + "/", followed)
 
 
+def files_with_suffix(folder: Path, suffix: str) -> list[Path]:
+    """Return the visible files of a folder with an extension, in any case, sorted by name."""
+    names = (name for name in os.listdir(folder) if name.lower().endswith(suffix))
+    return [folder / name for name in sorted(names) if name[0] != "." and (folder / name).is_file()]
+
+
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether an entry is a folder or a link to one."""
     try:

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from ....errors import UserError
 from ..file_kinds import HEAD, describe, kind_of
-from ..image_files import open_file
+from ..image_files import files_with_suffix, open_file
 from ..splits import Splits, files_by_split, split_folders
 from .arrow_tables import TableImages, first_bytes, from_datasets, reason_of
 from .table_columns import NoImageColumn, choose_image_column
@@ -30,9 +30,9 @@ def find_parquet(uri: str, root: Path, column: str | None = None) -> Splits | No
             return None
         _check_parquet(uri, root, column)
         return Splits(["train"], lambda _: _open_parquet(uri, [root], column))
-    tables = files_by_split(_with_suffix(root))
+    tables = files_by_split(files_with_suffix(root, ".parquet"))
     for name, folder in split_folders(root).items():
-        if files := _with_suffix(folder):
+        if files := files_with_suffix(folder, ".parquet"):
             tables.setdefault(name, []).extend(files)
     held = {name: _holding_images(files, column) for name, files in tables.items()}
     held = {name: files for name, files in held.items() if files}
@@ -43,14 +43,6 @@ def find_parquet(uri: str, root: Path, column: str | None = None) -> Splits | No
     used = {path.relative_to(root).as_posix() for files in held.values() for path in files}
     return Splits(
         [*held], lambda split: _open_parquet(uri, held[split], column), root, used.__contains__
-    )
-
-
-def _with_suffix(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() == ".parquet" and entry.name[0] != "." and entry.is_file()
     )
 
 

@@ -18,7 +18,7 @@ from zlib import crc32
 
 from ....errors import UserError
 from ..file_index import IndexedFiles, damaged
-from ..image_files import EXTENSIONS
+from ..image_files import EXTENSIONS, files_with_suffix
 from ..source import ImageRecord, Sample, content_hash
 from ..splits import Splits, files_by_split, split_folders
 from .tar_index import BLOCK, holds_images, member_name, open_index
@@ -69,8 +69,10 @@ def find_tars(uri: str, root: Path) -> Splits | None:
     """
     if root.is_file():
         return _splits(uri, {"train": [root]}) if root.suffix.lower() == ".tar" else None
-    tars = {name: _tars(folder) for name, folder in split_folders(root).items()}
-    tars = {name: files for name, files in tars.items() if files} or files_by_split(_tars(root))
+    tars = {name: files_with_suffix(folder, ".tar") for name, folder in split_folders(root).items()}
+    tars = {name: files for name, files in tars.items() if files} or files_by_split(
+        files_with_suffix(root, ".tar")
+    )
     kinds = {path: _holds(path) for files in tars.values() for path in files}
     if True not in kinds.values():
         for path in kinds:
@@ -104,14 +106,6 @@ def find_tar_pattern(uri: str) -> Splits | None:
         paths += found
     tars = files_by_split(paths)
     return _splits(uri, tars if len(tars) > 1 else {"train": paths})
-
-
-def _tars(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() == ".tar" and entry.name[0] != "." and entry.is_file()
-    )
 
 
 def _holds(path: Path) -> bool | None:
