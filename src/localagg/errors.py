@@ -49,7 +49,7 @@ class UserError(Exception):
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(printable(message))
-        self.code = code
+        self.code: Code = code
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, str(self))

@@ -55,6 +55,7 @@ def add_viewer_columns(path: str | Path, *, map: bool, images: bool) -> None:
     table, start = EmbeddingTable(Path(path)), 0
     source = open_table_images(table) if images else None
     added = _map_columns(table) if map else {}
+    options: Any = {"use_dictionary": ["label"], "write_page_checksum": True}
     with atomic_write(table.path) as temporary, show_progress("writing the table") as show:
         writer = None
         for group in range(table.file.num_row_groups):
@@ -66,7 +67,7 @@ def add_viewer_columns(path: str | Path, *, map: bool, images: bool) -> None:
                 place = part.schema.get_field_index(name)
                 part = part if place < 0 else part.remove_column(place)
                 part = part.append_column(name, values)
-            writer = writer or pq.ParquetWriter(temporary, part.schema, use_dictionary=["label"])
+            writer = writer or pq.ParquetWriter(temporary, part.schema, **options)
             writer.write_table(part)
             start += len(part)
             show(start, len(table))

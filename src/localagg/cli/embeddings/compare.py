@@ -37,7 +37,8 @@ def run(options: Compare) -> dict[str, Any]:
     check_page(options.html)
     tables = [open_table(each, workers=2) for each in (options.first, options.second)]
     result = compare_tables(*tables, k=options.k, top=options.top, out=options.out)
-    result["floors"] = [_floors(Path(each)) for each in (options.first, options.second)]
+    first, second = _floors(Path(options.first)), _floors(Path(options.second))
+    result["floors"] = [first, second]
     rows = [[each["path"], f"{each['overlap']:.0%}"] for each in result["changed"]]
     print_table(["most changed image", "common neighbors"], rows)
     summary = (
@@ -45,8 +46,8 @@ def run(options: Compare) -> dict[str, Any]:
         f" neighbors in the mean (chance: {result['chance']:.1%})."
     )
     print(summary)
-    if all(result["floors"]):
-        _print_floors(*result["floors"])
+    if first and second:
+        _print_floors(first, second)
     if options.html is not None:
         pictures = [
             (f"{each['path']}: {each['overlap']:.0%} common neighbors", _pictures(each))

@@ -142,8 +142,8 @@ def _compare(one: Tensor, other: Tensor) -> Tensor:
     apart_PT = (one_PTE - other_PTE).square().sum(dim=2)
     tiles = apart_PT.shape[1] - _DROPPED
     kept_PTE = apart_PT.argsort(dim=1)[:, :tiles, None].expand(-1, -1, one_PTE.shape[2])
-    pair = (each.gather(1, kept_PTE).flatten(1) for each in (one_PTE, other_PTE))
-    return F.cosine_similarity(*pair)
+    one_PS, other_PS = (each.gather(1, kept_PTE).flatten(1) for each in (one_PTE, other_PTE))
+    return F.cosine_similarity(one_PS, other_PS)
 
 
 def _detail_tiles(image: Tensor) -> Tensor:
