@@ -240,7 +240,7 @@ def latest(run: Path) -> Path:
 
 
 def restore(
-    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: MemoryBank
+    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, bank: MemoryBank | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a checkpoint into encoder, optimizer and bank; only this rank's rows are read.
 
@@ -253,6 +253,8 @@ def restore(
         optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         )
+    if bank is None:  # its rows are of other images
+        return {}, read_progress(folder)
     with _convert_damage(folder / "bank-*.safetensors"):
         bank.rows.copy_(_load_bank_rows(folder, bank.part))
     progress = read_progress(folder)

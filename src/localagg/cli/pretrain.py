@@ -40,9 +40,10 @@ class Pretrain:
     out: str | None = None
     """Run folder to create. Default: runs/RECIPE."""
     start: str | None = None
-    """Finished IR run on the same images. LA begins from it; IR is not run again."""
+    """Finished run to continue, on the same images or on others: known images keep their bank rows.
+    After LA it keeps its options, and goes on for a fifth of its epochs by default."""
     resume: str | None = None
-    """Run folder to continue. It keeps its recipe and its options."""
+    """Run folder to continue. It keeps its recipe and its options; --epochs prolongs it."""
     config: str | None = None
     """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
     dry_run: bool = False

@@ -16,8 +16,9 @@ from ..models import load_weights
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .budget import fit_budget
+from .continue_run import settings_of_start
 from .learner import make_encoder
-from .run_setup import check_start_weights, settings_after_ir
+from .run_setup import check_start_weights
 
 
 def forecast(
@@ -33,7 +34,7 @@ def forecast(
         config: as for ``pretrain``.
         data: data URI, of which a few image headers are read.
         typed: as for ``pretrain``.
-        start: a finished run of IR that the run is to continue, as for ``pretrain``.
+        start: a finished run that the run is to continue, as for ``pretrain``.
 
     Returns:
         {"images", "notes": sentences on derived options and weights, "config", "steps": {"epoch",
@@ -48,7 +49,7 @@ def forecast(
     check_start_weights(config, start)
     source = open_images(data)
     if start is not None:
-        config = settings_after_ir(config, Path(start), source.fingerprint())
+        config = settings_of_start(config, Path(start), frozenset(typed))
     size, side = len(source), typical_side(source)
     config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import checkpoint
-from ..config import PretrainConfig
+from ..config import PretrainConfig, require_resolved
 from ..data.images.augment import Augment
 from ..data.images.image_dataset import open_data
 from ..data.images.samples import with_measured_range
@@ -31,6 +31,7 @@ from ..io.console import notify, show_progress
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .budget import fit_budget
+from .continue_run import prolong, save_contents, settings_of_start
 from .frozen_features import FrozenFeatures, check_size
 from .learner import Learner
 from .own_parts import OwnParts
@@ -45,7 +46,6 @@ from .run_setup import (
     open_features,
     open_feed,
     set_first_state,
-    settings_after_ir,
 )
 from .step import take_step
 
@@ -73,9 +73,10 @@ def pretrain(
         data: data URI; or images: a list of files, bytes, PIL images, arrays or tensors, an array
             uint8 [N, H, W, 3], or a torch ``Dataset`` (see :func:`.as_source`).
         out: the run folder to make.
-        start: a finished run of IR on the same images to continue: its weights, bank and momentum
-            are loaded and its epochs count, as in the reference's LA runs. LA begins after
-            ``ir_epochs``, or at once if these have passed.
+        start: a finished run to continue: its weights, bank and momentum are loaded and its epochs
+            count. After IR alone LA begins after ``ir_epochs``, or at once if these have passed, as
+            in the reference's LA runs. After LA it goes on with its own settings, except those set
+            here. The images may differ; see :func:`.restore_start`.
         typed: names of options in ``config`` that ``minutes`` keeps, even if they equal a default.
         backbone: a network in place of the configuration's: returns [B, C] or [B, C, H, W] of
             normalized images [B, 3, S, S]. It is trained in place, from the weights that it has.
@@ -108,7 +109,7 @@ def pretrain(
             report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:
-            config = settings_after_ir(config, Path(start), fingerprint)
+            config = settings_of_start(config, Path(start), frozenset(typed))
         config = replace(config, views=with_measured_range(config.views, source))
         own = OwnParts(backbone, views)
         config = own.configure(config, source)
@@ -135,6 +136,7 @@ def pretrain(
             if world.rank == 0:
                 checkpoint.check_new(run)  # again: another process may have begun it meanwhile
                 checkpoint.begin_run(run, resolved, facts)
+                save_contents(run, source)
             features = set_first_state(learner, feed, facts)
             return _train(run, feed, features, learner, evaluate, floors, START)
 
@@ -156,7 +158,8 @@ def resume(
 
     Args:
         out: the run folder.
-        config: options set now; only workers, device, compile and unreadable may differ.
+        config: options set now; only workers, device, compile and unreadable may differ, and epochs
+            may grow (with drops), which prolongs the run; see :func:`.prolong`.
         data: another place of the same images. Default: the place in the run folder. Images that
             were given in Python are given again.
         typed: names of the options in ``config`` that were set now.
@@ -171,7 +174,7 @@ def resume(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
-    run = Path(out)
+    run, typed = Path(out), frozenset(typed)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
         settings = continue_settings(run, stored, config, typed, facts["removed"])
@@ -186,11 +189,19 @@ def resume(
                 f" ({facts['size']:,} images); start a new run with another --out.",
             )
         check_ranks(settings, world)
+        epochs = config.epochs if config is not None and "epochs" in typed else None
+        if prolonged := epochs not in (None, stored.epochs):
+            drops = config.drops if config is not None and "drops" in typed else None
+            settings = prolong(settings, require_resolved(epochs), drops, source, run)
         with lock_run_for_all(run, world):
+            if prolonged and world.rank == 0:
+                kept = {name: value for name, value in facts.items() if name != "removed"}
+                checkpoint.begin_run(run, settings, kept)
             newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
             newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
             progress = START if newest is None else checkpoint.read_progress(newest)
-            if summary := progress.get("summary"):
+            summary = progress.get("summary")
+            if summary and summary["epochs"] >= require_resolved(settings.epochs):
                 notify(f"'{run}' has already finished its {settings.epochs} epochs.")
                 return summary
             feed = open_feed(source, settings, world, progress, views)

@@ -2,13 +2,11 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import checkpoint
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.loading.loader import Feed
 from ..data.loading.own_views import Transform
@@ -20,6 +18,7 @@ from ..io.console import notify, show_progress
 from ..io.run_lock import lock_run
 from ..models import Encoder, load_weights
 from ..recipes.schedule import Schedule
+from .continue_run import restore_start
 from .frozen_features import FrozenFeatures, frozen_features
 from .learner import Learner
 from .trained_part import start_from_features
@@ -35,6 +34,8 @@ def continue_settings(
     removed: dict[str, Any],
 ) -> PretrainConfig:
     """Return the settings of a resumed run: its own, with those replaced that may change.
+
+    Epochs, and drops with them, are left to :func:`.prolong`.
 
     Args:
         run: its folder.
@@ -52,6 +53,7 @@ def continue_settings(
             f"'{run}' runs with {flag(name)} {value}, which this version no longer has; resume it"
             " with the version that began it, or start a new run with another --out.",
         )
+    typed = set(typed) - {"epochs"} - ({"drops"} if "epochs" in typed else set())
     for name in typed:
         value, before = option_value(now, name), option_value(stored, name)
         if name in _FREE:
@@ -63,46 +65,6 @@ def continue_settings(
                 " options. Remove the option, or start a new run with another --out.",
             )
     return stored
-
-
-def settings_after_ir(config: PretrainConfig, start: Path, fingerprint: str) -> PretrainConfig:
-    """Return the settings of a run that continues a finished run of IR.
-
-    Raises:
-        UserError: ``start`` is not such a run, or has other images or another network.
-    """
-    if config.adapt.feature_views:
-        raise UserError(
-            "option-conflict",
-            f"--start '{start}' continues IR, and --feature-views begins with a frozen network;"
-            " use --weights instead of --start.",
-        )
-    before, facts = checkpoint.read_run(start)
-    if before.ir_epochs != before.epochs:
-        raise UserError(
-            "mismatch", f"--start '{start}' already includes LA; name a run of IR alone."
-        )
-    if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
-        raise UserError(
-            "mismatch", f"--start '{start}' is not finished; first run --resume {start}."
-        )
-    if facts["fingerprint"] != fingerprint:
-        raise UserError(
-            "mismatch", f"--start '{start}' learned from {facts['size']:,} other images."
-        )
-    model = config.encoder.model
-    if model is not None and config.encoder != before.encoder:
-        raise UserError(
-            "mismatch",
-            f"--start '{start}' trained {before.encoder.model} with other options than {model} has"
-            " here; remove the network's options.",
-        )
-    return replace(
-        config,
-        encoder=before.encoder,
-        ir_epochs=max(config.ir_epochs or 0, require_resolved(before.ir_epochs)),
-        ir_batch_size=before.ir_batch_size or before.batch_size,
-    )
 
 
 def check_start_weights(config: PretrainConfig, start: str | Path | None) -> None:
@@ -252,7 +214,7 @@ def set_first_state(learner: Learner, feed: Feed, facts: dict[str, Any]) -> Froz
         start_from_features(learner.encoder, learner.bank, features, feed.valid, learner.world)
         return features
     if "start" in facts:
-        learner.restore(checkpoint.latest(Path(facts["start"])))
+        restore_start(learner, feed, facts)
     elif learner.config.objective.bank_start == "embedding":
         learner.embed_bank(feed.source, feed.pixels)
     return None

@@ -1,0 +1,218 @@
+"""Continue a finished run: after IR, for more epochs, or on images that changed since."""
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..config import (
+    PretrainConfig,
+    option_names,
+    option_value,
+    override,
+    require_resolved,
+)
+from ..data.inspect.image_contents import content_digests, match_contents
+from ..data.loading.cropping import evaluation_crops
+from ..data.loading.loader import Feed
+from ..data.loading.workers import map_in_workers
+from ..data.sources.open import Source, open_images
+from ..errors import UserError
+from ..io.console import notify, show_progress
+from ..recipes.derived_settings import resolve_defaults
+from ..recipes.schedule import Schedule
+from .learner import Learner
+
+_CONTENTS = "contents.npy"
+_BATCH = 256
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+def settings_of_start(
+    config: PretrainConfig, start: Path, typed: frozenset[str] = frozenset()
+) -> PretrainConfig:
+    """Return the settings of a run that continues a finished one, whose epochs count.
+
+    After IR alone they are those of ``config``, with the network and IR epochs of ``start``. After
+    LA they are those of ``start``, except the options that were set; by default it goes on for a
+    fifth of its epochs.
+
+    Args:
+        config: as the user set it.
+        start: the finished run.
+        typed: names of the options that the user set. Default: those that differ from the defaults.
+
+    Raises:
+        UserError: ``start`` is not finished, has another network, or at least as many epochs.
+    """
+    if config.adapt.feature_views:
+        raise UserError(
+            "option-conflict",
+            f"--start '{start}' continues a run, and --feature-views begins with a frozen network;"
+            " use --weights instead of --start.",
+        )
+    before, _ = checkpoint.read_run(start)
+    if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
+        raise UserError(
+            "mismatch", f"--start '{start}' is not finished; first run --resume {start}."
+        )
+    if config.encoder.model is not None and config.encoder != before.encoder:
+        raise UserError(
+            "mismatch",
+            f"--start '{start}' trained {before.encoder.model} with other options than"
+            f" {config.encoder.model} has here; remove the network's options.",
+        )
+    done = require_resolved(before.epochs)
+    if before.ir_epochs == done:
+        return replace(
+            config,
+            encoder=before.encoder,
+            ir_epochs=max(config.ir_epochs or 0, done),
+            ir_batch_size=before.ir_batch_size or before.batch_size,
+        )
+    if before.adapt.feature_views:
+        raise UserError(
+            "unsupported",
+            f"--start '{start}' learned a head on frozen features; start from its weights by"
+            f" --weights {start}.",
+        )
+    usual = PretrainConfig()
+    names = typed or {
+        name
+        for name in option_names(usual)
+        if option_value(config, name) != option_value(usual, name)
+    }
+    changed = {name: option_value(config, name) for name in names}
+    epochs = changed.get("epochs") or done + math.ceil(done / 5)
+    if epochs <= done:
+        raise UserError(
+            "option-invalid",
+            f"--epochs {epochs} counts the {done} epochs of --start '{start}' too; use more.",
+        )
+    if {"neighbors", "clusters"} & changed.keys():  # explicit values are not scaled
+        changed["sized_for"] = None
+    changed = {"drops": None, "drop_steps": None, "minutes": None, **changed, "epochs": epochs}
+    return override(before, **changed)
+
+
+def prolong(
+    stored: PretrainConfig, epochs: int, drops: tuple[float, ...] | None, source: Source, run: Path
+) -> PretrainConfig:
+    """Return the settings of a run that goes on to a later epoch, with drops near the new end.
+
+    Args:
+        stored: the run's settings.
+        epochs: the new end, above the old one.
+        drops: epochs after which the rate drops. Default: at 80 and 93 percent of the epochs.
+        source: its images.
+        run: its folder, for messages.
+
+    Raises:
+        UserError: fewer epochs, or a run of IR alone, or of a head on frozen features.
+    """
+    if epochs < require_resolved(stored.epochs):
+        raise UserError(
+            "option-invalid",
+            f"--epochs {epochs} is before the end of '{run}', {stored.epochs}; use more.",
+        )
+    if stored.ir_epochs == stored.epochs or stored.adapt.feature_views:
+        raise UserError(
+            "unsupported",
+            f"'{run}' is a run of IR alone or of a head on frozen features; go on with LA by"
+            f" --start {run} --out ANOTHER.",
+        )
+    changed = replace(stored, epochs=epochs, drops=drops, drop_steps=None)
+    changed = resolve_defaults(changed, len(source), require_resolved(stored.views.image_size))
+    rate = f"drops after epochs {', '.join(f'{drop:g}' for drop in changed.drops or ())}"
+    if changed.rate_schedule == "cosine":
+        rate = "follows the cosine to the new end"
+    notify(f"'{run}' goes on from {stored.epochs} to {epochs} epochs; the learning rate {rate}.")
+    return changed
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def save_contents(run: Path, source: Source) -> None:
+    """Note the content of each image in a run folder, by which a later run knows its rows."""
+    with show_progress("noting images") as show:
+        np.save(run / _CONTENTS, content_digests(source, show))
+
+
+def _load_contents(run: Path, facts: dict[str, Any]) -> np.ndarray:
+    """Return the contents S16 [N] of a run's images; of runs of earlier versions by their data."""
+    if (run / _CONTENTS).exists():
+        return np.load(run / _CONTENTS)
+    source = open_images(facts["data"])
+    if source.fingerprint() != facts["fingerprint"]:
+        raise UserError(
+            "mismatch",
+            f"'{run}' was made by an earlier version, which did not note its images, and"
+            f" '{facts['data']}' has changed since; restore it, or use --weights {run}.",
+        )
+    return content_digests(source)
+
+
+def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
+    """Load weights, momentum and bank of the run that this one continues.
+
+    On the same images all is restored. Otherwise known images keep their bank rows, new ones are
+    embedded, and the step is that of the same epoch. The counts are printed.
+
+    Args:
+        learner: gets the state.
+        feed: the images of this run.
+        facts: of this run; "start" names the other.
+    """
+    start = Path(facts["start"])
+    before, start_facts = checkpoint.read_run(start)
+    folder = checkpoint.latest(start)
+    if start_facts["fingerprint"] == facts["fingerprint"]:
+        learner.restore(folder)
+        return
+    known = _load_contents(start, start_facts)
+    with show_progress("matching images") as show:
+        rows = torch.from_numpy(match_contents(content_digests(feed.source, show), known))
+    new = (rows < 0).nonzero().squeeze(1)
+    gone = len(known) - len(rows[rows >= 0].unique())
+    notify(
+        f"Of {len(rows):,} images {len(rows) - len(new):,} are known and keep their bank rows,"
+        f" {len(new):,} are new, and {gone:,} of '{start}' are gone."
+    )
+    checkpoint.restore(folder, encoder=learner.encoder, optimizer=learner.optimizer, bank=None)  # type: ignore[arg-type]
+    part = slice(learner.bank.part.start, learner.bank.part.stop)
+    mine, device = rows[part], learner.bank.rows.device
+    old = checkpoint.load_bank(start)
+    learner.bank.rows[(mine >= 0).to(device)] = old[mine[mine >= 0]].to(learner.bank.rows)
+    _embed_rows(learner, feed, new[(new >= part.start) & (new < part.stop)])
+    schedule = Schedule(learner.config, len(feed.valid))
+    steps = schedule.ir_steps if before.ir_epochs == before.epochs else schedule.la_steps
+    learner.step = require_resolved(before.epochs) * steps
+
+
+@torch.no_grad()
+def _embed_rows(learner: Learner, feed: Feed, index: torch.Tensor) -> None:
+    """Put the embeddings of images by the trained network into their rows of the bank."""
+    encoder, bank = learner.encoder, learner.bank
+    crop = functools.partial(evaluation_crops, feed.source, learner.config.views, False)
+    training = encoder.training
+    encoder.eval()
+    with show_progress("embedding new images") as show:
+        done = 0
+        for loaded, _ in map_in_workers(crop, index.split(_BATCH), learner.config.workers):
+            if len(loaded.index):
+                with learner.fabric.autocast():
+                    found = encoder(loaded.images.to(learner.device))
+                bank.rows[(loaded.index - bank.part.start).to(bank.rows.device)] = found.to(
+                    bank.rows
+                )
+            done += len(loaded.index)
+            show(done, len(index))
+    encoder.train(training)
