@@ -22,7 +22,7 @@ _LIMIT = 1 << 30  # bytes of samples of one image
 _TAGS = {"width": 256, "height": 257, "bits": 258, "compression": 259, "photometric": 262}
 _TAGS |= {"samples": 277, "planar": 284, "format": 339}
 _KINDS = {1: "u", 2: "i", 3: "f"}  # TIFF's sample formats as numpy's kinds
-_PALETTE, _RGB = 3, 2
+_RGB, _PALETTE, _CMYK = 2, 3, 5
 
 
 class TiffTags:
@@ -53,7 +53,7 @@ class TiffTags:
             return self.samples in (3, 4) and (
                 self.bits == 8 or (self.bits == 16 and self.planar == 1)
             )
-        return self.planar == 1 and self.bits <= 8
+        return self.planar == 1 and (self.bits <= 8 or self.photometric == _CMYK)
 
     @property
     def text(self) -> str:
