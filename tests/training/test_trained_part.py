@@ -156,7 +156,7 @@ def test_the_rate_falls_for_the_head_and_rises_and_falls_for_the_network(config)
     ("options", "code", "values"),
     [
         ({"weights": None}, "option-missing", ["--weights"]),
-        ({"train": "last:9"}, "option-invalid", ["last:9", "last:3"]),
+        ({"train": "last:9", "network_epochs": 1}, "option-invalid", ["last:9", "last:3"]),
         ({"train": "last:0"}, "option-invalid", ["--train", "last:0"]),
         ({"feature_views": 0}, "option-invalid", ["--feature-views", "head"]),
         ({"network_epochs": 1}, "option-conflict", ["--network-epochs 1"]),

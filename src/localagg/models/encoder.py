@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         Rows [B, channels] are such features already, and are returned as they are.
         """
         if not isinstance(images, torch.fx.Proxy) and images.ndim == 2:  # a tracer has images
-            return images
+            return images.to(self.mean.dtype)
         return self.backbone(self._normalize_pixels(images))
 
     def freeze_statistics(self) -> None:
