@@ -14,6 +14,7 @@ from localagg.config import PretrainConfig, override
 from localagg.data.inspect.image_contents import content_digests, match_contents
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
+from localagg.io.metrics_log import read_metrics
 
 SMALL = override(
     PretrainConfig(),
@@ -194,3 +195,17 @@ def test_what_cannot_go_on_gives_one_sentence(finished, train, tmp_path):
     pretrain(override(SMALL, epochs=1), str(train), ir)
     with user_error("unsupported", ir, "--start"):
         resume(ir, override(SMALL, epochs=2), typed={"epochs"})
+
+
+def test_callbacks_get_each_epoch_and_each_line_of_metrics(train, tmp_path):
+    epochs, lines = [], []
+    callbacks = {
+        "on_epoch": lambda epoch, metrics: epochs.append((epoch, metrics)),
+        "on_metrics": lambda step, values: lines.append({"step": step, **values}),
+    }
+    pretrain(SMALL, str(train), tmp_path / "run", **callbacks)
+    assert [epoch for epoch, _ in epochs] == [1, 2, 3]
+    assert all("spread" in metrics for _, metrics in epochs)
+    assert lines == read_metrics(tmp_path / "run")
+    resume(tmp_path / "run", override(SMALL, epochs=4), typed={"epochs"}, **callbacks)
+    assert [epoch for epoch, _ in epochs] == [1, 2, 3, 4]

@@ -4,8 +4,12 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+MetricsCallback = Callable[[int, dict[str, Any]], None]
+"""Called with a number (step or epoch) and metrics."""
 
 
 class MetricsLog:
@@ -19,9 +23,18 @@ class MetricsLog:
         keep: bytes of metrics.jsonl to keep. Lines after the last checkpoint are cut off, because
             the resumed run writes them again.
         step: step from which the curves continue.
+        on_write: called as ``on_write(step, values)`` with each line.
     """
 
-    def __init__(self, run: Path, *, keep: int = 0, step: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int = 0,
+        step: int = 0,
+        on_write: MetricsCallback | None = None,
+    ) -> None:
+        self._on_write = on_write
         self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by close()
         self._file.truncate(keep)
         self._curves = _TensorBoardFile(run / "tensorboard", step)
@@ -35,6 +48,8 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._file.flush()
         self._curves.write(step, values)
+        if self._on_write is not None:
+            self._on_write(step, values)
 
     def curve(self, step: int, values: dict[str, float]) -> None:
         """Write points on curves only, for values that depend on the machine."""

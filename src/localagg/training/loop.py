@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..evaluation.online_knn import OnlineKnn
 from ..evaluation.run_floors import RunFloors
 from ..io.console import notify, show_progress
+from ..io.metrics_log import MetricsCallback
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
 from .budget import fit_budget
@@ -35,7 +36,7 @@ from .continue_run import prolong, save_contents, settings_of_start
 from .frozen_features import FrozenFeatures, check_size
 from .learner import Learner
 from .own_parts import OwnParts
-from .recorder import START, WAITING, Recorder
+from .recorder import START, WAITING, Callbacks, Recorder
 from .run_setup import (
     check_network,
     check_ranks,
@@ -59,6 +60,8 @@ def pretrain(
     typed: Iterable[str] = (),
     backbone: nn.Module | None = None,
     views: Transform | None = None,
+    on_epoch: MetricsCallback | None = None,
+    on_metrics: MetricsCallback | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
@@ -84,6 +87,9 @@ def pretrain(
             configuration's views, for example a transform of torchvision.transforms.v2. It returns
             uint8, or floats in 0-1 that are not normalized, and draws by torch's generator, which
             is seeded for each view. Measurements use ``config.views``.
+        on_epoch: called as ``on_epoch(epoch, metrics)`` after each epoch, by the first process. An
+            exception ends the run, which resumes from its last checkpoint.
+        on_metrics: called as ``on_metrics(step, values)`` with each line of metrics.jsonl.
         rank_timeout: seconds of silence of one process after which all end.
 
     Returns:
@@ -98,7 +104,7 @@ def pretrain(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
-    run = Path(out)
+    run, callbacks = Path(out), Callbacks(on_epoch, on_metrics)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         if world.rank == 0:
             checkpoint.check_new(run)
@@ -138,7 +144,7 @@ def pretrain(
                 checkpoint.begin_run(run, resolved, facts)
                 save_contents(run, source)
             features = set_first_state(learner, feed, facts)
-            return _train(run, feed, features, learner, evaluate, floors, START)
+            return _train(run, feed, features, learner, evaluate, floors, START, callbacks)
 
 
 def resume(
@@ -149,6 +155,8 @@ def resume(
     typed: Iterable[str] = (),
     backbone: nn.Module | None = None,
     views: Transform | None = None,
+    on_epoch: MetricsCallback | None = None,
+    on_metrics: MetricsCallback | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint, to the same end as a run that never stopped.
@@ -164,7 +172,7 @@ def resume(
             were given in Python are given again.
         typed: names of the options in ``config`` that were set now.
         backbone, views: those that the run began with.
-        rank_timeout: see :func:`pretrain`.
+        on_epoch, on_metrics, rank_timeout: see :func:`pretrain`.
 
     Returns:
         As :func:`pretrain`; for a finished run, its earlier result.
@@ -174,7 +182,7 @@ def resume(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
-    run, typed = Path(out), frozenset(typed)
+    run, typed, callbacks = Path(out), frozenset(typed), Callbacks(on_epoch, on_metrics)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
         settings = continue_settings(run, stored, config, typed, facts["removed"])
@@ -217,7 +225,7 @@ def resume(
                 learner.restore(newest)
                 features = open_features(learner, feed)
             notify(f"Resuming '{run}' after step {learner.step:,}.")
-            return _train(run, feed, features, learner, evaluate, floors, progress)
+            return _train(run, feed, features, learner, evaluate, floors, progress, callbacks)
 
 
 def _how_to_resume(run: Path) -> str:
@@ -232,12 +240,13 @@ def _train(
     evaluate: OnlineKnn,
     floors: RunFloors,
     progress: dict[str, Any],
+    callbacks: Callbacks,
 ) -> dict[str, Any]:
     """Train to the end of the schedule; on ``features`` while the backbone is frozen."""
     config = learner.config
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
-    recorder = Recorder(config, run, feed, learner, schedule, progress)
+    recorder = Recorder(config, run, feed, learner, schedule, progress, callbacks)
     if schedule.total_steps > schedule.la_start and (
         note := missing_backend_note(learner.bank.rows)
     ):

@@ -4,7 +4,7 @@ import time
 from contextlib import ExitStack
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -16,7 +16,7 @@ from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import ProgressLine, duration, notify
-from ..io.metrics_log import MetricsLog, NoMetricsLog
+from ..io.metrics_log import MetricsCallback, MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
 from .deferred_metrics import DeferredMetrics, StepMetrics, first_not_finite
 from .diagnostics import Diagnostics
@@ -29,6 +29,18 @@ WAITING = "waiting for data"
 """Label of the data-loading time."""
 START: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0, "shares": {}, "final": {}}
 """The progress of a run that begins."""
+
+
+class Callbacks(NamedTuple):
+    """Functions of the user that rank 0 calls during a run."""
+
+    on_epoch: MetricsCallback | None = None
+    """Called as ``on_epoch(epoch, metrics)`` after each epoch, counted from 1."""
+    on_metrics: MetricsCallback | None = None
+    """Called as ``on_metrics(step, values)`` with each line of metrics.jsonl."""
+
+
+NO_CALLBACKS = Callbacks()
 
 
 class Recorder:
@@ -49,7 +61,9 @@ class Recorder:
         learner: Learner,
         schedule: Schedule,
         progress: dict[str, Any],
+        callbacks: Callbacks = NO_CALLBACKS,
     ) -> None:
+        self._on_epoch = callbacks.on_epoch
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
         self.world = learner.world
         self.total_steps = schedule.total_steps
@@ -67,7 +81,8 @@ class Recorder:
         self._checkpoint_due = self._stop_agreed = False
         self.metrics = NoMetricsLog()
         if self.world.rank == 0:
-            self.metrics = MetricsLog(run, keep=progress["metrics_bytes"], step=learner.step)
+            options: dict[str, Any] = {"keep": progress["metrics_bytes"], "step": learner.step}
+            self.metrics = MetricsLog(run, on_write=callbacks.on_metrics, **options)
         self._deferred = DeferredMetrics()
         self.health = Diagnostics(progress.get("health"), self.world)
         self.line = ProgressLine("learning", self.total_steps, learner.step)
@@ -238,6 +253,8 @@ class Recorder:
             f"{duration(left * (time.monotonic() - start))} left",
         ]
         notify("  ".join(filter(None, shown)))
+        if self._on_epoch is not None and self.world.rank == 0:
+            self._on_epoch(epoch + 1, {**found, **metrics})
         self._epoch_start = (self.learner.step, time.monotonic())
 
     def seconds(self) -> float:
