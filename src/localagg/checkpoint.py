@@ -295,15 +295,20 @@ def _load_clusters(folder: Path, bank: MemoryBank) -> dict[str, Tensor]:
     return {"labels": read_shards(files, "labels", dim=1, part=bank.part)} if files else {}
 
 
-def save_weights(path: Path, encoder: Encoder, views: ViewConfig | None = None) -> None:
+def save_weights(
+    path: Path, encoder: Encoder, views: ViewConfig | None = None, bank: str | None = None
+) -> None:
     """Write parameters, statistics and architecture of an encoder as one safetensors file.
 
-    ``views`` are the image settings of its training, which measurements repeat.
+    ``views`` are the image settings of its training, which measurements repeat; ``bank`` is the
+    relative path of an imported memory bank.
     """
     metadata = {"localagg": json.dumps(encoder.spec)}
     metadata["normalization"] = json.dumps(to_dict(encoder.normalization))
     if views is not None:
         metadata["views"] = json.dumps(to_dict(views))
+    if bank is not None:
+        metadata["bank"] = bank
     save_tensors(path, encoder.state_dict(), metadata)
 
 
@@ -324,7 +329,7 @@ def load_encoder(path: str | Path, backbone: nn.Module | None = None) -> Encoder
     if path.is_dir():
         read_run(path)
         path = latest(path) / "model.safetensors"
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     if "localagg" not in metadata:
         raise UserError(
             "unsupported", f"'{path}' was not written by localagg: it names no architecture."
@@ -361,7 +366,7 @@ def load_views(path: str | Path) -> ViewConfig | None:
     path = _exported_file(path)
     if path.is_dir():
         return read_run(path)[0].views
-    views = _read_metadata(path).get("views")
+    views = read_metadata(path).get("views")
     with _convert_damage(path), convert_newer(path):
         return None if views is None else from_dict(ViewConfig, json.loads(views))
 
@@ -372,7 +377,8 @@ def _exported_file(path: str | Path) -> Path:
     return file if file.is_file() else Path(path)
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a weights file; UserError if there is none or it is damaged."""
     if not path.exists():
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
     with open(path, "rb") as file:

@@ -21,6 +21,11 @@ _UNUSED: tuple[tuple[tuple[str, ...], str, Callable[[Values], bool]], ...] = (
         "without --crop resized",
         lambda value: value("crop") != "resized",
     ),
+    (
+        ("compat",),
+        "on another --model than alexnet_bn",
+        lambda value: value("model") not in (None, "alexnet_bn"),
+    ),
     (("memory_gb",), "without --memory auto", lambda value: value("memory") != "auto"),
     (("noise",), "without --instance-loss nce", lambda value: value("instance_loss") != "nce"),
     (

@@ -214,6 +214,8 @@ class PretrainConfig:
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """Weight decay of all weights but those of batch-norm."""
+    compat: Literal["reference"] | None = None
+    """reference: also decay AlexNet's batch-norm parameters, a slip of the reference program."""
     sync_batch_norm: bool = False
     """Normalize by the statistics of the whole batch instead of each process's share."""
     seed: int = 0

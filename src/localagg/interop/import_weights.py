@@ -4,8 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import ViewConfig
@@ -13,6 +11,7 @@ from ..errors import UserError, suggest
 from ..io.files import atomic_write
 from ..models import create_encoder
 from . import tf_variables, torch_port
+from .start_state import bank_place, save_start_state
 from .tf_checkpoint import open_tf_checkpoint
 from .tf_variables import load_tf_checkpoint
 from .torch_port import load_torch_port
@@ -30,8 +29,8 @@ def import_weights(
         prefix: see ``open_tf_checkpoint``, or a ``.pth.tar``, ``.pth`` or ``.pt`` file of the port.
         model: the network of the checkpoint.
         out: the file to write; it appears when complete.
-        bank: also write the memory bank to this file: ``rows`` [N, D], and if the checkpoint has
-            them ``labels`` [N] and ``clusters`` [H, N].
+        bank: also write the training state to this file, for ``pretrain --start``; see
+            :mod:`.start_state`.
 
     Returns:
         {"matched", "left", "missing": names, "global_step", "rows" of the bank or None, "model",
@@ -63,11 +62,9 @@ def import_weights(
             " first; name a complete checkpoint.",
         )
     with atomic_write(out) as temporary:
-        save_weights(temporary, encoder, REFERENCE_VIEWS)
+        save_weights(temporary, encoder, REFERENCE_VIEWS, bank and bank_place(out, bank))
     if bank is not None and memory is not None:
-        parts = {"rows": memory.rows, "labels": report.labels, "clusters": report.cluster_labels}
-        with atomic_write(bank) as temporary:
-            save_file({k: v.contiguous() for k, v in parts.items() if v is not None}, temporary)
+        save_start_state(bank, memory, report)
     return {
         "matched": list(report.matched),
         "left": list(report.left),

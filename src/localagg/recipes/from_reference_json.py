@@ -10,44 +10,28 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..config import PretrainConfig, TransferConfig, override, require_resolved
 from ..errors import UserError, suggest
-from .paper import (
-    CROP_AND_FLIP,
-    DEFAULTS,
-    FULL,
+from .paper import CROP_AND_FLIP, DEFAULTS, FULL, IR_BATCH, PLACES, PLACES_CLASSES
+from .reference_keys import (
+    FURTHER_KEYS,
     IMAGENET,
     NETWORKS,
-    PLACES,
-    PLACES_CLASSES,
-    PRETRAINING,
-    READOUTS,
+    PRETRAIN_KEYS,
+    READOUT_KEYS,
+    ReferenceKey,
 )
 
-# Keys of the reference's command line that are ignored here, and the reason.
-_IGNORED = {
-    **dict.fromkeys(("port", "host", "db_name", "col_name"), "there is no database"),
-    **dict.fromkeys(("exp_id", "save_exp", "cache_dir"), "--out names the run"),
-    **dict.fromkeys(("load_exp", "load_port", "resume"), "--start or --resume names a run"),
-    **dict.fromkeys(("gpu", "gpu_offset"), "--device selects the device"),
-    "image_dir": "--data names the images",
-    "q_cap": "an epoch is a permutation",
-    "test_batch_size": "all images are evaluated",
-    **dict.fromkeys(
-        ("fre_valid", "fre_filter", "fre_cache_filter", "fre_metric"),
-        "--eval-every, --log-every and --checkpoint-seconds set the intervals",
-    ),
-}
+_EPOCHS = 200  # of a configuration without an end
+_READOUT_EPOCHS = 2000  # of ImageNet, at which the reference's read-outs end
 _RATES = {"init_lr": "learning_rate", "weight_decay": "weight_decay"}
 _RENAMED = {**_RATES, "instance_t": "temperature", "instance_m": "bank_momentum"}
-_KEYS = {
-    *_RENAMED, "model_type", "kmeans_k", "instance_k", "batch_size", "data_len", "lr_boundaries",
-    "train_num_steps", "task", "load_step",
-}  # fmt: skip
-_READOUT_KEYS = ("get_all_layers", "train_crop", "ten_crop", "num_classes")
+_STILL = replace(FULL, gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0))
 _CROPS = {
     "default": FULL,
-    "resnet_crop_flip": replace(FULL, gray=0.0, jitter=(0.0, 0.0, 0.0, 0.0)),
+    "resnet_crop_flip": _STILL,
     "alexnet_crop_flip": CROP_AND_FLIP,
+    "validate_crop": replace(_STILL, crop="center", flip=0.0),
 }
+_LAST_LAYERS = {"resnet18": "9", "resnet50": "17"}  # read without get_all_layers
 
 Config = TypeVar("Config", PretrainConfig, TransferConfig)
 
@@ -107,69 +91,108 @@ def convert_pretrain_json(
 
     Args:
         spec: ``FILE.json:NAME``.
-        base: configuration for all other options. Default: our recipe of that name, or the
-            reference's defaults.
+        base: configuration that the file's keys override. Default: a key that the file lacks has
+            the reference's default, whatever the configuration's name.
 
     Raises:
         UserError: the file cannot be read, or has an invalid value.
     """
-    name, values = read_json(spec)
-    if any(key in values for key in _READOUT_KEYS):
+    _, values = read_json(spec)
+    if any(key in values for key in READOUT_KEYS.keys() - PRETRAIN_KEYS.keys()):
         raise UserError(
             "option-invalid",
             f"--config {spec} configures read-outs; use localagg transfer RUN --config {spec}.",
         )
     with _convert_invalid_values(spec):
-        return _pretrain(base or PRETRAINING.get(name, replace(DEFAULTS, epochs=200)), values)
+        notes = _check_keys(values, PRETRAIN_KEYS)
+        if base is None:
+            values = _with_defaults(values, PRETRAIN_KEYS)
+        return _pretrain(base or replace(DEFAULTS, epochs=_EPOCHS), values, notes)
 
 
 def convert_readout_json(
     spec: str, base: TransferConfig | None = None
 ) -> ConvertedConfig[TransferConfig]:
     """Convert a read-out configuration; see :func:`convert_pretrain_json`."""
-    name, values = read_json(spec)
+    _, values = read_json(spec)
     with _convert_invalid_values(spec):
-        defaults = TransferConfig(views=FULL, batch_size=128)
-        return _readout(base or READOUTS.get(name, defaults), values)
+        notes = _check_keys(values, READOUT_KEYS)
+        if base is None:
+            values = _with_defaults(values, READOUT_KEYS)
+        return _readout(base or TransferConfig(), values, notes)
 
 
 @contextmanager
 def _convert_invalid_values(spec: str) -> Iterator[None]:
     try:
         yield
-    except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError("option-invalid", f"--config {spec}: invalid value: {error}.") from None
 
 
-def _readout(config: TransferConfig, values: dict[str, Any]) -> ConvertedConfig[TransferConfig]:
-    unused = ("num_classes", "model_type", "load_step")
-    notes = [_note(key) for key in values if key not in {*_KEYS, *_READOUT_KEYS}]
-    notes += [f"{key} follows from RUN and --data." for key in unused if key in values]
+def _with_defaults(values: dict[str, Any], keys: dict[str, ReferenceKey]) -> dict[str, Any]:
+    return {key: of.default for key, of in keys.items()} | values
+
+
+def _check_keys(values: dict[str, Any], keys: dict[str, ReferenceKey]) -> list[str]:
+    """Return notes on keys without effect; raise ValueError for a value out of few choices."""
+    known = {**FURTHER_KEYS, **keys}
+    notes = []
+    for key, value in values.items():
+        if key not in known:
+            notes.append(f"{key} is ignored: not an option of the reference.{suggest(key, known)}")
+        elif known[key].ours.startswith("ignored"):
+            notes.append(f"{key} is {known[key].ours}.")
+        elif (choices := known[key].choices) and json.dumps(value).strip('"') not in choices:
+            raise ValueError(f"{key} {value!r}; it is one of {', '.join(choices)}")
+    return notes
+
+
+def _readout(
+    config: TransferConfig, values: dict[str, Any], notes: list[str]
+) -> ConvertedConfig[TransferConfig]:
     changes = _floats(values, _RATES)
-    if values.get("get_all_layers"):
-        changes["layers"] = tuple(str(values["get_all_layers"]).split(","))
+    network = values.get("model_type")
+    if network is not None:
+        changes["compat"] = "reference" if network == "vggnet_fx" else None
+    layers = values.get("get_all_layers")
+    if "get_all_layers" in values and not layers:  # the embedding, or a layer that has no read-out
+        layers = _LAST_LAYERS.get(network or "")
+        if layers is None:
+            raise ValueError(f"get_all_layers is missing; name the layers of {network}")
+    if layers:
+        changes["layers"] = tuple(str(layers).split(","))
     if "ten_crop" in values:
-        changes["ten_crop"] = bool(values["ten_crop"])
+        changes["ten_crop"] = values["ten_crop"] in (True, "true")
     if "train_crop" in values:
         config = replace(config, views=_CROPS[values["train_crop"]])
     changes["batch_size"] = batch = int(values.get("batch_size", config.batch_size))
     # The reference's read-outs continue the step count of the weights that they load.
     images = PLACES if int(values.get("num_classes", 1000)) == PLACES_CLASSES else IMAGENET
-    steps, begin = images // batch, int(values.get("load_step", 0))
+    steps, begin = images // batch, int(values.get("load_step") or 0)
     changes |= _drops(values, steps, begin)
-    if "train_num_steps" in values:
-        changes["epochs"] = max(1, round((int(values["train_num_steps"]) - begin) / steps))
+    end = values.get("train_num_steps")
+    if end is None and "train_num_steps" in values:
+        end = int(_READOUT_EPOCHS * IMAGENET / batch)
+        notes.append(
+            f"train_num_steps is missing: the reference's read-outs end at step {end:,}; set"
+            " --epochs to end earlier."
+        )
+    if end is not None:
+        if int(end) <= begin:
+            raise ValueError(f"train_num_steps {end} is not above load_step {begin}")
+        changes["epochs"] = max(1, round((int(end) - begin) / steps))
     return ConvertedConfig(override(config, **changes), notes)
 
 
-def _pretrain(config: PretrainConfig, values: dict[str, Any]) -> ConvertedConfig[PretrainConfig]:
-    notes = [_note(key) for key in values if key not in _KEYS]
+def _pretrain(
+    config: PretrainConfig, values: dict[str, Any], notes: list[str]
+) -> ConvertedConfig[PretrainConfig]:
     images = int(values.get("data_len", IMAGENET))
     changes = {"sized_for": images, **_floats(values, _RENAMED)}
     if "model_type" in values:
-        if values["model_type"] not in NETWORKS:
-            raise ValueError(f"model_type {values['model_type']!r}")
         changes["model"] = NETWORKS[values["model_type"]]
+        changes["compat"] = "reference" if values["model_type"] == "alexnet_bn_no_drop" else None
     if "kmeans_k" in values:
         changes["clusters"] = tuple(int(k) for k in str(values["kmeans_k"]).split(","))
     if "instance_k" in values:
@@ -180,24 +203,39 @@ def _pretrain(config: PretrainConfig, values: dict[str, Any]) -> ConvertedConfig
     if steps < 1:
         raise ValueError(f"data_len {images} is less than batch_size {batch}")
     changes |= _drops(values, steps)
-    if "train_num_steps" in values:
-        end = int(values["train_num_steps"])
-        changes["epochs"] = math.ceil(end / steps)
-        if end % steps:
-            notes.append(
-                f"train_num_steps {end:,} is not a multiple of the {steps:,} steps of an epoch;"
-                f" the run has {changes['epochs']} epochs."
-            )
-    epochs = changes.get("epochs", config.epochs)
+    end = values.get("train_num_steps")
+    epochs = require_resolved(config.epochs) if end is None else math.ceil(int(end) / steps)
+    changes["epochs"] = epochs
+    if end is None and "train_num_steps" in values:
+        notes.append(
+            "train_num_steps is missing: the reference trains until it is stopped, this run ends"
+            f" after {epochs} epochs; set --epochs."
+        )
+    elif end is not None and int(end) % steps:
+        notes.append(
+            f"train_num_steps {int(end):,} is not a multiple of the {steps:,} steps of an epoch;"
+            f" the run has {epochs} epochs."
+        )
     if values.get("task") == "IR":
         changes |= {"ir_epochs": epochs, "ir_batch_size": None}
-    elif "load_step" in values:
-        ir_steps = images // (config.ir_batch_size or batch)
-        changes["ir_epochs"] = round(int(values["load_step"]) / ir_steps)
+    elif values.get("load_step"):
+        changes |= _ir_before(int(values["load_step"]), images, batch)
+        if end is not None and int(values["load_step"]) >= int(end):
+            raise ValueError(f"load_step {values['load_step']} is not below train_num_steps {end}")
         notes.append(f"load_step: the run begins with {changes['ir_epochs']} epochs of IR.")
+    elif "load_step" in values:
+        changes |= {"ir_epochs": 0, "ir_batch_size": None}
+        notes.append("load_step is missing: LA begins without IR; --start names a run of IR.")
     elif require_resolved(config.ir_epochs) > epochs:
         changes["ir_epochs"] = epochs
     return ConvertedConfig(override(config, **changes), notes)
+
+
+def _ir_before(load_step: int, images: int, batch: int) -> dict[str, Any]:
+    """Return the epochs of IR that LA loads, and its batch: the default one if it fits the step."""
+    fitting = (size for size in (IR_BATCH, batch) if images >= size)
+    size = next((size for size in fitting if load_step % (images // size) == 0), batch)
+    return {"ir_epochs": round(load_step / (images // size)), "ir_batch_size": size}
 
 
 def _floats(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -206,13 +244,7 @@ def _floats(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def _drops(values: dict[str, Any], steps: int, begin: int = 0) -> dict[str, Any]:
     """Return the rate's boundaries in epochs of ``steps``, counted from step ``begin``."""
-    if values.get("lr_boundaries") is None:
+    if "lr_boundaries" not in values:
         return {}
-    boundaries = str(values["lr_boundaries"]).split(",")
-    return {"drops": tuple((int(step) - begin) / steps for step in boundaries)}
-
-
-def _note(key: str) -> str:
-    if key in _IGNORED:
-        return f"{key} is ignored: {_IGNORED[key]}."
-    return f"{key} is ignored: not an option of the reference.{suggest(key, _KEYS)}"
+    boundaries = str(values["lr_boundaries"] or "").split(",")
+    return {"drops": tuple((int(step) - begin) / steps for step in boundaries if step)}

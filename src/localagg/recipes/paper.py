@@ -8,19 +8,12 @@ load an IR run of step 100,090, the end of epoch 10; ours run IR first unless ``
 from dataclasses import replace
 
 from ..config import EncoderConfig, ObjectiveConfig, PretrainConfig, TransferConfig, ViewConfig
+from .reference_keys import IMAGENET
 
-IMAGENET = 1_281_167
 STEPS = IMAGENET // 128  # 10,009: an epoch of the reference's default batch
 _VGG_STEPS = IMAGENET // 256  # 5,004
 _IR_EPOCHS = 10
-
-# The reference's name of a network -> ours.
-NETWORKS = {
-    "resnet18": "preact_resnet18",
-    "resnet50": "preact_resnet50",
-    "alexnet_bn_no_drop": "alexnet_bn",
-    "vggnet_fx": "vgg16_bn_last",
-}
+IR_BATCH = 128
 
 # The defaults of its command line (param_setter.py), with IR as the only loss.
 DEFAULTS = PretrainConfig(
@@ -35,7 +28,7 @@ DEFAULTS = PretrainConfig(
         neighbors=4096,
         clusters=(10_000,),
     ),
-    batch_size=128,
+    batch_size=IR_BATCH,
     ir_epochs=_IR_EPOCHS,
     learning_rate=0.03,
     drops=(),
@@ -47,7 +40,9 @@ DEFAULTS = PretrainConfig(
 
 
 def _ir(model: str) -> PretrainConfig:
-    return replace(DEFAULTS, encoder=EncoderConfig(model=model), epochs=_IR_EPOCHS)
+    compat = "reference" if model == "alexnet_bn" else None  # its batch-norm decays
+    encoder = EncoderConfig(model=model)
+    return replace(DEFAULTS, encoder=encoder, epochs=_IR_EPOCHS, compat=compat)
 
 
 def _la(
@@ -58,7 +53,7 @@ def _la(
         _ir(model),
         objective=replace(DEFAULTS.objective, clusters=clusters),
         batch_size=IMAGENET // steps,
-        ir_batch_size=128,
+        ir_batch_size=IR_BATCH,
         epochs=end // steps,
         drops=tuple(drop / steps for drop in drops),
     )

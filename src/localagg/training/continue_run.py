@@ -1,4 +1,7 @@
-"""Continue a finished run: after IR, for more epochs, or on images that changed since."""
+"""Continue a finished run: after IR, for more epochs, or on images that changed since.
+
+Or a checkpoint of the reference program.
+"""
 
 import functools
 import math
@@ -11,6 +14,7 @@ import torch
 
 from .. import checkpoint
 from ..config import (
+    EncoderConfig,
     PretrainConfig,
     option_names,
     option_value,
@@ -22,7 +26,9 @@ from ..data.loading.cropping import evaluation_crops
 from ..data.loading.loader import Feed
 from ..data.loading.workers import map_in_workers
 from ..data.sources.open import Source, open_images
+from ..engine.search import store_by_row
 from ..errors import UserError
+from ..interop.start_state import load_start_state, read_start_network
 from ..io.console import notify, show_progress
 from ..recipes.derived_settings import resolve_defaults
 from ..recipes.schedule import Schedule
@@ -36,7 +42,7 @@ _BATCH = 256
 
 
 def settings_of_start(
-    config: PretrainConfig, start: Path, typed: frozenset[str] = frozenset()
+    config: PretrainConfig, start: Path, source: Source, typed: frozenset[str] = frozenset()
 ) -> PretrainConfig:
     """Return the settings of a run that continues a finished one, whose epochs count.
 
@@ -46,11 +52,13 @@ def settings_of_start(
 
     Args:
         config: as the user set it.
-        start: the finished run.
+        start: the finished run, or an imported checkpoint, whose network is used.
+        source: the images of the new run.
         typed: names of the options that the user set. Default: those that differ from the defaults.
 
     Raises:
-        UserError: ``start`` is not finished, has another network, or at least as many epochs.
+        UserError: ``start`` is not finished, has another network, or at least as many epochs; an
+            imported checkpoint without its bank, or of other images.
     """
     if config.adapt.feature_views:
         raise UserError(
@@ -58,6 +66,8 @@ def settings_of_start(
             f"--start '{start}' continues a run, and --feature-views begins with a frozen network;"
             " use --weights instead of --start.",
         )
+    if start.is_file():
+        return _settings_of_import(config, start, source)
     before, _ = checkpoint.read_run(start)
     if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
         raise UserError(
@@ -172,6 +182,9 @@ def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
         facts: of this run; "start" names the other.
     """
     start = Path(facts["start"])
+    if start.is_file():
+        _restore_import(learner, start, len(feed.valid))
+        return
     before, start_facts = checkpoint.read_run(start)
     folder = checkpoint.latest(start)
     if start_facts["fingerprint"] == facts["fingerprint"]:
@@ -216,3 +229,40 @@ def _embed_rows(learner: Learner, feed: Feed, index: torch.Tensor) -> None:
             done += len(loaded.index)
             show(done, len(index))
     encoder.train(training)
+
+
+# --- Imported checkpoints -------------------------------------------------------------------------
+
+
+def _settings_of_import(config: PretrainConfig, start: Path, source: Source) -> PretrainConfig:
+    network, order = read_start_network(start, len(source), source.labels)
+    if config.encoder.model not in (None, network["model"]):
+        raise UserError(
+            "mismatch",
+            f"--start '{start}' has the network {network['model']}, not {config.encoder.model}; use"
+            " its recipe.",
+        )
+    notify(order)
+    return replace(config, encoder=EncoderConfig(**network))
+
+
+def _restore_import(learner: Learner, start: Path, images: int) -> None:
+    """Load weights, bank, momenta, cluster labels and step.
+
+    Raises:
+        UserError: the run ends before the checkpoint's step.
+    """
+    learner.encoder.load_state_dict(checkpoint.load_encoder(start).state_dict())
+    parts = (learner.encoder, learner.optimizer, learner.bank)
+    learner.step, labels = load_start_state(start, *parts)  # type: ignore[arg-type]
+    schedule = Schedule(learner.config, images)
+    if learner.step >= schedule.total_steps:
+        raise UserError(
+            "option-invalid",
+            f"--start '{start}' is at step {learner.step:,}, and the run ends at step"
+            f" {schedule.total_steps:,}; raise --epochs.",
+        )
+    phase = "LA" if schedule.position(learner.step).aggregating else "IR"
+    notify(f"Continuing '{start}' after step {learner.step:,} with {phase}.")
+    if labels is not None and len(labels) == len(learner.config.objective.clusters or ()):
+        learner.labels = store_by_row(labels.to(learner.device))

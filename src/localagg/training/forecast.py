@@ -34,7 +34,7 @@ def forecast(
         config: as for ``pretrain``.
         data: data URI, of which a few image headers are read.
         typed: as for ``pretrain``.
-        start: a finished run that the run is to continue, as for ``pretrain``.
+        start: a finished run, or an imported checkpoint, to continue, as for ``pretrain``.
 
     Returns:
         {"images", "notes": sentences on derived options and weights, "config", "steps": {"epoch",
@@ -49,7 +49,7 @@ def forecast(
     check_start_weights(config, start)
     source = open_images(data)
     if start is not None:
-        config = settings_of_start(config, Path(start), frozenset(typed))
+        config = settings_of_start(config, Path(start), source, frozenset(typed))
     size, side = len(source), typical_side(source)
     config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)

@@ -21,6 +21,7 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder, create_encoder, encoder_of
+from ..models.alexnet import AlexNet
 from .initial_bank import embed_bank
 from .trained_part import freeze_untrained
 
@@ -201,6 +202,8 @@ def parameter_groups(encoder: Encoder, config: PretrainConfig) -> list[dict[str,
     ``--network-rate``.
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if config.compat == "reference" and isinstance(encoder.backbone, AlexNet):
+        norms = []  # their names escape the reference's filter
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
     parts: list[tuple[list[nn.Module], float]] = [([encoder], 1.0)]
     if config.adapt.feature_views:

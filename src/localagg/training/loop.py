@@ -79,7 +79,8 @@ def pretrain(
         start: a finished run to continue: its weights, bank and momentum are loaded and its epochs
             count. After IR alone LA begins after ``ir_epochs``, or at once if these have passed, as
             in the reference's LA runs. After LA it goes on with its own settings, except those set
-            here. The images may differ; see :func:`.restore_start`.
+            here. The images may differ; see :func:`.restore_start`. Or a weights file that
+            ``import-tf --bank`` wrote: it goes on from its step, on the same images.
         typed: names of options in ``config`` that ``minutes`` keeps, even if they equal a default.
         backbone: a network in place of the configuration's: returns [B, C] or [B, C, H, W] of
             normalized images [B, 3, S, S]. It is trained in place, from the weights that it has.
@@ -115,7 +116,7 @@ def pretrain(
             report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:
-            config = settings_of_start(config, Path(start), frozenset(typed))
+            config = settings_of_start(config, Path(start), source, frozenset(typed))
         config = replace(config, views=with_measured_range(config.views, source))
         own = OwnParts(backbone, views)
         config = own.configure(config, source)

@@ -19,7 +19,8 @@ class ImportTf:
     out: str
     """Weights file (.safetensors) to write."""
     bank: str | None = None
-    """Also write the memory bank, its labels and its cluster labels to this .safetensors file."""
+    """Also write memory bank, labels, cluster labels, momenta and step to this .safetensors file,
+    so that pretrain --start OUT goes on."""
 
 
 def run(options: ImportTf) -> dict[str, Any]:
