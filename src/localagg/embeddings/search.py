@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import load_encoder, weights_digest
-from ..config import ViewConfig, from_dict
+from ..checkpoint import load_encoder, load_views, weights_digest
+from ..config import ViewConfig, from_dict, to_dict
 from ..data.images.decode import READ_ERRORS, decode, read_error_reason
 from ..data.loading.cropping import evaluation_batches
 from ..data.sources.image_files import walk_images
@@ -206,7 +206,16 @@ def _embed_files(
                 "unreadable-images", f"'{path}' cannot be read: {reason}; name another image."
             )
     facts = table.facts
+    if not facts and weights is None:
+        raise UserError(
+            "option-missing",
+            f"'{table.path}' was rewritten by another program and no longer names its weights; name"
+            " them by --run, or search for images in the table.",
+        )
     place = Path(facts["weights"] if weights is None else weights)
+    if not facts:  # as localagg embed writes by default
+        views = to_dict(load_views(place) or ViewConfig())
+        facts = {"precision": "32-true", "layer": None, "views": views}
     if weights is None and not place.exists():
         raise UserError(
             "not-found",
@@ -215,7 +224,9 @@ def _embed_files(
         )
     fabric = make_fabric(precision=facts["precision"])
     encoder = load_encoder(place).to(fabric.device).eval()
-    if weights_digest(encoder) != facts["weights_digest"]:
+    if facts.get("weights_digest", digest := weights_digest(encoder)) != digest or (
+        facts["layer"] is None and encoder.spec["dim"] != table.dim
+    ):
         raise UserError(
             "mismatch",
             f"'{place}' are not the weights of '{table.path}', or were trained further; name the"

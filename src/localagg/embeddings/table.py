@@ -75,7 +75,9 @@ class EmbeddingTable:
         path: the file.
 
     Raises:
-        UserError: no such file, not Parquet, or not written by ``localagg embed``.
+        UserError: no such file, not Parquet, or without the columns path, index and embedding.
+
+    A table that pandas merged and wrote has no ``facts``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,10 +94,11 @@ class EmbeddingTable:
             self.file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self.file.schema_arrow
         try:
-            self.facts: dict[str, Any] = json.loads((schema.metadata or {})[_KEY])
-            complete = _COLUMNS.issubset(schema.names) and _FACTS.issubset(self.facts)
-            self.dim: int = schema.field("embedding").type.list_size
-        except (KeyError, TypeError, ValueError, AttributeError):
+            self.facts: dict[str, Any] = json.loads((schema.metadata or {}).get(_KEY, b"{}"))
+            complete = _COLUMNS.issubset(schema.names)
+            complete &= not self.facts or _FACTS.issubset(self.facts)
+            self.dim: int = self._find_dim()
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
             complete = False
         if not complete:
             raise UserError(
@@ -106,6 +109,14 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
+
+    def _find_dim(self) -> int:
+        """Return the values of a row; tables that pandas wrote hold lists of any length."""
+        kind = self.file.schema_arrow.field("embedding").type
+        if hasattr(kind, "list_size"):
+            return kind.list_size
+        first = next(self.file.iter_batches(1, columns=["embedding"]))["embedding"]
+        return len(first[0].as_py())
 
     @cached_property
     def images(self) -> "pa.Table":
