@@ -4,9 +4,12 @@ import hashlib
 import json
 
 import pytest
+from expect import user_error
 from make_tfrecords import write_tfrecords
 
+from localagg.cli.main import main
 from localagg.data import open_images
+from localagg.data.images.decode import decode
 from localagg.data.pack.pack_dataset import pack
 from localagg.data.sources.open import stored_splits
 
@@ -112,3 +115,60 @@ def test_packing_the_references_data_keeps_it(folder, tmp_path, kind, format):
     for split in ("train", "val"):
         source, packed = open_images(uri, split), open_images(tmp_path / "packed", split)
         assert [packed[i] for i in range(len(packed))] == [source[i] for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "files"),
+    [("source_imagenet", "imagenet", ("4", "4")), ("source_places", "places", ("3", "2"))],
+)
+def test_pack_like_reference_writes_its_records(
+    folder, expected, tmp_path, capsys, source, written, files
+):
+    """File by file, in order: index, label, bytes. Only the CMYK image is encoded otherwise."""
+    uri = str(folder / source)
+    if source == "source_places":
+        uri = f"{folder / source / 'csv'}:{folder / source}"
+    words = ["pack", uri, str(tmp_path / "ours"), "--like", "reference"]
+    assert main([*words, "--files", *files]) == 0
+    unlike = []
+    for split in ("train", "val"):
+        ours = open_images(tmp_path / "ours", split)
+        theirs = open_images(folder / written, split)
+        due = records(expected, written, split)
+        assert len(ours) == len(due)
+        for i, record in enumerate(due):
+            sample = ours[i]
+            assert (sample.index, sample.label) == (record["index"], record["label"])
+            assert ours.name(i).startswith(record["file"])
+            if hashlib.sha256(sample.image).hexdigest() != record["sha256"]:
+                unlike.append(record["source"])
+                gap = decode(sample.image).int() - decode(theirs[i].image).int()
+                assert gap.abs().max() <= 6
+    assert [name.rpartition("/")[2] for name in unlike] in ([], ["n01739381_1309.JPEG"])
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert set(expected[written]) <= names
+
+
+def test_the_default_numbers_of_files_keep_the_order(folder, expected, tmp_path):
+    uri = f"{folder / 'source_places' / 'csv'}:{folder / 'source_places'}"
+    pack(uri, tmp_path / "ours", like="reference")
+    ours = open_images(tmp_path / "ours", "train")
+    due = records(expected, "places", "train")
+    found = [hashlib.sha256(ours[i].image).hexdigest() for i in range(len(ours))]
+    assert found == [record["sha256"] for record in due]
+
+
+def test_pack_like_reference_refuses_what_it_cannot_keep(folder, tmp_path):
+    uri, out = str(folder / "source_imagenet"), tmp_path / "x"
+    for code, value, options in (
+        ("option-conflict", "--format arrow", {"like": "reference", "format": "arrow"}),
+        ("option-conflict", "--size", {"like": "reference", "size": 8}),
+        ("option-conflict", "--seed", {"seed": 3}),
+        ("option-conflict", "--files", {"files": (1, 1)}),
+        ("option-invalid", "(0, 1)", {"like": "reference", "files": (0, 1)}),
+    ):
+        with user_error(code, value):
+            pack(uri, out, **options)
+    with user_error("unsupported", "imagenet"):
+        pack(folder / "imagenet", out, like="reference")
+    assert not out.exists()

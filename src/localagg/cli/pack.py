@@ -25,8 +25,16 @@ class Pack:
     """Multi-page TIFF files and animations. all: each page is an image."""
     image_column: str | None = None
     """Column of images of a table. Default: by its type, name and first bytes."""
-    format: Literal["arrow", "tfrecord", "webdataset"] = "arrow"
-    """File format: Arrow of the datasets library, TFRecords of the reference program, or tars."""
+    format: Literal["arrow", "tfrecord", "webdataset"] | None = None
+    """File format: Arrow of the datasets library, TFRecords of the reference program, or tars.
+    Default: arrow, or tfrecord with --like."""
+    like: Literal["reference"] | None = None
+    """reference: the records of the reference's scripts in their order, to
+    which the memory banks of its checkpoints belong. SRC is a folder of classes or a listing."""
+    seed: int = 0
+    """Random seed of the reference's shuffle, for --like reference."""
+    files: tuple[int, int] | None = None
+    """Number of files of train and val, for --like reference. Default: 1024 128."""
     size: int | None = None
     """Shrink larger images to this shorter side in pixels, as JPEG. Default: keep all bytes."""
     quality: int | None = None
@@ -60,6 +68,9 @@ def run(options: Pack) -> dict[str, Any]:
         quality=options.quality,
         workers=options.workers,
         verify=options.verify,
+        like=options.like,
+        seed=options.seed,
+        files=options.files,
     )
     print_table(["", ""], pack_rows(result))
     return result

@@ -20,9 +20,10 @@ from ...errors import UserError
 from ...io.console import notify, show_progress
 from ..sources.open import check_outside, open_images, report_unread, stored_splits
 from ..sources.source import Source
-from .formats import FORMATS
+from .formats import FORMATS, PackFormat
 from .partial_folder import PartialFolder, check_destination, check_free_space
 from .process_images import ShrinkOptions, estimate_bytes, hash_images, pack_images
+from .reference_order import FILES, ReferenceOrder, reference_files
 
 REPORT = "pack-report.json"
 _NAMED = 5  # unreadable images in the printed table
@@ -34,6 +35,7 @@ class PlannedSplit(NamedTuple):
     source: Source
     target: str  # its name in the folder
     size: int  # approximate bytes of its files
+    format: PackFormat
     files: list[str]  # their names inside the folder
 
 
@@ -41,12 +43,15 @@ def pack(
     uri: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    format: Literal["arrow", "tfrecord", "webdataset"] = "arrow",
+    format: Literal["arrow", "tfrecord", "webdataset"] | None = None,
     size: int | None = None,
     quality: int | None = None,
     workers: int = 0,
     shard_bytes: int = 1 << 28,
     verify: bool = False,
+    like: Literal["reference"] | None = None,
+    seed: int = 0,
+    files: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Copy the splits train, val and test of a source into one folder, or continue such a pack.
 
@@ -58,12 +63,17 @@ def pack(
         destination: a folder that does not exist or is empty.
         format: ``arrow``: as ``datasets.DatasetDict.save_to_disk``; ``tfrecord``: for the
             reference's program; ``webdataset``: tars of ``000000012.jpg`` and ``000000012.cls``.
+            Default: arrow, or tfrecord with ``like``.
         size: shrink images whose shorter side has more pixels (Pillow's Lanczos filter), as JPEG
             without metadata but the EXIF orientation. Default: keep all bytes.
         quality: JPEG quality, 1-100. Default: 95.
         workers: processes that read, check and shrink; 0: this one.
         shard_bytes: approximate largest size of a file.
         verify: read everything back and compare hashes.
+        like: "reference": the records of the reference's scripts in their order, for the banks of
+            its checkpoints; see :mod:`.reference_order`.
+        seed: of the reference's shuffle.
+        files: of train and val, like the reference. Default: 1,024 and 128.
 
     Returns:
         The contents of ``pack-report.json``, "destination" and "seconds". The report has "data",
@@ -79,11 +89,15 @@ def pack(
         Interrupted: Ctrl-C; finished files are kept.
     """
     start, uri = time.monotonic(), os.fspath(uri)
+    format = format or ("arrow" if like is None else "tfrecord")
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     shrink = _check_options(format, size, quality, shard_bytes)
     check_destination(destination)
     check_outside(uri, destination, "DST")
     splits = _plan_splits(uri, format, shrink, shard_bytes)
+    if like is not None or files is not None or seed:
+        _check_like(like, format, shrink, files)
+        splits = [_like_reference(split, seed, files) for split in splits]
     fingerprints = {s.target: [s.source.fingerprint(), len(s.files)] for s in splits}
     key = {"data": uri, "format": format, "shrink": shrink, "splits": fingerprints}
     partial = PartialFolder(destination, key)
@@ -134,8 +148,33 @@ def _plan_splits(
         size = estimate_bytes(source, shrink) + len(source) * FORMATS[format].overhead
         count = max(1, min(len(source), -(-size // shard_bytes)))
         files = [FORMATS[format].name(target, number, count) for number in range(count)]
-        splits.append(PlannedSplit(source, target, size, files))
+        splits.append(PlannedSplit(source, target, size, FORMATS[format], files))
     return splits
+
+
+def _check_like(
+    like: str | None, format: str, shrink: ShrinkOptions | None, files: tuple[int, int] | None
+) -> None:
+    if like is None:
+        name = "--seed" if files is None else "--files"
+        raise UserError("option-conflict", f"{name} has no effect without --like reference.")
+    if like != "reference":
+        raise UserError("option-invalid", f"--like is '{like}'; it must be reference.")
+    if format != "tfrecord" or shrink:
+        raise UserError(
+            "option-conflict",
+            f"--like reference writes TFRecords of unchanged images; omit --format {format} and"
+            " --size.",
+        )
+    if files is not None and min(files) < 1:
+        raise UserError("option-invalid", f"--files is {files}; each must be at least 1.")
+
+
+def _like_reference(split: PlannedSplit, seed: int, files: tuple[int, int] | None) -> PlannedSplit:
+    source = ReferenceOrder(split.source, split.target, seed)
+    number = (files or (*FILES.values(),))[split.target != "train"]
+    format, names = reference_files(source, split.target, number)
+    return split._replace(source=source, format=format, files=names)
 
 
 def _fill_folder(
@@ -154,8 +193,8 @@ def _fill_folder(
         notify(f"Continuing a pack: {len(partial.finished):,} files are finished.")
     for split in splits:
         with show_progress(f"packing {split.target}") as show:
-            pack_images(split.source, split.files, FORMATS[format], shrink, workers, partial, show)
-        FORMATS[format].complete(partial.folder, split.target, split.files, split.source)
+            pack_images(split.source, split.files, split.format, shrink, workers, partial, show)
+        split.format.complete(partial.folder, split.target, split.files, split.source)
     for split in splits:
         _check_packed(split, workers, verify, partial)
     facts = {split.target: _split_report(split, partial) for split in splits}
