@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from localagg import cli
 from localagg.checkpoint import load_encoder, load_views
-from localagg.interop.import_weights import REFERENCE_VIEWS
+from localagg.data import open_images
+from localagg.data.loading.cropping import evaluation_batches
+from localagg.interop.import_weights import PORT_VIEWS, REFERENCE_VIEWS
 from localagg.interop.tf_variables import map_variables
 from localagg.models import create_encoder
 
@@ -31,6 +33,11 @@ def stored(tmp_path_factory):
     arrays["instance/all_labels"] = np.arange(5)
     arrays["instance/cluster_labels"] = np.arange(10).reshape(2, 5)
     arrays["global_step"] = np.array(11)
+    draw = np.random.RandomState(1)
+    for layer, size in (("5", 28 * 28 * 128), ("9", 7 * 7 * 512)):
+        name = f"instance/transfer_dense_{layer}"
+        arrays[f"{name}/kernel"] = draw.randn(size, 2).astype(np.float32)
+        arrays[f"{name}/bias"] = draw.randn(2).astype(np.float32)
     for name, data in checkpoint(arrays).items():
         (folder / name).write_bytes(data)
     return folder / "model.ckpt-10", encoder, rows
@@ -89,6 +96,39 @@ def test_a_file_of_the_port_is_imported(tmp_path, capsys):
     out, bank = tmp_path / "w.safetensors", tmp_path / "b.safetensors"
     words = ["import-tf", str(file), "--model", "resnet18", "--out", str(out), "--bank", str(bank)]
     assert cli.main(words) == 0
+    assert load_views(out) == PORT_VIEWS != REFERENCE_VIEWS
     head = load_encoder(out).head.weight
     assert torch.equal(head, theirs.fc.weight)
     assert load_file(bank)["rows"].shape == (4, 128)
+
+
+def test_read_out_heads_are_imported_and_measured(stored, tmp_path, pictures, capsys):
+    prefix, encoder, _ = stored
+    out, heads, result = (tmp_path / name for name in ("w.safetensors", "h.safetensors", "r.json"))
+    words = ["import-tf", str(prefix), "--model", "preact_resnet18", "--out", str(out)]
+    assert cli.main([*words, "--heads", str(heads)]) == 0
+    found = load_file(heads)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "5.weight": (2, 100352), "5.bias": (2,), "9.weight": (2, 25088), "9.bias": (2,),
+    }  # fmt: skip
+    words = ["transfer", str(out), "--data", str(pictures), "--json", str(result), "--workers", "0"]
+    assert cli.main([*words, "--no-ten-crop", "--heads", str(heads)]) == 0
+    measured = json.loads(result.read_text())
+    assert (measured["epochs"], measured["steps"], measured["measured"]) == (0, 0, 12)
+    source = open_images(str(pictures), "val")
+    (index, images), *_ = evaluation_batches(source, REFERENCE_VIEWS, batch=12, workers=0)
+    features = encoder.eval().features(images, layers=["5", "9"])
+    for layer in ("5", "9"):
+        logits = features[layer] @ found[f"{layer}.weight"].T + found[f"{layer}.bias"]
+        right = (logits.argmax(1) == source.labels[index]).double().mean().item()
+        assert measured["layers"][layer]["top1"] == pytest.approx(right)
+    capsys.readouterr()
+    for more, value in (
+        (["--layers", "9", "7"], "7.weight"),
+        (["--image-size", "64"], "5.weight"),
+        (["--epochs", "3"], "--epochs"),
+        (["--heads", str(out)], "import-tf --heads"),
+    ):
+        assert cli.main([*words, "--out", str(tmp_path / "x"), "--heads", str(heads), *more]) == 2
+        assert value in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["transfer", str(out), "--data", str(pictures), "--heads", "/no/file"]) == 2

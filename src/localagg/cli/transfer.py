@@ -27,6 +27,9 @@ class Transfer:
     """Folder of linear read-outs to continue."""
     quick: bool = False
     """Fit logistic regressions on the center crop instead of training on random views."""
+    heads: str | None = None
+    """Measure these trained heads, without training: heads.safetensors of a transfer, or a file of
+    import-tf --heads."""
     few: tuple[float, ...] = ()
     """Learn from these shares of the labels, such as 0.01 0.1, over several seeds."""
     per_class: tuple[int, ...] = ()
@@ -59,7 +62,7 @@ def run(options: Transfer) -> dict[str, Any]:
     if not (options.few or options.per_class):
         check_unset(options, ("seeds",), "without --few or --per-class")
     if options.resume is not None:
-        fixed = ("quick", "few", "per_class", "recipe", "config")
+        fixed = ("quick", "heads", "few", "per_class", "recipe", "config")
         check_unset(options, fixed, f"with --resume {options.resume}")
         result = _resume(options)
     else:
@@ -92,9 +95,14 @@ def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
         return quick_readout(config, weights, data, options.out, ten_crop=ten_crop)
     from ..evaluation.linear import transfer
 
+    if options.heads is not None:
+        from ..evaluation.quick_readout import OPTIONS
+
+        _check_used(options.typed - OPTIONS, "with --heads")
     parent = weights if weights.is_dir() else weights.with_suffix("")
     name = f"transfer-{options.recipe}" if options.recipe else "transfer"
-    return transfer(config, weights, data, options.out or str(parent / name))
+    name = "transfer-heads" if options.heads else name
+    return transfer(config, weights, data, options.out or str(parent / name), options.heads)
 
 
 def _resume(options: Transfer) -> dict[str, Any]:

@@ -33,10 +33,10 @@ from ..io.console import ProgressLine, notify
 from ..io.files import absolute_place, noted_place
 from ..io.metrics_log import MetricsLog
 from ..models import Encoder
-from .linear_heads import cross_entropies
+from .linear_heads import cross_entropies, read_heads
 from .linear_probe import LinearProbe
 from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder
-from .results.protocols import describe_protocol, linear_protocol
+from .results.protocols import describe_protocol, heads_protocol, linear_protocol
 
 
 def transfer(
@@ -44,6 +44,7 @@ def transfer(
     weights: str | Path | Encoder,
     data: str | Path,
     out: str | Path | None = None,
+    heads: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train linear heads on an encoder's layers and measure them on the held-out images.
 
@@ -59,6 +60,8 @@ def transfer(
             and whose view sizes replace missing ones; or an encoder, which is not changed.
         data: data URI with labels, and a held-out split.
         out: folder to make. Default: only cached features are written.
+        heads: file of trained heads, which are measured without training: ``heads.safetensors`` of
+            a transfer, or of ``import-tf --heads``.
 
     Returns:
         {"layers": {layer: {"top1", "top5", "ten_crop_top1", "ten_crop_top5": 0-1}}, "data", "run",
@@ -79,7 +82,8 @@ def transfer(
             )
         check_new(run)
     encoder, path = take_encoder(weights)
-    return read_out(config, encoder, path, open_labeled(os.fspath(data)), run)
+    splits = open_labeled(os.fspath(data))
+    return read_out(config, encoder, path, splits, run, None if heads is None else Path(heads))
 
 
 def read_out(
@@ -88,8 +92,12 @@ def read_out(
     path: Path | None,
     splits: LabeledSplits,
     run: Path | None = None,
+    heads: Path | None = None,
 ) -> dict[str, Any]:
     """Run :func:`transfer` on open splits and an own copy of the encoder, found at ``path``."""
+    given = None if heads is None else read_heads(heads)
+    if given is not None and config.layers is None:
+        config = replace(config, layers=tuple({name.rpartition(".")[0]: 0 for name in given}))
     resolved = resolve_transfer(config, encoder, path, splits.source)
     facts = {
         "weights": path if path is None else str(path),
@@ -102,16 +110,26 @@ def read_out(
         "fingerprints": splits.fingerprints() if run else [],
         "size": len(splits.source),
     }
+    doing = "Training heads" if given is None else f"Measuring the heads of '{heads}'"
     notify(
-        f"Training heads on {', '.join(resolved.layers or ())} with {len(splits.source):,} images"
+        f"{doing} on {', '.join(resolved.layers or ())} with {len(splits.source):,} images"
         f" of {splits.classes:,} classes, measured on {len(splits.held_out):,} held-out images:"
-        f" {describe_protocol(linear_protocol(resolved))}."
+        f" {describe_protocol(_protocol(resolved, trained=given is None))}."
     )
     probe = LinearProbe(resolved, encoder, splits, facts)
+    if given is not None:
+        probe.readout.load_heads(given, str(heads))
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "transfer.json", {**facts, "config": to_dict(resolved)})
+    if given is not None:
+        with convert_worker_death(), TransferRecorder(probe, run) as recorder:
+            return recorder.finish()
     return _train(probe, run)
+
+
+def _protocol(config: TransferConfig, *, trained: bool) -> dict[str, Any]:
+    return linear_protocol(config) if trained else heads_protocol(config)
 
 
 def resume_transfer(
@@ -282,8 +300,8 @@ class TransferRecorder:
             "run": probe.facts["weights"],
             "weights_digest": probe.facts["weights_digest"],
             **describe_arithmetic(probe.fabric),
-            "protocol": linear_protocol(config),
-            "epochs": config.epochs,
+            "protocol": _protocol(config, trained=probe.step > 0),
+            "epochs": config.epochs if probe.step else 0,
             "steps": probe.step,
             "seconds": round(self._seconds(), 2),
             "images": len(probe.feed.valid),

@@ -7,9 +7,12 @@ values of a layer.
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..engine.counter_rng import bits
@@ -78,6 +81,23 @@ class LinearHeads(nn.Module):
         self.encoder.train(mode and self.finetune)
         return self
 
+    def load_heads(self, heads: dict[str, Tensor], place: str) -> None:
+        """Replace the heads by given ones; see :func:`read_heads`.
+
+        Raises:
+            UserError: a layer without a head, or another size; ``place`` names their file.
+        """
+        for name, mine in self.named_heads().items():
+            shape = tuple(heads[name].shape) if name in heads else None
+            if shape != tuple(mine.shape):
+                problem = "is missing" if shape is None else f"has the shape {shape}"
+                raise UserError(
+                    "mismatch",
+                    f"'{place}': {name} {problem}, not {tuple(mine.shape)} (classes, features); use"
+                    " the network, the layers, the image size and the classes of the heads.",
+                )
+            mine.copy_(heads[name])
+
     def named_heads(self) -> dict[str, Tensor]:
         """Return the heads as "LAYER.weight" [C, F] and "LAYER.bias" [C]."""
         return {
@@ -85,6 +105,28 @@ class LinearHeads(nn.Module):
             for layer, head in zip(self.layers, self.heads, strict=True)
             for name, tensor in head.state_dict().items()
         }
+
+
+def read_heads(path: Path) -> dict[str, Tensor]:
+    """Read heads "LAYER.weight" [C, F] and "LAYER.bias" [C] from a safetensors file.
+
+    Raises:
+        UserError: no such file, a damaged one, or other tensors.
+    """
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise UserError("not-found", f"There is no file of heads '{path}'.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError("damaged", f"'{path}' holds no heads ({error}).") from None
+    layers = {name.rpartition(".")[0] for name in found}
+    if found.keys() != {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}:
+        raise UserError(
+            "unsupported",
+            f"'{path}' holds other tensors than LAYER.weight and LAYER.bias; name the"
+            " heads.safetensors of a transfer, or a file of import-tf --heads.",
+        )
+    return found
 
 
 def linear_head(size: int, classes: int, seed: int, layer: str) -> nn.Linear:

@@ -1,27 +1,35 @@
 """Convert a checkpoint of the reference program, or of its PyTorch port, to a weights file."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import ViewConfig
 from ..errors import UserError, suggest
 from ..io.files import atomic_write
-from ..models import create_encoder
+from ..io.tensor_files import save_tensors
+from ..models import Encoder, create_encoder
 from . import tf_variables, torch_port
 from .start_state import bank_place, save_start_state
 from .tf_checkpoint import open_tf_checkpoint
-from .tf_variables import load_tf_checkpoint
+from .tf_variables import load_tf_checkpoint, map_variables
 from .torch_port import load_torch_port
 
 # The reference's view of an image for validation (resnet_validate).
 REFERENCE_VIEWS = ViewConfig(image_size=224, eval_crop=0.875, augmentation="reference")
+PORT_VIEWS = ViewConfig(image_size=224, eval_crop=0.875)
+"""The port's: Resize(256) and CenterCrop(224) of torchvision."""
+_HEAD = re.compile(r"(?:.*/)?instance/transfer_dense(?:_(\w+))?/(kernel|bias)")
 
 
 def import_weights(
-    prefix: str, model: str, out: Path, *, bank: Path | None = None
+    prefix: str, model: str, out: Path, *, bank: Path | None = None, heads: Path | None = None
 ) -> dict[str, Any]:
     """Write the weights of a checkpoint as a safetensors file that every command takes.
 
@@ -31,6 +39,9 @@ def import_weights(
         out: the file to write; it appears when complete.
         bank: also write the training state to this file, for ``pretrain --start``; see
             :mod:`.start_state`.
+        heads: also write the read-out heads to this file, as ``transfer`` writes its own:
+            LAYER.weight [C, F] and LAYER.bias [C]. A checkpoint of read-outs may lack the embedding
+            head, which then stays random.
 
     Returns:
         {"matched", "left", "missing": names, "global_step", "rows" of the bank or None, "model",
@@ -39,7 +50,7 @@ def import_weights(
     Raises:
         UserError: not a complete checkpoint of this network, or a file that cannot be written.
     """
-    for option, file in (("--out", out), ("--bank", bank)):
+    for option, file in (("--out", out), ("--bank", bank), ("--heads", heads)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
@@ -55,16 +66,26 @@ def import_weights(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing variables raise below
         report = (load_torch_port if is_port else load_tf_checkpoint)(prefix, encoder, memory)
-    if report.missing:
+    found = None if heads is None else _read_heads(prefix, encoder)
+    optional = ("head.",) if found else ()
+    if [name for name in report.missing if not _parameter(encoder, name).startswith(optional)]:
         raise UserError(
             "mismatch",
             f"'{prefix}' lacks {len(report.missing)} variables of {model}, {report.missing[0]} the"
             " first; name a complete checkpoint.",
         )
     with atomic_write(out) as temporary:
-        save_weights(temporary, encoder, REFERENCE_VIEWS, bank and bank_place(out, bank))
+        save_weights(
+            temporary,
+            encoder,
+            PORT_VIEWS if is_port else REFERENCE_VIEWS,
+            bank and bank_place(out, bank),
+        )
     if bank is not None and memory is not None:
         save_start_state(bank, memory, report)
+    if heads is not None and found is not None:
+        with atomic_write(heads) as temporary:
+            save_tensors(temporary, found)
     return {
         "matched": list(report.matched),
         "left": list(report.left),
@@ -72,9 +93,37 @@ def import_weights(
         "global_step": report.global_step,
         "rows": None if memory is None else len(memory),
         "model": model,
+        "heads": None if found is None else sorted({name.split(".")[0] for name in found}),
         "out": str(out),
         "from": prefix,
     }
+
+
+def _parameter(encoder: Encoder, name: str) -> str:
+    return map_variables(encoder).get(name, "")
+
+
+def _read_heads(prefix: str, encoder: Encoder) -> dict[str, Tensor]:
+    """Return the heads of ``instance/transfer_dense_LAYER``, or ``transfer_dense`` of ResNets."""
+    found = {}
+    with open_tf_checkpoint(prefix) as checkpoint:
+        for name in checkpoint.names:
+            if match := _HEAD.fullmatch(name):
+                layer = match[1] or list(encoder.layers)[-1]
+                if layer not in encoder.layers or not (
+                    match[1] or "resnet" in encoder.spec["model"]
+                ):
+                    raise UserError(
+                        "mismatch",
+                        f"'{prefix}': {name} reads out a layer that {encoder.spec['model']} does"
+                        f" not have; its layers are {', '.join(encoder.layers)}.",
+                    )
+                values = torch.from_numpy(checkpoint.read(name)).float()
+                kind = "weight" if match[2] == "kernel" else "bias"
+                found[f"{layer}.{kind}"] = values.T.contiguous() if values.ndim == 2 else values
+    if not found:
+        raise UserError("not-found", f"'{prefix}' holds no read-out heads; omit --heads.")
+    return found
 
 
 def _bank_shape(prefix: str, is_port: bool) -> tuple[int, ...]:

@@ -202,12 +202,13 @@ def parameter_groups(encoder: Encoder, config: PretrainConfig) -> list[dict[str,
     ``--network-rate``.
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if config.compat == "reference" and isinstance(encoder.backbone, AlexNet):
+    backbone: nn.Module = encoder.backbone
+    if config.compat == "reference" and isinstance(backbone, AlexNet):
         norms = []  # their names escape the reference's filter
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
     parts: list[tuple[list[nn.Module], float]] = [([encoder], 1.0)]
     if config.adapt.feature_views:
-        head, backbone = [encoder.hidden, encoder.head], [encoder.backbone]
+        head, backbone = [encoder.hidden, encoder.head], [backbone]
         parts = [(head, 1.0), (backbone, config.adapt.network_rate)]
     groups: list[dict[str, Any]] = []
     for modules, share in parts:

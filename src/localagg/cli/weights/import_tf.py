@@ -21,6 +21,8 @@ class ImportTf:
     bank: str | None = None
     """Also write memory bank, labels, cluster labels, momenta and step to this .safetensors file,
     so that pretrain --start OUT goes on."""
+    heads: str | None = None
+    """Also write trained read-out heads to this .safetensors file, for transfer --heads."""
 
 
 def run(options: ImportTf) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def run(options: ImportTf) -> dict[str, Any]:
         options.model,
         Path(options.out),
         bank=None if options.bank is None else Path(options.bank),
+        heads=None if options.heads is None else Path(options.heads),
     )
     print(f"{len(result['matched'])} variables written to {options.out} ({options.model}).")
     for kind in ("left", "missing"):

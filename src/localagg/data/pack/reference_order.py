@@ -59,7 +59,7 @@ class ReferenceOrder(Source):
         self.malformed = getattr(source, "malformed", [])
         order = np.arange(len(source))
         if not self.is_listing:  # by class, then by name: "a-b/x" after "a/x"
-            order = np.array(sorted(order, key=lambda i: source.name(i).split("/")))
+            order = np.array(sorted(range(len(source)), key=lambda i: source.name(i).split("/")))
         if split == "train":
             order = order[np.random.RandomState(seed).permutation(len(order))]
         self.order = order

@@ -54,6 +54,13 @@ def logistic_protocol(config: TransferConfig, *, ten_crop: bool) -> dict[str, An
     return fields | ({"compat": config.compat} if config.compat else {})
 
 
+def heads_protocol(config: TransferConfig) -> dict[str, Any]:
+    """Return the protocol of heads that were trained elsewhere."""
+    fields = {"method": "given linear heads", "ten_crop": config.ten_crop}
+    fields |= view_fields(config.views)
+    return fields | ({"compat": config.compat} if config.compat else {})
+
+
 def linear_protocol(config: TransferConfig) -> dict[str, Any]:
     """Return the protocol of read-outs by SGD.
 
