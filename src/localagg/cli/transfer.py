@@ -59,6 +59,8 @@ def run(options: Transfer) -> dict[str, Any]:
     from ..evaluation.results.record_results import is_recorded, record_readouts
     from ..io.console import print_table
 
+    if options.heads is not None:
+        check_unset(options, ("quick", "few", "per_class"), f"with --heads {options.heads}")
     if not (options.few or options.per_class):
         check_unset(options, ("seeds",), "without --few or --per-class")
     if options.resume is not None:

@@ -104,7 +104,7 @@ def _parameter(encoder: Encoder, name: str) -> str:
 
 
 def _read_heads(prefix: str, encoder: Encoder) -> dict[str, Tensor]:
-    """Return the heads of ``instance/transfer_dense_LAYER``, or ``transfer_dense`` of ResNets."""
+    """Return the heads of ``instance/transfer_dense_LAYER`` or, of ResNets, ``transfer_dense``."""
     found = {}
     with open_tf_checkpoint(prefix) as checkpoint:
         for name in checkpoint.names:

@@ -21,7 +21,6 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder, create_encoder, encoder_of
-from ..models.alexnet import AlexNet
 from .initial_bank import embed_bank
 from .trained_part import freeze_untrained
 
@@ -202,13 +201,12 @@ def parameter_groups(encoder: Encoder, config: PretrainConfig) -> list[dict[str,
     ``--network-rate``.
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    backbone: nn.Module = encoder.backbone
-    if config.compat == "reference" and isinstance(backbone, AlexNet):
+    if config.compat == "reference" and encoder.spec["model"] == "alexnet_bn":
         norms = []  # their names escape the reference's filter
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
     parts: list[tuple[list[nn.Module], float]] = [([encoder], 1.0)]
     if config.adapt.feature_views:
-        head, backbone = [encoder.hidden, encoder.head], [backbone]
+        head, backbone = [encoder.hidden, encoder.head], [encoder.backbone]
         parts = [(head, 1.0), (backbone, config.adapt.network_rate)]
     groups: list[dict[str, Any]] = []
     for modules, share in parts:
