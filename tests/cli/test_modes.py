@@ -46,7 +46,7 @@ MODES = [
         " --rate-schedule cosine --instance-loss nce --warm-clusters --ir-epochs 0",
         LOOP + "pretrain",
         "--width --blocks --stem-stride --crop-area --crop-aspect --memory-gb --drops --drop-steps"
-        " --ir-batch-size --cache --cache-gb",
+        " --ir-batch-size --cache --cache-gb --compat",
         "--config --dry-run --model --crop --memory --rate-schedule --instance-loss --ir-epochs"
         " --warm-clusters",
     ),
@@ -55,24 +55,31 @@ MODES = [
         "transfer x --data x --finetune --memory always --crop fixed",
         READ_OUT + "transfer",
         "--seeds --cache --cache-gb --memory-gb --crop-area --crop-aspect",
-        "--config --quick --few --per-class --memory --crop --finetune",
+        "--config --quick --few --per-class --memory --crop --finetune --heads",
     ),
     (
         "transfer x --data x --quick",
         QUICK,
-        f"--seeds {ALL_BUT} {QUICK_USES}",
+        f"--seeds --heads {ALL_BUT} {QUICK_USES}",
         "--config --recipe --few --per-class --quick",
+    ),
+    (
+        "transfer x --data x --heads x",
+        READ_OUT + "transfer",
+        f"--seeds --quick --few --per-class {ALL_BUT} {QUICK_USES}",
+        "--config --recipe --heads",
     ),
     (
         "transfer x --data x --few 0.1",
         "evaluation.low_shot.low_shot_accuracy",
-        f"--quick {ALL_BUT} {QUICK_USES.replace('--ten-crop ', '')} --finetune",
+        f"--quick --heads {ALL_BUT} {QUICK_USES.replace('--ten-crop ', '')} --finetune",
         "--config --recipe --few",
     ),
     (
         "transfer --resume x",
         READ_OUT + "resume_transfer",
-        f"--quick --few --per-class --seeds --recipe --config --out {ALL_BUT} --workers --device",
+        f"--quick --heads --few --per-class --seeds --recipe --config --out {ALL_BUT} --workers"
+        " --device",
         "",
     ),
     ("knn x --data x", "evaluation.measure_run.measure_run", "", ""),
@@ -89,6 +96,7 @@ SAMPLES = {
     "--config": ["none.json:x"],
     "--processes": ["2"],
     "--range": ["0.37", "37.0"],
+    "--width": ["8"],
 }
 
 
