@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 from expect import user_error
@@ -229,3 +231,17 @@ def test_every_key_acts_or_is_named(write):
 def test_a_configuration_is_found_by_name(write):
     path = write({"a": {"task": "IR"}, "b": {"task": "LA"}})
     assert read_json(f"{path}:b") == ("b", {"task": "LA"})
+
+
+def test_the_page_lists_every_key_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.count("|") == 5]
+    listed = {key: row for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    for where, keys in (("training", PRETRAIN_KEYS), ("read-outs", READOUT_KEYS)):
+        for key, of in keys.items():
+            _, place, default, ours = (cell.strip() for cell in listed[key])
+            assert place in (where, "both"), key
+            assert of.ours in ours.split(" · "), key
+            shown = str(of.default).lower() if of.default is not None else "none"
+            assert shown in default.lower().replace(",", "").split(" · "), key
+    assert listed.keys() - {"key"} == PRETRAIN_KEYS.keys() | READOUT_KEYS.keys()
