@@ -80,8 +80,9 @@ def begin_run(run: Path, config: PretrainConfig, facts: dict[str, Any]) -> None:
 
     The metrics of a run that failed there before its first checkpoint are removed.
     """
-    (run / "metrics.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    if not has_checkpoint(run):
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     facts = {**facts, "data_absolute": absolute_place(str(facts.get("data")))}
     write_json(run / "config.json", {**facts, "config": to_dict(config)})

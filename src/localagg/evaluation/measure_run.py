@@ -94,6 +94,7 @@ def measure_run(
     data = data or facts.get("data")
     if data is None:
         raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
+    data = str(data)
     fabric = make_fabric(device, precision)
     options = EmbeddingOptions(fabric, workers, batch)
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, options)

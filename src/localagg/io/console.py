@@ -123,7 +123,7 @@ class ProgressLine:
         if console.quiet:
             return self
         if console.is_jupyter:
-            from IPython.display import display
+            from IPython.display import display  # pyright: ignore[reportMissingImports]
 
             self._display = display(self._mime(), raw=True, display_id=True)
         elif console.is_terminal:

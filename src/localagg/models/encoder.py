@@ -179,7 +179,7 @@ def check_pixels(images: Tensor, *, values: bool = True) -> None:
     Raises:
         UserError: they are something else, such as floats in 0-255 or normalized ones.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return
     if images.ndim != 4 or images.shape[1] != 3:
         raise UserError(

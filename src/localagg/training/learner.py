@@ -206,8 +206,8 @@ def parameter_groups(encoder: Encoder, config: PretrainConfig) -> list[dict[str,
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
     parts: list[tuple[list[nn.Module], float]] = [([encoder], 1.0)]
     if config.adapt.feature_views:
-        head, backbone = [encoder.hidden, encoder.head], [encoder.backbone]
-        parts = [(head, 1.0), (backbone, config.adapt.network_rate)]
+        head: list[nn.Module] = [encoder.hidden, encoder.head]
+        parts = [(head, 1.0), ([encoder.backbone], config.adapt.network_rate)]
     groups: list[dict[str, Any]] = []
     for modules, share in parts:
         found = [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -310,11 +310,11 @@ def _train(
                 recorder.stop_if_asked()
         if config.eval_every:
             with recorder.timer("measuring", once=True):
-                whole = features is None or schedule.network_start < schedule.total_steps
+                frozen = schedule.network_start >= schedule.total_steps
                 recorder.floors |= floors.measure_end(
                     learner.encoder,
                     learner.fabric.autocast,
                     recorder.floors,
-                    None if whole else features.pair,
+                    features.pair if features and frozen else None,
                 )
         return recorder.finish(floors.summary(recorder.floors))
