@@ -22,6 +22,7 @@ QUICK_USES = (
     " --device --workers --cache --cache-gb --unreadable"
 )
 ALL_BUT = "all but"
+ALONE = "--quick --few --per-class --dry-run"
 
 # Command and mode, the function that works, the options that are refused beside the mode, and those
 # that act before the work (tests of their own).
@@ -50,36 +51,42 @@ MODES = [
         "--config --dry-run --model --crop --memory --rate-schedule --instance-loss --ir-epochs"
         " --warm-clusters",
     ),
-    ("transfer x --data x", READ_OUT + "transfer", "--seeds", "--config --quick --few --per-class"),
+    ("transfer x --data x", READ_OUT + "transfer", "--seeds", f"{ALONE} --config"),
+    (
+        "transfer x --data x --dry-run",
+        "evaluation.readout_inputs.forecast_transfer",
+        "--seeds --processes --quick --few --per-class --heads",
+        "--config --recipe --dry-run --out",
+    ),
     (
         "transfer x --data x --finetune --memory always --crop fixed",
         READ_OUT + "transfer",
         "--seeds --cache --cache-gb --memory-gb --crop-area --crop-aspect",
-        "--config --quick --few --per-class --memory --crop --finetune --heads",
+        f"{ALONE} --config --memory --crop --finetune --heads",
     ),
     (
         "transfer x --data x --quick",
         QUICK,
-        f"--seeds --heads {ALL_BUT} {QUICK_USES}",
+        f"--seeds --heads --dry-run --processes {ALL_BUT} {QUICK_USES}",
         "--config --recipe --few --per-class --quick",
     ),
     (
         "transfer x --data x --heads x",
         READ_OUT + "transfer",
-        f"--seeds --quick --few --per-class {ALL_BUT} {QUICK_USES}",
+        f"--seeds {ALONE} --processes {ALL_BUT} {QUICK_USES}",
         "--config --recipe --heads",
     ),
     (
         "transfer x --data x --few 0.1",
         "evaluation.low_shot.low_shot_accuracy",
-        f"--quick --heads {ALL_BUT} {QUICK_USES.replace('--ten-crop ', '')} --finetune",
+        f"--quick --heads --dry-run --processes {ALL_BUT} --finetune"
+        f" {QUICK_USES.replace('--ten-crop ', '')}",
         "--config --recipe --few",
     ),
     (
         "transfer --resume x",
         READ_OUT + "resume_transfer",
-        f"--quick --heads --few --per-class --seeds --recipe --config --out {ALL_BUT} --workers"
-        " --device",
+        f"{ALONE} --heads --seeds --recipe --config --out {ALL_BUT} --workers --device",
         "",
     ),
     ("knn x --data x", "evaluation.measure_run.measure_run", "", ""),

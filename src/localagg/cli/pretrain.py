@@ -217,16 +217,17 @@ def _print_forecast(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         notify(note)
     resolved = from_dict(PretrainConfig, result["config"])
-    values = [[flag(name), _shown(option_value(resolved, name))] for name in option_names(resolved)]
+    values = [[flag(name), shown(option_value(resolved, name))] for name in option_names(resolved)]
     print_table(["option", "value"], values)
-    steps = [[name, _shown(value)] for name, value in result["steps"].items()]
+    steps = [[name, shown(value)] for name, value in result["steps"].items()]
     print_table(["steps", ""], steps)
     memory = [[part, f"{size / 2**20:,.1f} MiB"] for part, size in result["memory"].items()]
     checkpoint = f"{result['checkpoint_bytes'] / 2**20:,.1f} MiB"
     print_table(["memory", ""], [*memory, ["a checkpoint on disk", checkpoint]])
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return the value of an option as a table shows it."""
     if isinstance(value, (tuple, list)):
-        return " ".join(map(_shown, value)) or "none"
+        return " ".join(map(shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import TransferConfig, check_effects, flag
+from ..config import (
+    TransferConfig,
+    check_effects,
+    flag,
+    from_dict,
+    option_names,
+    option_value,
+)
 from ..errors import UserError
 from ..recipes.builtin import readout_recipe
 from ..recipes.from_reference_json import convert_readout_json
@@ -40,6 +47,10 @@ class Transfer:
     """Read-out recipe of the reference program, such as trans_res18_LA or plc_trans_res18_LA."""
     config: str | None = None
     """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
+    dry_run: bool = False
+    """Print the configuration, the steps and the size of the heads, without training."""
+    processes: int = 1
+    """Number of processes on this machine, each on its own GPU, or all on the CPU."""
     typed: frozenset[str] = internal(frozenset())
     words: tuple[str, ...] = internal(())
 
@@ -53,25 +64,41 @@ class Transfer:
         return convert_reference(convert_readout_json, reference, config)
 
 
-def run(options: Transfer) -> dict[str, Any]:
+def run(options: Transfer) -> dict[str, Any] | None:
     """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
     from ..evaluation.results.protocols import describe_protocol
     from ..evaluation.results.record_results import is_recorded, record_readouts
-    from ..io.console import print_table
+    from ..io.console import console, print_table
 
     if options.heads is not None:
-        check_unset(options, ("quick", "few", "per_class"), f"with --heads {options.heads}")
+        unused = ("quick", "few", "per_class", "dry_run", "processes")
+        check_unset(options, unused, f"with --heads {options.heads}")
+    for name in ("quick", "few", "per_class"):
+        if getattr(options, name):
+            check_unset(options, ("dry_run", "processes"), f"with {flag(name)}")
+    if options.dry_run:
+        check_unset(options, ("processes",), "with --dry-run")
+    if options.processes < 1:
+        raise UserError(
+            "option-invalid", f"--processes is {options.processes}; it must be at least 1."
+        )
+    if options.processes > 1:
+        return _launch(options)
     if not (options.few or options.per_class):
         check_unset(options, ("seeds",), "without --few or --per-class")
     if options.resume is not None:
-        fixed = ("quick", "heads", "few", "per_class", "recipe", "config")
+        fixed = ("quick", "heads", "few", "per_class", "recipe", "config", "dry_run")
         check_unset(options, fixed, f"with --resume {options.resume}")
         result = _resume(options)
     else:
         folder, data = _weights_and_data(options)
+        if options.dry_run:
+            return _forecast(options, folder, data)
         if options.few or options.per_class:
             return _few_labels(options, folder, data)
         result = _read_out(options, folder, data)
+    if console.quiet:  # another rank than the first
+        return None
     columns = list(next(iter(result["layers"].values())))
     rows = [
         [name, *(f"{found[column]:.1%}" for column in columns)]
@@ -84,6 +111,34 @@ def run(options: Transfer) -> dict[str, Any]:
     if folder is not None and not (options.resume and is_recorded(Path(folder), result)):
         record_readouts(Path(folder), result)
     return result
+
+
+def _launch(options: Transfer) -> None:
+    from ..distributed.launcher import launch
+
+    folder = options.resume or options.out or "OUT"
+    launch([*options.words, "--processes", "1"], options.processes, folder, "transfer")
+
+
+def _forecast(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
+    from ..checkpoint import check_new
+    from ..evaluation.readout_inputs import forecast_transfer
+    from ..io.console import print_table
+    from .pretrain import shown
+
+    check_effects(options.options, options.typed)
+    if options.out is not None:
+        check_new(Path(options.out))
+    found = forecast_transfer(options.options, weights, data)
+    config = from_dict(TransferConfig, found["config"])
+    values = [[flag(name), shown(option_value(config, name))] for name in option_names(config)]
+    print_table(["option", "value"], values)
+    print_table(["steps", ""], [[name, shown(value)] for name, value in found["steps"].items()])
+    sizes = [[layer, f"{size:,}"] for layer, size in found["heads"].items()]
+    print_table(["layer", "parameters of its head"], sizes)
+    counts = (found["images"], found["held_out"], found["classes"])
+    print("{:,} training images, {:,} held-out images, {:,} classes.".format(*counts))
+    return found
 
 
 def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:

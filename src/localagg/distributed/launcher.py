@@ -1,4 +1,4 @@
-"""Start the processes of ``localagg pretrain --processes N`` on one machine and wait for them.
+"""Start the processes of ``localagg COMMAND --processes N`` on one machine and wait for them.
 
 Each process gets torchrun's environment. torchrun's agent is not used: its store listens on all
 networks, and after a signal it discards the exit statuses of its processes.
@@ -26,15 +26,16 @@ _POLL_SECONDS = 0.05
 _END_SECONDS = 15.0  # for the other processes to end in, after the first one has failed
 
 
-def launch(words: list[str], processes: int, run: str) -> None:
-    """Run ``localagg pretrain`` in several processes and wait for them.
+def launch(words: list[str], processes: int, run: str, command: str = "pretrain") -> None:
+    """Run ``localagg COMMAND`` in several processes and wait for them.
 
     SIGINT, SIGTERM and SIGUSR1 are forwarded to all of them.
 
     Args:
-        words: command-line words after ``pretrain``.
+        words: command-line words after the command.
         processes: at least 2.
         run: the run folder, for messages.
+        command: pretrain or transfer.
 
     Raises:
         UserError: a process was killed, or the system is Windows.
@@ -50,7 +51,7 @@ def launch(words: list[str], processes: int, run: str) -> None:
         try:
             for rank in range(processes):
                 children += [
-                    _start(words, rank, processes, server.port)
+                    _start([command, *words], rank, processes, server.port)
                 ]  # killed below if one fails
             status, killed_rank = _wait(children, PrefixStore("0", server))
         finally:
@@ -66,7 +67,7 @@ def launch(words: list[str], processes: int, run: str) -> None:
         raise UserError(
             "rank-failed",
             f"Rank {killed_rank} of {processes} (process {child.pid}) was killed by"
-            f" {killer.name}; continue with localagg pretrain --resume {run}",
+            f" {killer.name}; continue with localagg {command} --resume {run}",
         )
     if status:
         raise ReportedElsewhere(status)
@@ -102,7 +103,7 @@ def _start(words: list[str], rank: int, processes: int, port: int) -> subprocess
     }
     variables = {**defaults, **os.environ, **ranks}
     return subprocess.Popen(
-        [sys.executable, "-m", "localagg", "pretrain", *words],
+        [sys.executable, "-m", "localagg", *words],
         env={name: str(value) for name, value in variables.items()},
         stdin=subprocess.DEVNULL,
         process_group=0,  # the terminal sends Ctrl-C to this process only, which forwards it once

@@ -26,6 +26,8 @@ from torch import Tensor
 from ..checkpoint import check_new, convert_newer, save_weights, weights_digest, write_json
 from ..config import TransferConfig, from_dict, to_dict
 from ..data.loading.workers import convert_worker_death
+from ..distributed.collectives import World
+from ..distributed.process_group import join_process_group
 from ..distributed.signals import StopRequest, handle_stop_signals
 from ..engine.device import describe_arithmetic
 from ..errors import UserError
@@ -37,6 +39,8 @@ from .linear_heads import cross_entropies, read_heads
 from .linear_probe import LinearProbe
 from .readout_inputs import LabeledSplits, open_labeled, resolve_transfer, take_encoder
 from .results.protocols import describe_protocol, heads_protocol, linear_protocol
+
+_RANK_TIMEOUT = 6 * 3600.0  # seconds: rank 0 first extracts the features of all images
 
 
 def transfer(
@@ -75,15 +79,22 @@ def transfer(
         Interrupted: Ctrl-C; with ``out`` the state has been saved.
     """
     run = None if out is None else Path(out)
-    if run is not None:
-        if (run / "transfer.json").exists():
-            raise UserError(
-                "exists", f"'{run}' contains a transfer; use --resume {run}, or another --out."
-            )
-        check_new(run)
-    encoder, path = take_encoder(weights)
-    splits = open_labeled(os.fspath(data))
-    return read_out(config, encoder, path, splits, run, None if heads is None else Path(heads))
+    with join_process_group(_RANK_TIMEOUT, _how_to_resume(run)) as world:
+        if run is not None and world.rank == 0:
+            if (run / "transfer.json").exists():
+                raise UserError(
+                    "exists", f"'{run}' contains a transfer; use --resume {run}, or another --out."
+                )
+            check_new(run)
+        world.barrier()
+        encoder, path = take_encoder(weights)
+        splits = world.rank_zero_first(lambda: open_labeled(os.fspath(data)))
+        trained = None if heads is None else Path(heads)
+        return read_out(config, encoder, path, splits, run, trained, world)
+
+
+def _how_to_resume(run: Path | None) -> str:
+    return "start again" if run is None else f"resume with localagg transfer --resume {run}"
 
 
 def read_out(
@@ -93,12 +104,15 @@ def read_out(
     splits: LabeledSplits,
     run: Path | None = None,
     heads: Path | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Run :func:`transfer` on open splits and an own copy of the encoder, found at ``path``."""
     given = None if heads is None else read_heads(heads)
     if given is not None and config.layers is None:
         config = replace(config, layers=tuple({name.rpartition(".")[0]: 0 for name in given}))
+    world = world or World()
     resolved = resolve_transfer(config, encoder, path, splits.source)
+    _check_ranks(resolved, world)
     facts = {
         "weights": path if path is None else str(path),
         "weights_digest": weights_digest(encoder),
@@ -116,16 +130,27 @@ def read_out(
         f" of {splits.classes:,} classes, measured on {len(splits.held_out):,} held-out images:"
         f" {describe_protocol(_protocol(resolved, trained=given is None))}."
     )
-    probe = LinearProbe(resolved, encoder, splits, facts)
+    probe = LinearProbe(resolved, encoder, splits, facts, world)
     if given is not None:
         probe.readout.load_heads(given, str(heads))
-    if run is not None:
+    if run is not None and world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "transfer.json", {**facts, "config": to_dict(resolved)})
     if given is not None:
         with convert_worker_death(), TransferRecorder(probe, run) as recorder:
             return recorder.finish()
     return _train(probe, run)
+
+
+def _check_ranks(config: TransferConfig, world: World) -> None:
+    if world.size > 1 and config.finetune:
+        raise UserError("option-conflict", "--finetune runs in one process; omit --processes.")
+    if world.size > (config.batch_size or world.size):
+        raise UserError(
+            "option-conflict",
+            f"--batch-size {config.batch_size} is smaller than the number of processes,"
+            f" {world.size}; use fewer processes.",
+        )
 
 
 def _protocol(config: TransferConfig, *, trained: bool) -> dict[str, Any]:
@@ -154,6 +179,18 @@ def resume_transfer(
         Interrupted: Ctrl-C; the state has been saved.
     """
     run = Path(out)
+    with join_process_group(_RANK_TIMEOUT, _how_to_resume(run)) as world:
+        return _resume(run, weights, data, workers, device, world)
+
+
+def _resume(
+    run: Path,
+    weights: str | Path | Encoder | None,
+    data: str | Path | None,
+    workers: int | None,
+    device: str | None,
+    world: World,
+) -> dict[str, Any]:
     config, facts = _read_transfer(run)
     if (run / "results.json").exists():
         notify(f"'{run}' has already finished its {config.epochs} epochs.")
@@ -173,7 +210,8 @@ def resume_transfer(
             "mismatch", f"The weights differ from those that '{run}' began with; start a new --out."
         )
     data = os.fspath(data or noted_place(facts["data"], absolute.get("data")))
-    splits = open_labeled(data)
+    splits = world.rank_zero_first(lambda: open_labeled(data))
+    _check_ranks(config, world)
     if splits.fingerprints() != facts["fingerprints"]:
         raise UserError(
             "mismatch",
@@ -184,7 +222,7 @@ def resume_transfer(
         config = replace(config, workers=workers)
     if device is not None:
         config = from_dict(TransferConfig, {**to_dict(config), "device": device})
-    probe = LinearProbe(config, encoder, splits, facts)
+    probe = LinearProbe(config, encoder, splits, facts, world)
     probe.restore(run)
     notify(f"Resuming '{run}' after step {probe.step:,}.")
     return _train(probe, run)
@@ -195,7 +233,7 @@ def _train(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
     schedule, network = probe.schedule, probe.network
     recorder = TransferRecorder(probe, run)
 
-    with convert_worker_death(), recorder, handle_stop_signals() as stop:
+    with convert_worker_death(), recorder, handle_stop_signals() as signals:
         network.train()
         while probe.step < schedule.total_steps:
             epoch, first, _ = schedule.position(probe.step)
@@ -205,10 +243,11 @@ def _train(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
                 losses = cross_entropies(network(images), probe.labels[index])
                 for group in probe.optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(probe.step)
-                probe.fabric.backward(torch.stack(list(losses.values())).sum())
+                losses = probe.backward(losses)
                 probe.optimizer.step()
                 probe.optimizer.zero_grad()
                 probe.step += 1
+                stop = _agree(signals, probe.world)
                 recorder.after_step(epoch, losses, stop)
             due = probe.config.eval_every and (epoch + 1) % probe.config.eval_every == 0
             last = probe.step == schedule.total_steps  # measured by finish()
@@ -218,10 +257,24 @@ def _train(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
         return recorder.finish()
 
 
+def _agree(signals: StopRequest, world: World) -> StopRequest:
+    """Return a stop request that is the same on all ranks. One all-reduce of a number."""
+    if world.size == 1:
+        return signals
+    stop = StopRequest()
+    stop.status = int(world.maximum(torch.tensor([signals.status])))
+    stop.requested = stop.status > 0
+    return stop
+
+
 class TransferRecorder:
     """Console, metrics, state, Ctrl-C and results of a transfer in training."""
 
     def __init__(self, probe: LinearProbe, run: Path | None) -> None:
+        self.hint = "nothing was saved without --out"
+        if run is not None:
+            self.hint = f"resume it with localagg transfer --resume {run}"
+        run = run if probe.world.rank == 0 else None  # which writes for all
         self.probe, self.run, self.config = probe, run, probe.config
         progress = probe.progress
         self.before, self.started = progress["seconds"], time.monotonic()
@@ -320,10 +373,8 @@ class TransferRecorder:
 
     def _raise_if_stopped(self, stop: StopRequest) -> None:
         if stop.requested:
-            hint = "nothing was saved without --out"
-            if self.run is not None:
-                hint = f"resume it with localagg transfer --resume {self.run}"
-            raise stop.error(f"Stopped after step {self.probe.step:,}; {hint}.")
+            self.probe.world.barrier()  # rank 0 has saved
+            raise stop.error(f"Stopped after step {self.probe.step:,}; {self.hint}.")
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started

@@ -12,6 +12,7 @@ from ..data.images.augment import Augment
 from ..data.images.levels import levels_of
 from ..data.loading.loader import Feed, on_device
 from ..data.loading.scan import load_or_scan, require_readable
+from ..distributed.collectives import World
 from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
@@ -32,13 +33,21 @@ class LinearProbe:
         encoder: a copy, which fine-tuning changes.
         splits: the images.
         facts: "data" and "weights", for the results.
+        world: the ranks, which share each batch. Default: this process alone.
     """
 
     def __init__(
-        self, config: TransferConfig, encoder: Encoder, splits: LabeledSplits, facts: dict[str, Any]
+        self,
+        config: TransferConfig,
+        encoder: Encoder,
+        splits: LabeledSplits,
+        facts: dict[str, Any],
+        world: World | None = None,
     ) -> None:
         self.config, self.facts, self.splits = config, facts, splits
-        self.fabric = make_fabric(config.device, config.precision)
+        self.world = world or World()
+        number = self.world.local_rank if self.world.size > 1 else None
+        self.fabric = make_fabric(config.device, config.precision, number)
         self.device = self.fabric.device
         self.readout = LinearHeads(
             encoder.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
@@ -68,6 +77,7 @@ class LinearProbe:
                 unreadable=config.unreadable,
                 device=config.device,
                 on_progress=show,
+                world=self.world,
             )
             held_out = load_or_scan(
                 splits.held_out,
@@ -83,7 +93,7 @@ class LinearProbe:
         self.features: CachedFeatures | None = None
         self.held_out_features: CachedFeatures | None = None
         if config.cache_gb and not config.finetune:
-            self._cache_features()
+            self.world.rank_zero_first(self._cache_features)
         check_classes(splits, self.feed.valid)
         self.schedule = Schedule(general_options(config), len(self.feed.valid))
         self.labels = splits.labels.to(self.device)
@@ -121,7 +131,7 @@ class LinearProbe:
     def batches(
         self, epoch: int, first: int
     ) -> Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]:
-        """Yield the network's inputs of an epoch from batch ``first`` on, on the device.
+        """Yield this rank's share of the batches of an epoch from ``first`` on, on the device.
 
         Yields:
             (index int64 [B], views float32 [B, 3, S, S]); of cached features,
@@ -137,9 +147,30 @@ class LinearProbe:
                 )
             return
         order = feed.order(epoch)[: feed.steps * feed.batch]
-        for index in order.view(-1, feed.batch)[first:]:
+        part = self.world.part(feed.batch)
+        for index in order.view(-1, feed.batch)[first:, part.start : part.stop]:
             rows = {la: self.features.rows(la, index).to(device) for la in self.features.layers}
             yield index.to(device), rows
+
+    def backward(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Set the gradients of the sum of mean losses {layer: scalar} over the whole batch.
+
+        Returns:
+            The mean losses over the batch. Several ranks: one all-reduce of gradients and losses.
+        """
+        total = torch.stack(list(losses.values()))
+        if self.world.size == 1:
+            self.fabric.backward(total.sum())
+            return losses
+        batch = self.feed.batch
+        total = total * (len(self.world.part(batch)) / batch)
+        self.fabric.backward(total.sum())
+        gradients = [p.grad for p in self.readout.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients] + [total.detach()])
+        *summed, means = self.world.sum(flat).split([*(g.numel() for g in gradients), len(total)])
+        for gradient, value in zip(gradients, summed, strict=True):
+            gradient.copy_(value.view_as(gradient))
+        return dict(zip(losses, means, strict=True))
 
     def measure(self, *, ten_crop: bool) -> tuple[dict[str, dict[str, float]], int]:
         """Return the accuracies of the heads by layer, and the number of held-out images."""

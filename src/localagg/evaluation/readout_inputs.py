@@ -5,13 +5,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import load_encoder, load_views
-from ..config import PretrainConfig, TransferConfig, ViewConfig
+from ..config import PretrainConfig, TransferConfig, ViewConfig, require_resolved, to_dict
 from ..data.images.augment import evaluation_view, ten_crop_views
 from ..data.images.samples import with_measured_range
 from ..data.loading.cropping import evaluation_batches
@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..io.console import notify
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
+from ..recipes.schedule import Schedule
 from .results.protocols import default_drops
 
 _BATCH = 256  # views at a time
@@ -141,6 +142,41 @@ def resolve_transfer(
         batch_size=general.batch_size,
         drops=default_drops(config.epochs) if config.drops is None else config.drops,
     )
+
+
+@torch.no_grad()
+def forecast_transfer(config: TransferConfig, weights: str | Path, data: str) -> dict[str, Any]:
+    """Resolve the options of a transfer for its images, without training.
+
+    Returns:
+        {"images", "held_out", "classes", "config", "steps": {"epoch", "total", "drops"}, "heads":
+        {layer: parameters of its head}}. Unreadable images count.
+
+    Raises:
+        UserError: as :func:`.linear.transfer`.
+    """
+    encoder, path = take_encoder(weights)
+    splits = open_labeled(data)
+    resolved = resolve_transfer(config, encoder, path, splits.source)
+    schedule = Schedule(general_options(resolved), len(splits.source))
+    size = require_resolved(resolved.views.image_size)
+    features = encoder.eval().features(
+        torch.zeros(1, 3, size, size), resolved.layers or (), compat=resolved.compat
+    )
+    return {
+        "images": len(splits.source),
+        "held_out": len(splits.held_out),
+        "classes": splits.classes,
+        "config": to_dict(resolved),
+        "steps": {
+            "epoch": schedule.la_steps,
+            "total": schedule.total_steps,
+            "drops": schedule.boundaries,
+        },
+        "heads": {
+            layer: splits.classes * (values.shape[1] + 1) for layer, values in features.items()
+        },
+    }
 
 
 def evaluation_views(
