@@ -235,6 +235,7 @@ def _train(probe: LinearProbe, run: Path | None) -> dict[str, Any]:
 
     with convert_worker_death(), recorder, handle_stop_signals() as signals:
         network.train()
+        stop = signals
         while probe.step < schedule.total_steps:
             epoch, first, _ = schedule.position(probe.step)
             batches = probe.batches(epoch, first)
