@@ -100,3 +100,10 @@ def test_a_recipe_made_for_other_images_is_scaled_with_a_note():
 def test_options_set_by_hand_are_not_scaled():
     config = override(recipe("res18_LA").config, sized_for=None, clusters=(9,), neighbors=7)
     assert resolve_defaults(config, 5_000, 400).objective.clusters == (9,)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch"), [(10, 10), (200, 16), (1000, 62), (3068, 128), (100_000, 128)]
+)
+def test_a_head_on_frozen_features_learns_in_large_batches(size, batch):
+    assert resolve_defaults(recipe("adapt").config, size, 112).batch_size == batch

@@ -151,17 +151,19 @@ def pixel_rows(images: Tensor, side: int = 16) -> Tensor:
 def verdict(floors: dict[str, Values], images: int) -> str:
     """Return one sentence on whether training was worth it.
 
-    Neighbors decide where labels exist, else view retrieval. Differences below 1 / sqrt(n), about
-    two standard errors, count as none.
+    200-NN decides where labels exist (1-NN moves little and is the noisier), and at a level NMI;
+    else view retrieval. Differences below 1 / sqrt(n), about two standard errors, count as none.
 
     Args:
         floors: values of :func:`measure_floors` by RAW_PIXELS, STARTING (if known) and TRAINED.
         images: n.
     """
-    trained, labeled = floors[TRAINED], "knn1" in floors[TRAINED]
+    trained, labeled = floors[TRAINED], f"knn{_VOTES}" in floors[TRAINED]
     if images < _ENOUGH:
         return f"Too few images for a verdict: {images} of at least {_ENOUGH}."
-    metric, by = ("knn1", "neighbors") if labeled else ("view_retrieval", "view retrieval")
+    metric, by = (
+        (f"knn{_VOTES}", f"{_VOTES}-NN") if labeled else ("view_retrieval", "view retrieval")
+    )
     value, margin = trained[metric], 1 / math.sqrt(images)
     before = {name: floors[name][metric] for name in (RAW_PIXELS, STARTING) if name in floors}
     below = {name: floor for name, floor in before.items() if value < floor - margin}
@@ -172,14 +174,18 @@ def verdict(floors: dict[str, Values], images: int) -> str:
     numbers = f"{names} by {by} ({value:.1%} against {against})"
     if STARTING in below and before[STARTING] > before[RAW_PIXELS] + margin:
         return f"Below {numbers}: lower --learning-rate, or train fewer epochs."
+    best = max(floors[name].get("nmi", 0.0) for name in before)
+    clusters = trained.get("nmi", best) - best
+    shares = f"(NMI {best + clusters:.2f} against {best:.2f})"
+    if level and not below and clusters > _NMI_MARGIN:
+        return f"Better by clusters {shares}, and level with {numbers}."
     if below or level:
         degree = "Below" if below else "No better than"
         return f"{degree} {numbers}: train longer, or start from pretrained weights (recipe adapt)."
     if not labeled:
         return f"Better than {numbers}, which training aims at; labels would show the classes."
-    best = max(floors[name].get("nmi", 0.0) for name in before)
-    if trained.get("nmi", 1.0) < best - _NMI_MARGIN:
-        return f"Better than {numbers}, but not by clusters (NMI {trained['nmi']:.2f}, {best:.2f})."
+    if clusters < -_NMI_MARGIN:
+        return f"Better than {numbers}, but not by clusters {shares}."
     return f"Better than {numbers}."
 
 

@@ -45,6 +45,8 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     batch = config.batch_size
     if batch is None:
         batch = min(size, 128, max(16, 2 ** int(math.log2(max(1, size / 40)))))
+        if adapted:  # a head learns as well in fewer, larger steps
+            batch = min(size, 128, max(16, size // 16))
     steps = max(1, size // batch)
     # Digits need about 2,200 steps; the reference takes 200 epochs of ImageNet.
     epochs = config.epochs or (200 if large else max(50, math.ceil(2200 / steps)))

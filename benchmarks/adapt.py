@@ -1,0 +1,290 @@
+"""Compare heads and clusterings on the same frozen features: IR, LA, SimCLR, SCAN and others.
+
+    localagg pretrain adapt --data IMAGES --model timm:tf_efficientnet_lite0 --weights FILE \\
+        --cache CACHE --out RUN
+    python benchmarks/adapt.py IMAGES=CACHE/KEY/features.npy ... --seeds 3
+
+The first command leaves features of 1 + 6 views an image in CACHE. Every method learns on these;
+200-NN (leave one out) and k-means (as many clusters as classes, best of 4 starts) measure the
+central views. Each seed sets order, views, weights and k-means. Every value of every seed goes to
+``--out`` (Parquet), and a later call adds what is missing there; the table has means and 95 %
+intervals over seeds. ``--trials`` compares
+settings of the LA head instead, for the rule in ``recipes/derived_settings.py``.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
+from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor, nn
+
+import report
+from localagg.config import override
+from localagg.data.images.augment import Augment
+from localagg.data.sources.open import open_images
+from localagg.distributed.collectives import World
+from localagg.engine.counter_rng import ORDER, permutation
+from localagg.evaluation.cluster_metrics import cluster_accuracy
+from localagg.evaluation.knn import knn_accuracy
+from localagg.recipes.builtin import recipe
+from localagg.recipes.derived_settings import resolve_defaults
+from localagg.recipes.schedule import Schedule
+from localagg.training.frozen_features import FrozenFeatures
+from localagg.training.learner import Learner
+from localagg.training.step import take_step
+from localagg.training.time_shares import TimeShares
+from localagg.training.trained_part import start_from_features, whitening
+
+METRICS = ("200-NN", "NMI", "accuracy", "seconds")
+Found = Tensor | np.ndarray
+"""Rows float32 [N, D], or clusters int [N]."""
+Method = Callable[[FrozenFeatures, int, int], Found]
+"""Called with the features, the number of classes and the seed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sets", nargs="+", metavar="IMAGES=FEATURES.npy")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[], help="names of methods")
+    parser.add_argument("--out", type=Path, default=Path("adapt.parquet"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    methods = TRIALS if arguments.trials else METHODS
+    methods = {name: methods[name] for name in arguments.only or methods}
+    out = arguments.out
+    rows: list[dict[str, Any]] = pq.read_table(out).to_pylist() if out.exists() else []
+    known = {(row["images"], row["method"], row["seed"]) for row in rows}
+    for images, file in (each.rsplit("=", 1) for each in arguments.sets):
+        labels = open_images(images).labels
+        assert labels is not None
+        values = np.load(file)
+        name = "/".join(Path(images).parts[-2:])
+        for method, seed in itertools.product(methods, range(arguments.seeds)):
+            if (name, method, seed) in known:
+                continue
+            start = time.perf_counter()
+            found = methods[method](FrozenFeatures(values, {}, seed), len(labels.unique()), seed)
+            spent = time.perf_counter() - start
+            row = {"images": name, "size": len(labels), "method": method, "seed": seed}
+            rows.append({**row, **score(found, labels, seed), "seconds": spent})
+            print(rows[-1], flush=True)
+            pq.write_table(pa.Table.from_pylist(rows), out)
+    load = " ".join(f"{each:.1f}" for each in os.getloadavg())
+    report.write(
+        "adapt_trials" if arguments.trials else "adapt",
+        "Settings of the LA head" if arguments.trials else "Heads on the same frozen features",
+        ["images", "N", "method", *METRICS],
+        table(rows),
+        f"Means and half widths of 95 % intervals over {arguments.seeds} seeds. Load: {load}.",
+    )
+
+
+def score(found: Found, labels: Tensor, seed: int) -> dict[str, float | None]:
+    """Return 200-NN of rows, and NMI and accuracy of their k-means or of clusters."""
+    neighbors = None
+    if isinstance(found, Tensor):
+        everything = torch.arange(len(labels))
+        rows = F.normalize(found, dim=1)
+        votes = knn_accuracy(rows, labels, rows, labels, k=(200,), exclude=everything)
+        neighbors, found = votes["knn200"], kmeans(rows, len(labels.unique()), seed)
+    return {
+        "200-NN": neighbors,
+        "NMI": float(normalized_mutual_info_score(labels.numpy(), found)),
+        "accuracy": cluster_accuracy(labels.numpy(), found),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a line for each set and method."""
+    lines = []
+    for images, size, method in dict.fromkeys((r["images"], r["size"], r["method"]) for r in rows):
+        own = [r for r in rows if (r["images"], r["method"]) == (images, method)]
+        cells = []
+        for metric in METRICS:
+            x = [r[metric] for r in own if r[metric] is not None]
+            if not x:
+                cells.append("")
+                continue
+            half = student.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))
+            cells.append(
+                f"{np.mean(x):.0f}" if metric == "seconds" else f"{np.mean(x):.3f} ± {half:.3f}"
+            )
+        lines.append([images, f"{size:,}", method, *cells])
+    return lines
+
+
+def kmeans(rows: Tensor, k: int, seed: int) -> np.ndarray:
+    return KMeans(k, n_init=4, random_state=seed).fit_predict(rows.numpy())
+
+
+class _Features(nn.Module):
+    """Stand for the backbone, whose features are at hand."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_zeros(len(images), self.channels)
+
+
+def localagg_head(*, aggregate: bool = True, **options: Any) -> Method:
+    """Return the head of ``localagg pretrain adapt``: its own steps on the features."""
+
+    def learn(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
+        size = len(features.values)
+        config = override(recipe("adapt").config, seed=seed, device="cpu", **options)
+        config = resolve_defaults(config, size, 112)
+        if not aggregate:
+            config = override(config, ir_epochs=config.epochs)
+        learner = Learner(config, size, backbone=_Features(features.values.shape[2]))
+        everything = torch.arange(size)
+        start_from_features(learner.encoder, learner.bank, features, everything, World())
+        order = lambda epoch: permutation(size, seed, ORDER, epoch)  # noqa: E731
+        feed: Any = SimpleNamespace(world=World(), order=order)
+        schedule, augment = Schedule(config, size), Augment(config.views, seed)
+        while learner.step < schedule.total_steps:
+            epoch, first, aggregating = schedule.position(learner.step)
+            if schedule.should_cluster(learner.step, has_labels=learner.labels is not None):
+                learner.recluster()
+            batch_size = schedule.batch_size(aggregating=aggregating)
+            for batch in features.batches(feed, epoch, first, batch_size):
+                take_step(
+                    learner,
+                    augment,
+                    batch,
+                    epoch,
+                    aggregating=aggregating,
+                    size=batch_size,
+                    learning_rate=schedule.learning_rate(learner.step),
+                    timer=TimeShares(learner.device),
+                )
+        with torch.no_grad():
+            return learner.encoder(features.measured(everything))
+
+    return learn
+
+
+def measured(features: FrozenFeatures) -> Tensor:
+    """Return the central views' frozen features as unit rows [N, C]."""
+    return F.normalize(features.measured(torch.arange(len(features.values))), dim=1)
+
+
+def frozen(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
+    return measured(features)
+
+
+def whitened(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
+    return whitened_head(features)(features.measured(torch.arange(len(features.values)))).detach()
+
+
+def whitened_head(features: FrozenFeatures) -> nn.Linear:
+    """Return the head that localagg's starts from: 128 whitened principal components."""
+    everything = torch.arange(len(features.values))
+    head = nn.Linear(features.values.shape[2], 128)
+    weight, bias = whitening(features, everything, 128)
+    head.weight.data, head.bias.data = weight.float(), bias.float()
+    return head
+
+
+def umap_kmeans(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+    import umap
+
+    options = {"n_neighbors": 20, "n_components": 10, "min_dist": 0.0, "metric": "cosine"}
+    reduced = umap.UMAP(**options, random_state=seed).fit_transform(measured(features).numpy())
+    return KMeans(classes, n_init=4, random_state=seed).fit_predict(reduced)
+
+
+def spectral(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+    near = {"affinity": "nearest_neighbors", "n_neighbors": 20}
+    return SpectralClustering(classes, **near, random_state=seed).fit_predict(measured(features))
+
+
+def simclr_head(temperature: float, batch: int = 256) -> Method:
+    """Return SimCLR's loss (Chen et al. 2020, eq. 1) on a head with localagg's start and rate."""
+
+    def learn(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
+        size, epochs = len(features.values), 20
+        head = whitened_head(features)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (size // batch))
+        positives = torch.arange(2 * batch).roll(batch)
+        for epoch in range(epochs):
+            order = permutation(size, seed, ORDER, epoch)
+            for index in order[: size // batch * batch].split(batch):
+                views = [features.random(2 * epoch + n, index) for n in range(2)]
+                rows = F.normalize(head(torch.cat(views)), dim=1)
+                similar = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
+                optimizer.zero_grad()
+                F.cross_entropy(similar, positives).backward()
+                optimizer.step()
+                cosine.step()
+        with torch.no_grad():
+            return head(features.measured(torch.arange(size)))
+
+    return learn
+
+
+def scan_head(entropy: float, rate: float, batch: int = 128, epochs: int = 50) -> Method:
+    """Return SCAN's clusters (Van Gansbeke et al. 2020, eq. 2), of 20 neighbors an image."""
+
+    def learn(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+        torch.manual_seed(seed)
+        size, x = len(features.values), measured(features)
+        near = torch.cat([(part @ x.T).topk(21).indices[:, 1:] for part in x.split(512)])
+        head = nn.Linear(x.shape[1], classes)
+        optimizer = torch.optim.Adam(head.parameters(), lr=rate, weight_decay=1e-4)
+        for epoch in range(epochs):
+            for index in torch.randperm(size)[: size // batch * batch].split(batch):
+                others = near[index, torch.randint(20, (batch,))]
+                p, q = (
+                    F.softmax(head(features.random(2 * epoch + n, each)), dim=1)
+                    for n, each in enumerate((index, others))
+                )
+                agreement = (p * q).sum(dim=1).clamp(min=1e-8).log().mean()
+                used = torch.special.entr(p.mean(dim=0)).sum()
+                optimizer.zero_grad()
+                (-agreement - entropy * used).backward()
+                optimizer.step()
+        with torch.no_grad():
+            return head(features.measured(torch.arange(size))).argmax(dim=1).numpy()
+
+    return learn
+
+
+METHODS: dict[str, Method] = {
+    "frozen features": frozen,
+    "whitened components": whitened,
+    "IR head": localagg_head(aggregate=False),
+    "LA head": localagg_head(),
+    "spectral clustering": spectral,
+    "UMAP + k-means": umap_kmeans,
+    "SimCLR head, temperature 0.1": simclr_head(0.1),
+    "SimCLR head, temperature 0.5": simclr_head(0.5),
+    "SCAN head, entropy 5, rate 1e-4": scan_head(5.0, 1e-4),
+    "SCAN head, entropy 2, rate 1e-4": scan_head(2.0, 1e-4),
+}
+TRIALS: dict[str, Method] = {
+    **{f"batch {size}": localagg_head(batch_size=size) for size in (32, 64, 128, 256)},
+}
+
+if __name__ == "__main__":
+    main()
