@@ -301,11 +301,10 @@ def save_weights(
 ) -> None:
     """Write parameters, statistics and architecture of an encoder as one safetensors file.
 
-    ``views`` are the image settings of its training, which measurements repeat; ``bank`` is the
-    relative path of an imported memory bank.
+    ``views``: image settings of its training. ``bank``: relative path of an imported memory bank.
     """
-    metadata = {"localagg": json.dumps(encoder.spec)}
-    metadata["normalization"] = json.dumps(to_dict(encoder.normalization))
+    normalization = json.dumps(to_dict(encoder.normalization))
+    metadata = {"localagg": json.dumps(encoder.spec), "normalization": normalization}
     if views is not None:
         metadata["views"] = json.dumps(to_dict(views))
     if bank is not None:

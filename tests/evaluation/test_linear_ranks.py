@@ -20,7 +20,7 @@ from localagg.distributed.collectives import World
 from localagg.evaluation.linear import read_out
 from localagg.evaluation.readout_inputs import open_labeled
 
-OPTIONS = shlex.split("--epochs 3 --batch-size 33 --workers 0 --layers 0 2 --device cpu")
+OPTIONS = shlex.split("--epochs 8 --batch-size 175 --workers 0 --layers 0 2 --device cpu")
 PATIENCE = 300  # seconds
 
 
@@ -83,8 +83,8 @@ def test_dry_run_prints_steps_and_heads(weights, tmp_path, capsys):
     words = ["transfer", weights, "--data", "digits", *OPTIONS, "--dry-run", "--json", str(file)]
     assert main(words) == 0
     found = json.loads(file.read_text())
-    assert found["steps"]["epoch"] == found["images"] // 33
-    assert found["steps"]["total"] == 3 * (found["images"] // 33)
+    assert found["steps"]["epoch"] == found["images"] // 175
+    assert found["steps"]["total"] == 8 * (found["images"] // 175)
     features = network().eval().features(torch.zeros(1, 3, 8, 8), layers=["0", "2"])
     due = {layer: 10 * (values.shape[1] + 1) for layer, values in features.items()}
     assert found["heads"] == due
