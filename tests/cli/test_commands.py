@@ -107,6 +107,19 @@ def test_dry_run_prints_the_configuration_and_writes_no_run(pictures, tmp_path, 
     assert {"--clusters", "--drops", "--augmentation", "--weight-decay"} <= options
 
 
+@pytest.mark.parametrize("timm", [True, False])
+@pytest.mark.parametrize(
+    ("words", "applies"),
+    [(["folder"], True), (["digits"], False), (["folder", "--start", "missing"], False)],
+)
+def test_folder_suggests_a_pretrained_network_where_there_may_be_one(
+    timm, words, applies, monkeypatch, capsys
+):
+    monkeypatch.setattr("localagg.cli.pretrain.find_spec", lambda name: timm or None)
+    cli.main(["pretrain", *words, "--data", "digits", "--epochs", "2", "--dry-run"])
+    assert ("localagg pretrain adapt" in capsys.readouterr().err) == (timm and applies)
+
+
 def test_typed_clusters_are_not_scaled_to_the_number_of_images(pictures, result):
     words = ["pretrain", "res18_LA", "--data", pictures, "--dry-run", "--batch-size", 8]
     words += ["--ir-batch-size", 8, "--neighbors", 20]

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +146,8 @@ def _start(options: Pretrain) -> dict[str, Any]:
     check_effects(config, options.typed)
     if options.typed & {"neighbors", "clusters"}:  # explicit values are not scaled
         config = override(config, sized_for=None)
+    if options.name == "folder" and options.start is None and not config.adapt.feature_views:
+        _suggest_adapt(config)
     if options.dry_run:
         from ..training.forecast import forecast
 
@@ -164,6 +167,21 @@ def _start(options: Pretrain) -> dict[str, Any]:
         start=options.start,
         typed=options.typed,
         rank_timeout=options.rank_timeout,
+    )
+
+
+def _suggest_adapt(config: PretrainConfig) -> None:
+    """Name the recipe for pretrained networks where one is given, or can be had from timm."""
+    from ..io.console import notify
+
+    model, weights = config.encoder.model, config.encoder.weights
+    if weights is None and find_spec("timm") is None:
+        return
+    words = ["--model", model or "timm:NAME"] if model or weights is None else []
+    words += ["--weights", weights or "pretrained"]
+    notify(
+        "A head on a pretrained network's frozen features is usually better, and takes minutes:"
+        f" localagg pretrain adapt {shlex.join(words)}."
     )
 
 
