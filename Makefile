@@ -1,4 +1,4 @@
-.PHONY: demo test test-all check
+.PHONY: demo test test-all check docs
 
 PYTHON ?= python3
 
@@ -22,3 +22,7 @@ check: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+
+docs: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[docs]'
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html

@@ -5,6 +5,8 @@ import doctest
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ def python_blocks(page: Path) -> list[str]:
 BLOCK = re.compile(
     r"^(<!-- not run by the tests: [^\n]* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
-NOT_RUN = {"README.md": 2, "migrating.md": 1, "networks.md": 1, "running.md": 2, "scaling.md": 1}
+NOT_RUN = {
+    "README.md": 2, "get_started.md": 2, "guides.md": 1, "migrating.md": 1, "networks.md": 1,
+    "running.md": 2, "scaling.md": 1,
+}  # fmt: skip
 """Marked blocks: installation, downloaded weights, a cluster, several GPUs."""
 SMALL = (  # noqa: SIM905
     "--epochs 2 --ir-epochs 1 --model resnet18_small --width 4 --blocks 1 --image-size 16"
@@ -91,21 +96,20 @@ def test_shell_blocks_run(page, tmp_path, flat, monkeypatch, capsys):
             assert status == 0, shown.err
 
 
-def test_the_python_example_of_the_readme_embeds_a_folder(tmp_path, flat, monkeypatch):
-    """With the run and the folder that it names; rows do not depend on the batch."""
-    config = config_of_a_small_run()
-    pretrain(config, str(flat), tmp_path / "runs" / "mine")
+def test_the_python_example_of_the_readme_embeds_an_image(tmp_path, flat, monkeypatch):
+    """With the run and the photo that it names; rows do not depend on the batch."""
+    pretrain(config_of_a_small_run(), str(flat), tmp_path / "runs" / "mine")
     shutil.copytree(flat, tmp_path / "my-images")
+    shutil.copy(next(flat.rglob("*.jpg")), tmp_path / "my-images" / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks(ROOT / "README.md")
     names: dict[str, Any] = {}
     exec(block, names)
-    rows = names["rows"]
-    assert rows.shape == (12, config.encoder.dim)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(12))
-    encoder, images = names["load_encoder"]("runs/mine"), torch.rand(4, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(images)[:2], encoder(images[:2]))
+    rows = torch.as_tensor(names["rows"])
+    assert rows.shape == (1, 128)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(1))
+    both = names["model"].embed(["my-images/photo.jpg", *sorted(Path("my-images").glob("*.jpg"))])
+    torch.testing.assert_close(torch.as_tensor(both)[:1], rows)
 
 
 def test_the_example_of_the_page_on_python_runs_and_its_table_is_complete(
@@ -164,3 +168,19 @@ def test_links_commands_and_options_exist(page):
     options = {config.flag(name) for name in names} | {"--help", "--json", "--version", "--gpu"}
     for option in re.findall(r"`(--[a-z-]+)(?![\w-])", text):
         assert option in options, option
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings_and_shows_every_command(tmp_path):
+    pytest.importorskip("furo")
+    words = ["--fail-on-warning", "-q", "-d", str(tmp_path / "trees")]
+    command = [sys.executable, "-m", "sphinx", *words, str(ROOT / "docs"), str(tmp_path / "site")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    commands = (tmp_path / "site" / "reference" / "commands.html").read_text()
+    assert all(f'id="{command}"' in commands for command in COMMANDS)
+    functions = (tmp_path / "site" / "reference" / "api.html").read_text()
+    assert 'id="localagg.objectives.local_aggregation"' in functions
+    for page in (tmp_path / "site").rglob("*.html"):
+        for target in re.findall(r'href="(?!https?:|#|data:|mailto:)([^"#?]+)', page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
