@@ -84,7 +84,9 @@ def test_the_table_holds_embeddings_names_labels_and_facts(weights, pictures, tm
     assert main([*words, "--workers", "0", "--json", str(tmp_path / "j.json")]) == 0
     assert json.loads((tmp_path / "j.json").read_text())["rows"] == 12
     table = pq.read_table(out)
-    assert table.column_names == ["path", "split", "index", "label", "embedding"]
+    assert table.column_names == [
+        "path", "split", "index", "label", "content", "embedding",
+    ]  # fmt: skip
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[12]"
     source = open_images(str(pictures), "val")
     rows = stacked_rows(table)
@@ -179,6 +181,7 @@ def test_unreadable_images_are_skipped_and_counted(weights, flat, tmp_path):
         "path",
         "split",
         "index",
+        "content",
         "embedding",
     ]  # no labels, no such column
     assert table["index"].to_pylist() == [0, 4, 5, 6, 7, 8, 9, 10]

@@ -11,8 +11,8 @@ from .parse import positional
 class Embed:
     """Write the embeddings of any images to a table, one row an image.
 
-    Columns: path, split, index, label (where there are labels) and embedding. Paths are relative to
-    the folder that the table's metadata name as root.
+    Columns: path, split, index, label (where there are labels), content (a digest) and embedding.
+    Paths are relative to the folder that the table's metadata name as root.
     """
 
     run: str = positional("RUN")
@@ -22,6 +22,8 @@ class Embed:
     out: str
     """Table to write, in the format of its suffix: .parquet, .csv, .npy (and .images.csv), .arrow,
     .h5 or .zarr. Commands read Parquet."""
+    append: bool = False
+    """Embed only images whose content the table lacks, and keep the rows of the others."""
     map: bool = False
     """Also write the columns x, y (a map) and neighbors, which embedding-atlas reads."""
     images: bool = False
@@ -60,6 +62,7 @@ def run(options: Embed) -> dict[str, Any]:
         options.run,
         data,
         options.out,
+        append=options.append,
         split=options.split,
         layer=options.layer,
         dtype=options.dtype,

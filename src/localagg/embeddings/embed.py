@@ -7,29 +7,43 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import load_encoder, load_views, weights_digest
-from ..config import PretrainConfig, ViewConfig, check_arguments, require_resolved, to_dict
+from ..config import (
+    PretrainConfig,
+    ViewConfig,
+    check_arguments,
+    from_dict,
+    require_resolved,
+    to_dict,
+)
 from ..data.images.augment import evaluation_view
+from ..data.inspect.image_contents import content_digests
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
+from ..data.sources.combined import SourceSubset
 from ..data.sources.open import Source, check_outside, open_images
 from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import show_progress
+from ..io.files import absolute_place
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
 from .all_splits import JoinedSplits, open_splits
-from .table import DTYPES, describe_root, path_text
+from .append.match_table import match_table
+from .append.merge_rows import merge_rows
+from .table import DTYPES, EmbeddingTable, describe_root, path_text
 from .table_formats import check_format
-from .table_writer import open_writer
+from .table_writer import NameColumns, open_writer
 
 
 class ImageEmbeddings(NamedTuple):
@@ -121,6 +135,7 @@ def write_embeddings(
     data: str | Path,
     out: str | Path,
     *,
+    append: bool = False,
     split: str = "all",
     layer: str | Sequence[str] | None = None,
     dtype: str = "float32",
@@ -139,6 +154,9 @@ def write_embeddings(
         data: data URI.
         out: the file to write, in the format of its suffix (:data:`.TABLE_FORMATS`); it appears
             when complete. Beside FILE.npy, FILE.images.csv holds the paths.
+        append: let an existing Parquet table grow. Images whose content it has are not embedded
+            again, under whatever name; rows of images that are gone or changed are dropped. Rows of
+            other data, whose files are in place, stay.
         split: train, val, test or stored names, separated by commas; or all.
         layer: a name of ``encoder.layers``: write its features (pooled and flattened as in the
             reference, not normalized); several, in one pass, become columns ``layer_NAME``.
@@ -150,9 +168,9 @@ def write_embeddings(
         precision: arithmetic of the network; see :func:`.make_fabric`.
 
     Returns:
-        {"rows", "unreadable": images skipped, "dim", "layer", "dtype", "resumed": images done by an
-        earlier call, "out", "data", "split", "splits": {split: images}, "run", "device",
-        "precision", "seconds", "images_per_second"}.
+        {"rows", "embedded": rows computed by this call, "unreadable": images skipped, "dim",
+        "layer", "dtype", "resumed": images done by an earlier call, "out", "data", "split",
+        "splits": {split: images}, "run", "device", "precision", "seconds", "images_per_second"}.
 
     Raises:
         UserError: missing weights, images or layer; values not finite; ``out`` is not writable.
@@ -161,28 +179,47 @@ def write_embeddings(
     weights, data, out = Path(weights), os.fspath(data), Path(out)
     layer = _one_or_several(layer)
     _check_options(out, layer, dtype, workers, batch)
+    if append and out.suffix.lower() not in (".parquet", ".pq"):
+        raise UserError("option-conflict", f"--append needs --out FILE.parquet, not {out}.")
     check_outside(data, out, "--out")
     start, fabric = time.perf_counter(), make_fabric(device, precision)
     encoder = load_encoder(weights).to(fabric.device)
     source = open_splits(data, split)
-    views = resolve_views(load_views(weights) or ViewConfig(), source)
+    grows = append and out.exists()
+    views = load_views(weights) or ViewConfig()
+    views = _table_views(out, views) if grows else resolve_views(views, source)
     facts = _describe(encoder, source, views, layer, dtype, fabric)
     facts |= {"weights": str(weights.absolute()), "data": data, "split": split, "batch": batch}
-    facts |= describe_root(source.root, out)
-    with open_writer(out, facts) as writer, show_progress("embedding") as show:
+    facts |= {"data_absolute": absolute_place(data), **describe_root(source.root, out)}
+    matches, digests = None, None
+    if grows:
+        digests = _read_contents(source)
+        matches = match_table(out, source, digests, facts)
+        matches.report()
+    images = source if matches is None else SourceSubset(source, matches.missing)
+    job = {**facts, "images": len(images), "fingerprint": images.fingerprint()}
+    with open_writer(out, job) as writer:
         resumed, begun = writer.images_done, time.perf_counter()
         part = slice(writer.batches_done, None)
-        batches = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
-        for index, images in batches:
-            values = _convert(encode(encoder, images, layer, fabric), source, index, facts)
-            writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
-            show(writer.images_done, len(source))
-        rate = (len(source) - resumed) / (time.perf_counter() - begun)
-        writer.finish(functools.partial(_name_columns, source))
+        batches = evaluation_batches(images, views, batch=batch, workers=workers, part=part)
+        with show_progress("embedding") as show:
+            for index, pixels in batches:
+                values = _convert(encode(encoder, pixels, layer, fabric), images, index, facts)
+                writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
+                show(writer.images_done, len(images))
+        rate = (len(images) - resumed) / (time.perf_counter() - begun)
+        digests = _read_contents(source) if digests is None else digests
+        columns = functools.partial(_name_columns, source, digests)
+        if matches is None:
+            rows = writer.finish(columns)
+        else:
+            merge = functools.partial(merge_rows, matches, facts, source, columns)
+            named = functools.partial(_name_missing, columns, matches.missing)
+            rows = writer.finish(named, merge)
     kept = ("dim", "layer", "dtype", "data", "split", "device", "precision")
     return {
         **{name: facts[name] for name in kept},
-        **{"rows": writer.rows, "unreadable": len(source) - writer.rows},
+        **{"rows": rows, "embedded": writer.rows, "unreadable": len(images) - writer.rows},
         "splits": {name: len(images) for name, images in source.parts.items()},
         **{"resumed": resumed, "out": str(out)},
         "run": str(weights),
@@ -271,6 +308,7 @@ def _describe(
         "fingerprint": source.fingerprint(),
         "labels": labels,
         "images": len(source),
+        "contents": True,
     }
 
 
@@ -291,11 +329,38 @@ def _convert(found: Tensor, source: Source, index: Tensor, facts: dict[str, Any]
     return values
 
 
-def _name_columns(source: JoinedSplits, index: list[int]) -> dict[str, list[str | None]]:
-    """Return the columns path, split and, with labels, label."""
-    columns: dict[str, list[str | None]] = {"path": [path_text(source.name(i)) for i in index]}
+def _table_views(out: Path, views: ViewConfig) -> ViewConfig:
+    """Return the views of a table that grows, where the weights do not set them."""
+    stored = EmbeddingTable(out).facts.get("views")
+    if stored is None:
+        raise UserError("unsupported", f"--append: '{out}' names no weights; embed to a new file.")
+    known = from_dict(ViewConfig, stored)
+    return replace(
+        views,
+        image_size=views.image_size or known.image_size,
+        eval_crop=views.eval_crop or known.eval_crop,
+    )
+
+
+def _read_contents(source: Source) -> np.ndarray:
+    with show_progress("reading contents") as show:
+        return content_digests(source, show)
+
+
+def _name_columns(
+    source: JoinedSplits, digests: np.ndarray, index: list[int]
+) -> dict[str, list[Any]]:
+    """Return the columns path, split, content and, with labels, label."""
+    columns: dict[str, list[Any]] = {"path": [path_text(source.name(i)) for i in index]}
     columns["split"] = [source.split(i) for i in index]
+    columns["content"] = [digest.hex() or None for digest in digests[index].tolist()]
     if source.labels is not None and source.classes is not None:
         labels = source.labels[index].tolist()
         columns["label"] = [path_text(source.classes[n]) if n >= 0 else None for n in labels]
     return columns
+
+
+def _name_missing(columns: NameColumns, missing: Tensor, index: list[int]) -> dict[str, list[Any]]:
+    """Return the columns of images that a table lacks, and their indices in the whole source."""
+    whole = missing[index].tolist()
+    return {**columns(whole), "index": whole}

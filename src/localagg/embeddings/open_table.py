@@ -1,14 +1,17 @@
 """Open the embeddings of a run or table, and the images that they came from."""
 
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import load_encoder, read_run, weights_digest
+from ..data.images.image_list import ImageList
 from ..data.sources.open import Source, open_images
 from ..errors import UserError
 from ..io.console import notify
+from ..io.files import noted_place
 from .all_splits import open_splits
 from .embed import write_embeddings
-from .table import EmbeddingTable
+from .table import UNREAD, EmbeddingTable
 
 RUN_TABLE = "embeddings.parquet"
 
@@ -30,7 +33,7 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
     if isinstance(path, EmbeddingTable):
         return path
     run = Path(path)
-    if not run.is_dir():
+    if not run.is_dir() or run.suffix.lower() in UNREAD:
         return EmbeddingTable(run)
     data, file = read_run(run)[1]["data"], run / RUN_TABLE
     digest = weights_digest(load_encoder(run))
@@ -66,12 +69,28 @@ def open_table_images(table: EmbeddingTable) -> Source:
     Raises:
         UserError: they moved, or changed since they were embedded.
     """
-    data, facts = table.facts.get("data"), table.facts
-    if data is None:
-        raise UserError("unsupported", f"'{table.path}' names no images; embed them again.")
+    facts = table.facts
+    if facts.get("data") is None:
+        return _open_files(table)
+    data = noted_place(facts["data"], facts.get("data_absolute"))
     source = open_splits(data, facts.get("split", "train"))
     if source.fingerprint() != facts.get("fingerprint"):
         raise UserError(
             "mismatch", f"'{data}' changed since '{table.path}' was written; embed it again."
         )
+    return source
+
+
+def _open_files(table: EmbeddingTable) -> Source:
+    """Open the files that the paths of a table name, of several places or merged by pandas."""
+    files = [table.image_file(row) for row in range(len(table))]
+    if None in files:
+        name = table.images["path"][files.index(None)].as_py()
+        raise UserError(
+            "not-found",
+            f"'{table.path}' does not name the folder of its images ('{name}' is not there); run"
+            " this command in that folder, or embed the images to one table by localagg embed"
+            " --append.",
+        )
+    source: Any = ImageList(files)
     return source

@@ -3,7 +3,8 @@
 Columns: ``path`` (string, the image's file relative to ``root``, or the name of its record),
 ``split`` (string), ``index`` (int64, increasing: the image's number in its split, or in train, val
 and test one after another), ``label`` (string, the class name; only with labels, null if one is
-missing), ``embedding`` (fixed-size list of float32 or float16). The schema's metadata hold under
+missing), ``content`` (string, a hex digest of both ends of the file; null in earlier versions),
+``embedding`` (fixed-size list of float32 or float16). The schema's metadata hold under
 ``localagg`` a JSON object: weights, views, data and options of the table; ``root``, the absolute
 folder of the paths; and ``root_from_table``, the same folder as seen from the table's. Both are
 null for images without files of their own.
@@ -12,7 +13,7 @@ null for images without files of their own.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
     columns: dict[str, Any] = {"path": pa.string(), "split": pa.string(), "index": pa.int64()}
     if facts["labels"] is not None:
         columns["label"] = pa.string()
+    if facts.get("contents"):
+        columns["content"] = pa.string()
     columns |= {name: pa.list_(value, dim) for name, dim in facts["columns"].items()}
     return pa.schema(columns, metadata={_KEY: json.dumps(facts)})
 
@@ -73,31 +76,34 @@ class EmbeddingTable:
 
     Args:
         path: the file.
+        columns: those that it must have.
 
     Raises:
-        UserError: no such file, not Parquet, or without the columns path, index and embedding.
+        UserError: no such file, not Parquet, or without these columns.
 
     A table that pandas merged and wrote has no ``facts``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Set[str] = _COLUMNS) -> None:
         import pyarrow.parquet as pq
 
+        if path.exists() and path.suffix.lower() in UNREAD:
+            raise UserError(
+                "unsupported",
+                f"Commands read tables in Parquet, not '{path}'; embed the images again by localagg"
+                " embed RUN --data URI --out FILE.parquet.",
+            )
         if not path.is_file():
             raise UserError("not-found", f"There is no file '{path}'; write one by localagg embed.")
-        if path.suffix.lower() in UNREAD:
-            raise UserError(
-                "unsupported", f"'{path}' is no Parquet table; write one by --out FILE.parquet."
-            )
         self.path = path
         with self._convert_damage():
             self.file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self.file.schema_arrow
         try:
             self.facts: dict[str, Any] = json.loads((schema.metadata or {}).get(_KEY, b"{}"))
-            complete = _COLUMNS.issubset(schema.names)
+            complete = columns <= {*schema.names}
             complete &= not self.facts or _FACTS.issubset(self.facts)
-            self.dim: int = self._find_dim()
+            self.dim: int = self._find_dim() if "embedding" in columns else self.facts["dim"]
         except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
             complete = False
         if not complete:
@@ -120,11 +126,18 @@ class EmbeddingTable:
 
     @cached_property
     def images(self) -> "pa.Table":
-        """The columns path, split, index and, with labels, label."""
+        """The columns path, split, index and, with labels, label. In a table that another program
+        merged, the index is the row."""
+        import pyarrow as pa
+
         known = ("path", "split", "index", "label")
         names = [name for name in self.file.schema_arrow.names if name in known]
         with self._convert_damage():
-            return self.file.read(columns=names)
+            found = self.file.read(columns=names)
+        if not self.facts:
+            rows = pa.array(range(len(found)), pa.int64())
+            found = found.set_column(found.schema.get_field_index("index"), "index", rows)
+        return found
 
     def find(self, column: str, value: str | int) -> int | None:
         """Return the position of the first row with a value (path: see :func:`path_text`)."""
@@ -142,10 +155,14 @@ class EmbeddingTable:
     def image_file(self, position: int) -> Path | None:
         """Return the file of a row's image, or None if it has none, or none is there any more.
 
-        Looks below the root, and then where the root lay as seen from the table.
+        Looks below the root, and then where the root lay as seen from the table; without a root,
+        below the table's folder and the working directory.
         """
         near = self.facts.get("root_from_table")
-        roots = [self.facts.get("root"), near and self.path.absolute().parent / near]
+        folder = self.path.absolute().parent
+        roots = [self.facts.get("root"), near and folder / near]
+        if not self.facts:
+            roots = [folder, Path.cwd()]
         name = self.images["path"][position].as_py()
         files = [Path(root, name) for root in roots if root]
         return next((file for file in files if file.is_file()), None)

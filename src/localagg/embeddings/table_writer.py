@@ -27,6 +27,9 @@ from ..io.run_lock import lock_run
 from .table import table_schema
 from .table_formats import TABLE_FORMATS, publish_images_file
 
+NameColumns = Callable[[list[int]], dict[str, list[Any]]]
+"""Returns the columns path, split, content and, with labels, label of indices."""
+MergeRows = Callable[[Iterator[Any]], tuple[Any, int, Iterator[Any]]]
 _HEAD_BYTES = 24  # batch number, number of images and checksum, as int64
 GROUP_ROWS, GROUP_BYTES = 16_384, 64 * 2**20  # of a row group, which is held in memory at once
 
@@ -103,30 +106,33 @@ class TableWriter:
             file.write(head.tobytes() + data)
         self.batches_done, self.rows = batch + 1, self.rows + len(index)
 
-    def finish(self, columns: Callable[[list[int]], dict[str, list[str | None]]]) -> None:
-        """Write the table.
+    def finish(self, columns: NameColumns, merge: MergeRows | None = None) -> int:
+        """Write the table; return its number of rows.
 
         Args:
-            columns: returns the columns ``path`` and, with labels, ``label`` of indices.
+            columns: returns further columns of indices, or other indices.
+            merge: returns schema, number and groups of the rows of a table that grows by others.
 
         Raises:
             UserError: no rows, damaged records, full disk or no permission.
         """
-        if not self.rows:
+        if not self.rows and merge is None:
             raise UserError(
                 "unreadable-images",
                 f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
                 " read; check them by localagg inspect.",
             )
-        schema, suffix = table_schema(self.facts), self.out.suffix.lower()
+        schema, rows, suffix = table_schema(self.facts), self.rows, self.out.suffix.lower()
+        groups = self._groups(schema, columns)
+        if merge is not None:
+            schema, rows, groups = merge(groups)
         with self._convert_write_errors(), atomic_write(self.out) as temporary:
-            TABLE_FORMATS[suffix](temporary, schema, self.rows, self._groups(schema, columns))
+            TABLE_FORMATS[suffix](temporary, schema, rows, groups)
             publish_images_file(temporary, self.out)
         shutil.rmtree(self._records.parent, ignore_errors=True)
+        return rows
 
-    def _groups(
-        self, schema: Any, columns: Callable[[list[int]], dict[str, list[str | None]]]
-    ) -> Iterator[Any]:
+    def _groups(self, schema: Any, columns: NameColumns) -> Iterator[Any]:
         """Yield the rows as Arrow tables; raise UserError if some are damaged."""
         import pyarrow as pa
 
@@ -141,7 +147,7 @@ class TableWriter:
                 name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim)
                 for (name, dim), values in zip(self.facts["columns"].items(), parts, strict=True)
             }
-            yield pa.table({**columns(index.tolist()), "index": index, **vectors}, schema)
+            yield pa.table({"index": index, **columns(index.tolist()), **vectors}, schema)
             written += len(index)
         if written != self.rows:
             raise UserError(
