@@ -7,9 +7,9 @@
 The first command leaves features of 1 + 6 views an image in CACHE. Every method learns on these;
 200-NN (leave one out) and k-means (as many clusters as classes, best of 4 starts) measure the
 central views. Each seed sets order, views, weights and k-means. Every value of every seed goes to
-``--out`` (Parquet), and a later call adds what is missing there; the table has means and 95 %
-intervals over seeds, and CPU seconds. ``--trials`` compares
-settings of the LA head instead, for the rule in ``recipes/derived_settings.py``.
+``--out`` (Parquet), where a later call adds what is missing (``--seeds 0``: nothing). The table has
+means, 95 % intervals over seeds, and CPU seconds. ``--trials`` compares settings of the LA head
+instead, for the rule in ``recipes/derived_settings.py``.
 """
 
 import argparse
@@ -91,9 +91,9 @@ def main() -> None:
     report.write(
         "adapt_trials" if arguments.trials else "adapt",
         "Settings of the LA head" if arguments.trials else "Heads on the same frozen features",
-        ["images", "N", "method", *METRICS],
+        ["images", "N", "method", "seeds", *METRICS],
         table(rows),
-        f"Means and half widths of 95 % intervals over {arguments.seeds} seeds. Load: {load}.",
+        f"Means and half widths of 95 % intervals over the seeds. Load: {load}.",
     )
 
 
@@ -112,9 +112,9 @@ def score(found: Found, labels: Tensor, seed: int) -> dict[str, float | None]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(rows: list[dict[str, Any]]) -> list[list[object]]:
     """Return a line for each set and method."""
-    lines = []
+    lines: list[list[object]] = []
     for images, size, method in dict.fromkeys((r["images"], r["size"], r["method"]) for r in rows):
         own = [r for r in rows if (r["images"], r["method"]) == (images, method)]
         cells = []
@@ -123,11 +123,12 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
             if not x:
                 cells.append("")
                 continue
-            half = student.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))
+            half = student.ppf(0.975, len(x) - 1) * np.std(x) / math.sqrt(max(1, len(x) - 1))
+            spread = f" ± {half:.3f}" if len(x) > 1 else ""
             cells.append(
-                f"{np.mean(x):.0f}" if metric == "CPU seconds" else f"{np.mean(x):.3f} ± {half:.3f}"
+                f"{np.mean(x):.0f}" if metric == "CPU seconds" else f"{np.mean(x):.3f}{spread}"
             )
-        lines.append([images, f"{size:,}", method, *cells])
+        lines.append([images, f"{size:,}", method, len(own), *cells])
     return lines
 
 
