@@ -6,6 +6,7 @@ from typing import Any
 from . import (
     demo,
     embed,
+    explore,
     inspect,
     knn,
     pack,
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any] | None]]] = {
     "compare": (compare.Compare, compare.run),
     "embed": (embed.Embed, embed.run),
     "search": (search.Search, search.run),
+    "explore": (explore.Explore, explore.run),
     "report": (report.Report, report.run),
     "results": (results.Results, results.run),
     "inspect": (inspect.Inspect, inspect.run),

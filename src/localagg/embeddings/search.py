@@ -63,7 +63,7 @@ def search(
     images, unreadable = _expand_folders(opened, images)
     positions = [_find_position(opened, image) for image in images]
     files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
-    embedded = iter(_embed_files(opened, files, weights) if files else ())
+    embedded = iter(embed_files(opened, files, weights) if files else ())
     bank_NF = opened.unit_embeddings()
     queries_QF = torch.stack(
         [F.normalize(next(embedded), dim=0) if row is None else bank_NF[row] for row in positions]
@@ -196,9 +196,7 @@ class _ImageFiles:
         return Sample(index, self.paths[index].read_bytes(), None)
 
 
-def _embed_files(
-    table: EmbeddingTable, files: Sequence[Path], weights: str | Path | None
-) -> Tensor:
+def embed_files(table: EmbeddingTable, files: Sequence[Path], weights: str | Path | None) -> Tensor:
     """Return embeddings [files, F] by the table's encoder, layer, view and precision."""
     for path in files:
         if (reason := _read_error(path)) is not None:

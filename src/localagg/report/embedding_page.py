@@ -76,7 +76,7 @@ def write_embedding_page(
     place = order.argsort()
     paths = [shown.paths[i] for i in order.tolist()]
     arrays = {
-        "xy": _quantize(xy[order]),
+        "xy": quantize(xy[order]),
         "neighbors": place[near[order]].numpy().astype("<u2"),
         "similarity": (similarity[order] * 32767).round().numpy().astype("<i2"),
     }
@@ -85,7 +85,7 @@ def write_embedding_page(
         columns["oddness"] = oddness.tolist()
     described = []
     for number, (name, values) in enumerate(columns.items()):
-        found = _column(name, [values[i] for i in order.tolist()])
+        found = color_column(name, [values[i] for i in order.tolist()])
         if found is not None:
             arrays[f"column-{number}"] = found.pop("values")
             described.append({**found, "array": f"column-{number}"})
@@ -126,7 +126,7 @@ class _Ordered:
         return self.images[self.order[number]]
 
 
-def _quantize(xy: Tensor) -> np.ndarray:
+def quantize(xy: Tensor) -> np.ndarray:
     """Return places as uint16 [N, 2]; the longer side spans all values."""
     if not len(xy):
         return np.zeros((0, 2), "<u2")
@@ -135,7 +135,7 @@ def _quantize(xy: Tensor) -> np.ndarray:
     return ((xy - low) / span * 65535).round().numpy().astype("<u2")
 
 
-def _column(name: str, values: Sequence[Any]) -> dict[str, Any] | None:
+def color_column(name: str, values: Sequence[Any]) -> dict[str, Any] | None:
     """Return a column to color by; None if it has one value, or one for nearly each image."""
     distinct = set(values)
     numbers = all(

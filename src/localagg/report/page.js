@@ -24,7 +24,7 @@ function make(tag, properties = {}, ...children) {
 export class EmbeddedItems {
   constructor(data) {
     this.data = data;
-    this.count = data.paths.length;
+    this.count = data.count ?? data.paths.length;
     this.sheets = [];
     this.sizes = this.array("sizes", Uint8Array);
   }
@@ -236,7 +236,7 @@ function mapPart(page) {
     side.replaceChildren(...(await describe(page, id, (other) => (page.pick(other), page.map.show(other)))));
   };
   page.select = async (ids) => {
-    selection = ids;
+    selection = page.selection = ids;
     page.map.choose(ids);
     canvas.dataset.selected = ids.length;
     const paths = await items.paths(ids.slice(0, LISTED));
@@ -271,6 +271,7 @@ function mapPart(page) {
     const column = data.columns.find(({ name }) => name === color.value);
     legend.replaceChildren(column ? paintBy(page, column) : "");
   };
+  page.paint = paint;
   color.addEventListener("change", paint);
 
   page.map = new PointMap(canvas, {

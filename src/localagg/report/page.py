@@ -48,10 +48,10 @@ def write_page(
     if thumbnails is not None:
         data["side"] = thumbnails.side
         arrays["sizes"] = thumbnails.sizes
-    style, script = _file("page.css"), page_script()
+    style, script = package_file("page.css"), page_script()
     policy = (
-        f"default-src 'none'; img-src data: blob:; style-src {_hash(style)};"
-        f" script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data: blob:; style-src {content_hash(style)};"
+        f" script-src {content_hash(script)}; base-uri 'none'; form-action 'none'"
     )
     blocks = [_block("data", json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))]
     blocks += [_block(f"array-{name}", _base64(a.tobytes())) for name, a in arrays.items()]
@@ -78,7 +78,7 @@ def escape(text: str) -> str:
 
 def page_script() -> str:
     """Return the modules as one: each defines what the next would import."""
-    return re.sub(r"^import .*\n", "", "".join(map(_file, SCRIPTS)), flags=re.M)
+    return re.sub(r"^import .*\n", "", "".join(map(package_file, SCRIPTS)), flags=re.M)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,11 +91,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><tr>{head}</tr>{lines}</table></div>"
 
 
-def _file(name: str) -> str:
+def package_file(name: str) -> str:
     return files("localagg.report").joinpath(name).read_text("utf-8")
 
 
-def _hash(text: str) -> str:
+def content_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

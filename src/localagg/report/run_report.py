@@ -23,7 +23,7 @@ from .page import escape, table
 from .thumbnails import SourceImages
 
 REPORT = "report.html"
-_MAP = "map.safetensors"
+MAP_FILE = "map.safetensors"
 
 
 def write_report(
@@ -55,8 +55,8 @@ def write_report(
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
     runs = {str(path): path for path in paths if path.is_dir()}
     head, foot = _results(runs), _curves(runs)
-    shown = _pictured(paths[0], workers)
-    kept = paths[0] / _MAP if paths[0].is_dir() else None
+    shown = read_pictured(paths[0], workers)
+    kept = paths[0] / MAP_FILE if paths[0].is_dir() else None
     title = ", ".join(path.resolve().name for path in paths)
     found = write_embedding_page(file, shown, title=title, head=head, foot=foot, kept=kept)
     return {"out": str(file), **found, "seconds": round(time.perf_counter() - start, 2)}
@@ -68,12 +68,15 @@ def _out_file(paths: list[Path]) -> Path:
     return paths[0] / REPORT if paths[0].is_dir() else paths[0].with_suffix(".html")
 
 
-def _pictured(path: Path, workers: int) -> Pictured:
-    """Return embedding and images of a run or table, at most 50,000 of them."""
+def read_pictured(path: Path, workers: int, most: int | None = MOST) -> Pictured:
+    """Return embedding and images of a run or table, an even sample if there are over ``most``.
+
+    A run of more than 50,000 images is shown by its memory bank.
+    """
     if path.is_dir() and (facts := read_run(path)[1])["size"] > MOST:
-        return _from_bank(path, facts)
+        return _from_bank(path, facts, most)
     opened = open_table(path, workers=workers)
-    kept = _sample(len(opened))
+    kept = _sample(len(opened), most)
     images = opened.images.take(kept)
     index = torch.tensor(images["index"].to_pylist(), dtype=torch.int64)
     shown = Pictured(
@@ -121,7 +124,7 @@ def _columns(opened: EmbeddingTable, kept: list[int]) -> dict[str, list[Any]]:
     return found
 
 
-def _from_bank(run: Path, facts: dict[str, Any]) -> Pictured:
+def _from_bank(run: Path, facts: dict[str, Any], most: int | None) -> Pictured:
     """Return a sample of a large run by its memory bank: embedding all images could take hours."""
     source = open_images(facts["data"])
     if source.fingerprint() != facts["fingerprint"]:
@@ -130,7 +133,7 @@ def _from_bank(run: Path, facts: dict[str, Any]) -> Pictured:
         )
     unreadable = set(read_progress(latest(run)).get("unreadable", ()))
     readable = [i for i in range(len(source)) if i not in unreadable]
-    index = [readable[i] for i in _sample(len(readable))]
+    index = [readable[i] for i in _sample(len(readable), most)]
     rows = torch.nn.functional.normalize(load_bank(run)[index].float(), dim=1)
     columns = {}
     if source.labels is not None and source.classes is not None:
@@ -141,8 +144,9 @@ def _from_bank(run: Path, facts: dict[str, Any]) -> Pictured:
     return Pictured(rows, names, columns, SourceImages(source, index), notes)
 
 
-def _sample(count: int) -> list[int]:
-    return torch.linspace(0, count - 1, min(count, MOST), dtype=torch.float64).long().tolist()
+def _sample(count: int, most: int | None) -> list[int]:
+    shown = count if most is None else min(count, most)
+    return torch.linspace(0, count - 1, shown, dtype=torch.float64).long().tolist()
 
 
 def _sample_note(shown: int, count: int) -> list[str]:

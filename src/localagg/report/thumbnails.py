@@ -65,7 +65,7 @@ def draw_thumbnails(images: Images, budget: int) -> Thumbnails:
 
 def _fitting_side(images: Images, budget: int) -> int:
     chosen = np.unique(np.linspace(0, len(images) - 1, min(_TRIED, len(images))).astype(int))
-    small = [_thumbnail(images, int(number), SIDES[0]) for number in chosen]
+    small = [thumbnail(images, int(number), SIDES[0]) for number in chosen]
     for side in SIDES:
         shown = [image.resize(_fit(image.size, side)) for image in small if image is not None]
         sheet, _ = _paste(shown, side)
@@ -75,7 +75,7 @@ def _fitting_side(images: Images, budget: int) -> int:
 
 
 def _draw_sheet(images: Images, side: int, numbers: Sequence[int]) -> tuple[bytes, np.ndarray]:
-    return _paste([_thumbnail(images, number, side) for number in numbers], side)
+    return _paste([thumbnail(images, number, side) for number in numbers], side)
 
 
 def _paste(images: Sequence[Image.Image | None], side: int) -> tuple[bytes, np.ndarray]:
@@ -93,7 +93,7 @@ def _paste(images: Sequence[Image.Image | None], side: int) -> tuple[bytes, np.n
     return file.getvalue(), sizes
 
 
-def _thumbnail(images: Images, number: int, side: int) -> Image.Image | None:
+def thumbnail(images: Images, number: int, side: int) -> Image.Image | None:
     """Return an image fitted into a square, or None if it cannot be read."""
     try:
         data = images[number]

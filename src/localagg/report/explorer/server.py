@@ -1,0 +1,254 @@
+"""Serve the explorer to a browser on this machine, and to nobody else.
+
+The server listens on the loopback interface alone. Every address begins with a random token, which
+other users and pages do not know. Host must be ours: a foreign name that resolves to this machine
+(DNS rebinding) is refused, and so are requests that pages of other origins send. Images are served
+by their number, never by a path.
+"""
+
+import json
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...data.images.decode import READ_ERRORS, decode, read_error_reason
+from ...errors import UserError, printable
+from ..page import content_hash, escape, package_file, page_script
+from .space import LABEL, Space, open_space
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+MOST_BYTES = 32 << 20
+"""Size of a request's body."""
+SIDES = (96, 320)
+_FOUND = 10_000  # images that a search by text returns
+_LONGEST_LABEL = 200  # characters
+
+
+def explore(place: str | Path, *, port: int = 0, workers: int = 2) -> None:
+    """Show a run or table in the browser until Ctrl-C.
+
+    Labels go to ``labels.csv`` in the run, or FILE.labels.csv beside FILE.parquet.
+
+    Args:
+        place: run folder, or table written by ``localagg embed``.
+        port: TCP port of 127.0.0.1; 0 takes a free one.
+        workers: processes that decode, if the images must be embedded first.
+
+    Raises:
+        UserError: no such run or table, an occupied port, or starlette or uvicorn is missing.
+    """
+    try:
+        import starlette.applications  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(
+            "missing-extra", f"{error.name} is missing: pip install 'localagg[explore]'."
+        ) from None
+    with _listen(port) as listener:
+        space, token = open_space(Path(place), workers), secrets.token_urlsafe(16)
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        app = make_app(space, token, host, title=Path(place).resolve().name)
+        print(f"{len(space):,} images. Open http://{host}/{token}/  (Ctrl-C ends)", flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, timeout_graceful_shutdown=2
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:
+        raise UserError("option-invalid", f"--port is {port}; it must be 0 to 65535.")
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            "environment", f"--port {port} cannot be used ({error.strerror}); name another."
+        ) from None
+    return listener
+
+
+def make_app(space: Space, token: str, host: str, *, title: str) -> "Starlette":
+    """Return the application, which answers below ``/token/`` for this Host only."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Mount, Route
+
+    page, policy = _page(title)
+
+    def number_of(request: "Request") -> int:
+        number = request.path_params["number"]
+        if number >= len(space):
+            raise _Refused(404, "There is no such image.")
+        return number
+
+    def index(_: "Request") -> "Response":
+        return Response(page, media_type="text/html")
+
+    def data(_: "Request") -> "Response":
+        note = " ".join(space.shown.notes)
+        typed = {"name": LABEL, "names": space.label_column()[0], "array": LABEL}
+        facts = {"count": len(space), "columns": [*space.columns, typed], "map": {"note": note}}
+        return JSONResponse({**facts, "side": SIDES[1], "labels": printable(space.labels.name)})
+
+    def array(request: "Request") -> "Response":
+        name = request.path_params["name"]
+        found = space.label_column()[1] if name == LABEL else space.arrays.get(name)
+        if found is None:
+            raise _Refused(404, "There is no such array.")
+        return Response(found.tobytes(), media_type="application/octet-stream")
+
+    def picture(request: "Request") -> "Response":
+        side = request.path_params["side"]
+        drawn = space.picture(number_of(request), side) if side in SIDES else None
+        if drawn is None:
+            raise _Refused(404, "There is no such picture.")
+        return Response(drawn, media_type="image/webp", headers={"Cache-Control": "max-age=3600"})
+
+    def details(request: "Request") -> "Response":
+        number = number_of(request)
+        near = space.nearest(space.shown.rows[number : number + 1], own=number)
+        return JSONResponse({"path": space.shown.paths[number], "neighbors": near})
+
+    def find(request: "Request") -> "Response":
+        return JSONResponse(space.find(request.query_params.get("text", "")[:1000], _FOUND))
+
+    def search(body: bytes) -> Any:
+        try:
+            decode(body)
+        except READ_ERRORS as error:
+            raise _Refused(400, f"The picture cannot be read: {read_error_reason(error)}") from None
+        return space.nearest(space.embed(body))
+
+    def paths(body: bytes) -> Any:
+        return [space.shown.paths[number] for number in _numbers(json.loads(body), len(space))]
+
+    def label(body: bytes) -> Any:
+        asked = json.loads(body)
+        text = asked["label"].strip()
+        if len(text) > _LONGEST_LABEL or printable(text) != text:
+            raise _Refused(400, f"A label has at most {_LONGEST_LABEL} printable characters.")
+        space.label(_numbers(asked["ids"], len(space)), text)
+        return space.label_column()[0]
+
+    routes: list[Any] = [
+        Route("/", index),
+        Route("/data", data),
+        Route("/array/{name}", array),
+        Route("/picture/{number:int}/{side:int}", picture),
+        Route("/details/{number:int}", details),
+        Route("/find", find),
+        *(
+            Route(f"/{action.__name__}", _posted(action), methods=["POST"])
+            for action in (search, paths, label)
+        ),
+    ]
+    handlers: Any = {_Refused: lambda _, error: JSONResponse({"error": str(error)}, error.status)}
+    app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=handlers)
+    app.add_middleware(_Guard, host=host, policy=policy)  # pyright: ignore[reportArgumentType]
+    return app
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _posted(action: Callable[[bytes], Any]) -> Callable[["Request"], Awaitable["Response"]]:
+    """Return an endpoint that reads a limited body, and answers in JSON."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import JSONResponse
+
+    async def endpoint(request: "Request") -> "Response":
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MOST_BYTES:
+                raise _Refused(413, f"At most {MOST_BYTES >> 20} MB are read.")
+        try:
+            return JSONResponse(await run_in_threadpool(action, bytes(body)))
+        except UserError as error:
+            raise _Refused(409, str(error)) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise _Refused(400, "The request is not understood.") from None
+
+    return endpoint
+
+
+def _numbers(values: Any, count: int) -> list[int]:
+    """Return numbers of images.
+
+    Raises:
+        ValueError: others.
+    """
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < count for v in values):
+        raise ValueError(values)
+    return values
+
+
+class _Guard:
+    """Refuse requests of other hosts and origins, and send the policy with every answer."""
+
+    def __init__(self, app: Any, host: str, policy: str) -> None:
+        self.app = app
+        port = host.rpartition(":")[2]
+        self.hosts = {host, f"localhost:{port}"}
+        self.origins = {f"http://{each}" for each in self.hosts}
+        self.headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cross-Origin-Opener-Policy": "same-origin",
+        }
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers, MutableHeaders
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope)
+        ours = asked.get("host") in self.hosts
+        ours &= asked.get("origin") is None or asked["origin"] in self.origins
+        ours &= asked.get("sec-fetch-site", "none") in ("none", "same-origin")
+        app = self.app if ours else PlainTextResponse("Refused.", 403)
+
+        async def send_guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(self.headers)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await app(scope, receive, send_guarded)
+
+
+def _page(title: str) -> tuple[str, str]:
+    """Return the page and its policy (CSP)."""
+    style = package_file("page.css")
+    script = page_script() + package_file("explorer/explore.js")
+    policy = (
+        "default-src 'none'; img-src 'self' data:; connect-src 'self';"
+        f" style-src {content_hash(style)}; script-src {content_hash(script)};"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    page = (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<link rel=icon href='data:,'><title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><header><h1>{escape(title)}</h1><nav></nav></header><main id=parts></main>"
+        f"<script type=module>{script}</script></body></html>"
+    )
+    return page, policy
