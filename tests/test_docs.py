@@ -81,9 +81,11 @@ def test_shell_blocks_run(page, tmp_path, flat, monkeypatch, capsys):
     shutil.copy(photo, "my-images/photo.jpg")
     shutil.copy(photo, "photo.jpg")
     commands = shell_commands(page)
-    if any("RUN" in words for words in commands):
-        small = config.override(config_of_a_small_run(), blocks=(1, 1, 1, 1), width=16)
-        pretrain(small, "IMAGES", "RUN")
+    small = config.override(config_of_a_small_run(), blocks=(1, 1, 1, 1), width=16)
+    learned = any(words[1] == "pretrain" for words in commands)
+    for run, data in (("RUN", "IMAGES"), ("runs/mine", "my-images")):
+        if any(run in words for words in commands) and not (run == "runs/mine" and learned):
+            pretrain(small, data, run)
     for program, command, *words in commands:
         assert Path(program).name == "localagg"
         small = SMALL if command == "pretrain" and "--resume" not in words else []

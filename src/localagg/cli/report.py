@@ -10,7 +10,7 @@ from .parse import positional
 class Report:
     """Write one HTML page of a run: results, map, clusters, duplicates, odd images, curves.
 
-    It opens in any browser, offline. Of several runs results and curves are compared.
+    It opens in any browser, offline. For several runs, results and curves are compared.
     """
 
     runs: tuple[str, ...] = positional("RUN")

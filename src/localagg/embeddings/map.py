@@ -1,7 +1,7 @@
 """Place an embedding on a plane, by t-SNE from the exact neighbors of every row.
 
 t-SNE (van der Maaten & Hinton, 2008) by openTSNE, which takes 70 s for 50,000 rows on two cores.
-Of more rows an evenly drawn sample is placed so, and each other row among its nearest sampled ones.
+For more rows, place an evenly drawn sample so, and each other row among its nearest sampled ones.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Write a network in each export format, and compute with what was written.
+"""Write a network in each export format, and compute with the written file.
 
 Each ``write_FORMAT`` takes the network and the file or folder to write; ``run_FORMAT`` loads it and
 returns its output for views uint8 [B, 3, S, S].

@@ -85,5 +85,5 @@ READOUT_KEYS = {
 }
 """Keys of ``train_transfer.py``."""
 
-# Keys that the reference does not read, and that have a meaning here all the same.
+# Keys that the reference does not read, but that have a meaning here.
 FURTHER_KEYS = {"instance_m": ReferenceKey(None, "--bank-momentum")}

@@ -31,7 +31,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write one HTML file with everything in it: results, map, clusters, curves.
 
-    Of several runs results and curves are compared; map and pictures are of the first. Of more
+    For several runs, results and curves are compared; map and pictures are of the first. Of more
     than 50,000 images an evenly spread sample is shown.
 
     Args:

@@ -20,7 +20,7 @@ class ImportTf:
     """Weights file (.safetensors) to write."""
     bank: str | None = None
     """Also write memory bank, labels, cluster labels, momenta and step to this .safetensors file,
-    so that pretrain --start OUT goes on."""
+    so that pretrain --start OUT continues it."""
     heads: str | None = None
     """Also write trained read-out heads to this .safetensors file, for transfer --heads."""
 

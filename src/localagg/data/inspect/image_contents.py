@@ -33,7 +33,7 @@ def content_digests(
 def match_contents(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return for each image a known one with its content, -1 if there is none: int64 [N].
 
-    Of identical images the first matches the first known one, the second the second.
+    Identical images match known ones in order: the first the first, the second the second.
 
     Args:
         digests: S16 [N], from :func:`content_digests`.
