@@ -1,4 +1,4 @@
-.PHONY: demo test test-all check docs
+.PHONY: demo test test-all coverage check docs
 
 PYTHON ?= python3
 
@@ -15,6 +15,9 @@ test: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadscope -m "not slow"
 
 test-all: .venv/installed
+	.venv/bin/python -m pytest -n auto --dist loadscope
+
+coverage: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadscope --cov --cov-report=term
 
 check: .venv/installed
