@@ -50,6 +50,8 @@ class Pretrain:
     """Configuration of the reference program, FILE.json:NAME. It overrides the recipe."""
     dry_run: bool = False
     """Print the configuration, the steps and the expected memory, without training."""
+    logger: Literal["tensorboard", "csv", "wandb", "mlflow"] = "tensorboard"
+    """Also send metrics there; csv: RUN/csv. TensorBoard's file is always written."""
     processes: int = 1
     """Number of processes on this machine, each on its own GPU, or all on the CPU. Leave it at 1
     under torchrun or srun."""
@@ -93,7 +95,7 @@ def run(options: Pretrain) -> dict[str, Any] | None:
         fixed = ("recipe", "start", "config", "dry_run", "split", "pages", "image_column")
         check_unset(options, fixed, f"with --resume {options.resume}")
     if options.dry_run:
-        check_unset(options, ("processes", "rank_timeout"), "with --dry-run")
+        check_unset(options, ("processes", "rank_timeout", "logger"), "with --dry-run")
     if options.processes > 1:
         from ..distributed.launcher import launch
 
@@ -118,6 +120,7 @@ def _resume(options: Pretrain) -> dict[str, Any]:
         options.options,
         data=options.data,
         typed=options.typed,
+        logger=options.logger,
         rank_timeout=options.rank_timeout,
     )
 
@@ -166,6 +169,7 @@ def _start(options: Pretrain) -> dict[str, Any]:
         options.out or f"runs/{options.name}",
         start=options.start,
         typed=options.typed,
+        logger=options.logger,
         rank_timeout=options.rank_timeout,
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .loggers import close_logger
+
 MetricsCallback = Callable[[int, dict[str, Any]], None]
 """Called with a number (step or epoch) and metrics."""
 
@@ -24,6 +26,7 @@ class MetricsLog:
             the resumed run writes them again.
         step: step from which the curves continue.
         on_write: called as ``on_write(step, values)`` with each line.
+        logger: a further logger, from :func:`.open_logger`.
     """
 
     def __init__(
@@ -33,8 +36,9 @@ class MetricsLog:
         keep: int = 0,
         step: int = 0,
         on_write: MetricsCallback | None = None,
+        logger: Any = None,
     ) -> None:
-        self._on_write = on_write
+        self._on_write, self._logger = on_write, logger
         self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by close()
         self._file.truncate(keep)
         self._curves = _TensorBoardFile(run / "tensorboard", step)
@@ -47,13 +51,16 @@ class MetricsLog:
         """
         self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._file.flush()
-        self._curves.write(step, values)
+        self.curve(step, values)
         if self._on_write is not None:
             self._on_write(step, values)
 
-    def curve(self, step: int, values: dict[str, float]) -> None:
+    def curve(self, step: int, values: dict[str, Any]) -> None:
         """Write points on curves only, for values that depend on the machine."""
         self._curves.write(step, values)
+        if self._logger is not None:
+            numbers = {n: value for n, value in values.items() if isinstance(value, int | float)}
+            self._logger.log_metrics(numbers, step)
 
     def flushed(self) -> int:
         """Force both files to disk; return the size of metrics.jsonl in bytes."""
@@ -66,6 +73,8 @@ class MetricsLog:
         for file in (self._file, self._curves):
             with contextlib.suppress(OSError):
                 file.close()
+        if self._logger is not None:
+            close_logger(self._logger)
 
 
 class NoMetricsLog:

@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..evaluation.online_knn import OnlineKnn
 from ..evaluation.run_floors import RunFloors
 from ..io.console import notify, show_progress
+from ..io.loggers import check_logger
 from ..io.metrics_log import MetricsCallback
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
 from ..recipes.schedule import Schedule
@@ -62,6 +63,7 @@ def pretrain(
     views: Transform | None = None,
     on_epoch: MetricsCallback | None = None,
     on_metrics: MetricsCallback | None = None,
+    logger: str | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
@@ -91,6 +93,7 @@ def pretrain(
         on_epoch: called as ``on_epoch(epoch, metrics)`` after each epoch, by the first process. An
             exception ends the run, which resumes from its last checkpoint.
         on_metrics: called as ``on_metrics(step, values)`` with each line of metrics.jsonl.
+        logger: csv, wandb or mlflow: also send metrics there. TensorBoard's file is always written.
         rank_timeout: seconds of silence of one process after which all end.
 
     Returns:
@@ -105,7 +108,8 @@ def pretrain(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
-    run, callbacks = Path(out), Callbacks(on_epoch, on_metrics)
+    check_logger(logger)
+    run, callbacks = Path(out), Callbacks(on_epoch, on_metrics, logger)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         if world.rank == 0:
             checkpoint.check_new(run)
@@ -158,6 +162,7 @@ def resume(
     views: Transform | None = None,
     on_epoch: MetricsCallback | None = None,
     on_metrics: MetricsCallback | None = None,
+    logger: str | None = None,
     rank_timeout: float = RANK_TIMEOUT,
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint, to the same end as a run that never stopped.
@@ -173,7 +178,7 @@ def resume(
             were given in Python are given again.
         typed: names of the options in ``config`` that were set now.
         backbone, views: those that the run began with.
-        on_epoch, on_metrics, rank_timeout: see :func:`pretrain`.
+        on_epoch, on_metrics, logger, rank_timeout: see :func:`pretrain`.
 
     Returns:
         As :func:`pretrain`; for a finished run, its earlier result.
@@ -183,7 +188,9 @@ def resume(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
-    run, typed, callbacks = Path(out), frozenset(typed), Callbacks(on_epoch, on_metrics)
+    check_logger(logger)
+    run, typed = Path(out), frozenset(typed)
+    callbacks = Callbacks(on_epoch, on_metrics, logger)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
         settings = continue_settings(run, stored, config, typed, facts["removed"])

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ..checkpoint import convert_write_errors, has_checkpoint, latest, write_json
-from ..config import PretrainConfig
+from ..config import PretrainConfig, to_dict
 from ..data.loading.loader import Feed
 from ..data.loading.loading_hint import data_loading_hint
 from ..distributed.signals import handle_stop_signals
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import ProgressLine, duration, notify
+from ..io.loggers import open_logger
 from ..io.metrics_log import MetricsCallback, MetricsLog, NoMetricsLog
 from ..recipes.schedule import Schedule
 from .deferred_metrics import DeferredMetrics, StepMetrics, first_not_finite
@@ -38,6 +39,8 @@ class Callbacks(NamedTuple):
     """Called as ``on_epoch(epoch, metrics)`` after each epoch, counted from 1."""
     on_metrics: MetricsCallback | None = None
     """Called as ``on_metrics(step, values)`` with each line of metrics.jsonl."""
+    logger: str | None = None
+    """A further logger, of :data:`.LOGGERS`."""
 
 
 NO_CALLBACKS = Callbacks()
@@ -82,6 +85,7 @@ class Recorder:
         self.metrics = NoMetricsLog()
         if self.world.rank == 0:
             options: dict[str, Any] = {"keep": progress["metrics_bytes"], "step": learner.step}
+            options["logger"] = open_logger(callbacks.logger, run, to_dict(config))
             self.metrics = MetricsLog(run, on_write=callbacks.on_metrics, **options)
         self._deferred = DeferredMetrics()
         self.health = Diagnostics(progress.get("health"), self.world)
