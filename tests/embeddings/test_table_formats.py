@@ -14,6 +14,7 @@ from expect import user_error
 import localagg.embeddings.table_formats as formats
 from embeddings import hidden_files, save_small_encoder, stacked_rows
 from localagg.cli.main import main
+from localagg.embeddings.duplicates import find_duplicates
 from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
 
@@ -126,3 +127,22 @@ def test_other_suffixes_and_missing_libraries_are_refused(weights, flat, tmp_pat
     monkeypatch.setitem(sys.modules, "h5py", None)
     with user_error("missing-extra", "h5py", "localagg[tables]"):
         write_embeddings(weights, str(flat), tmp_path / "e.h5")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npy", ".h5", ".zarr"])
+def test_commands_name_the_format_that_they_read(weights, flat, tmp_path, suffix):
+    out = tmp_path / f"e{suffix}"
+    write_embeddings(weights, str(flat), out)
+    for command in (search_first, write_report, find_duplicates):
+        with user_error("unsupported", out, ".parquet"):
+            command(out)
+
+
+def search_first(table):
+    return search(table, [0])
+
+
+def write_report(table):
+    from localagg.report.run_report import write_report
+
+    return write_report([table])

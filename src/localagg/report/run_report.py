@@ -12,7 +12,7 @@ from ..data.images.decode import UnreadableImage
 from ..data.sources.open import open_images
 from ..embeddings.map import MOST
 from ..embeddings.open_table import open_table, open_table_images
-from ..embeddings.table import EmbeddingTable, path_text
+from ..embeddings.table import UNREAD, EmbeddingTable, path_text
 from ..errors import UserError
 from ..evaluation.floors import floor_rows, floor_title
 from ..io.console import notify
@@ -53,7 +53,7 @@ def write_report(
     file = _out_file(paths) if out is None else Path(out)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
-    runs = {str(path): path for path in paths if path.is_dir()}
+    runs = {str(p): p for p in paths if p.is_dir() and p.suffix.lower() not in UNREAD}
     head, foot = _results(runs), _curves(runs)
     shown = read_pictured(paths[0], workers)
     kept = paths[0] / MAP_FILE if paths[0].is_dir() else None
@@ -73,7 +73,8 @@ def read_pictured(path: Path, workers: int, most: int | None = MOST) -> Pictured
 
     A run of more than 50,000 images is shown by its memory bank.
     """
-    if path.is_dir() and (facts := read_run(path)[1])["size"] > MOST:
+    is_run = path.is_dir() and path.suffix.lower() not in UNREAD
+    if is_run and (facts := read_run(path)[1])["size"] > MOST:
         return _from_bank(path, facts, most)
     opened = open_table(path, workers=workers)
     kept = _sample(len(opened), most)
