@@ -250,7 +250,7 @@ def test_entries_that_another_process_removes_are_reported(tmp_path, drawn, monk
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, drawn):
     (tmp_path / "file").write_bytes(b"")
-    with user_error("environment", tmp_path / "file", "--cache", "--cache-gb 0"):
+    with user_error("environment", tmp_path / "file", "--cache"):
         FeatureCache(tmp_path / "file", 1.0).get(extractor(), open_images(drawn))
 
 

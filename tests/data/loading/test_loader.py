@@ -108,7 +108,7 @@ def test_a_damaged_image_is_replaced_within_its_batch_and_not_read_again(picture
             for one, two in zip(whole, found, strict=True):
                 assert torch.equal(two, one[filled])
         assert feed.unreadable.keys() == bad
-        assert set(feed.unreadable.values()) == {"not an image"}
+        assert set(feed.unreadable.values()) == {"it is text; download it again"}
         if epoch and not workers:
             assert not bad & set(failing.read)
     assert (feed.steps, len(feed.valid)) == (4, 48)
