@@ -5,51 +5,21 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from expect import user_error
+from explorer_space import COUNT, make_space, png
 from PIL import Image
 
 from embeddings import blobs
-from localagg.report.embedding_page import Pictured
 from localagg.report.explorer import server
-from localagg.report.explorer.space import Space
 
 testclient = pytest.importorskip("starlette.testclient", reason="starlette is not installed")
 HOST, TOKEN = "127.0.0.1:4321", "secret"
-COUNT = 40
-
-
-class Colors:
-    """Image i is a plane of brightness 5 i; image 3 is damaged."""
-
-    def __len__(self):
-        return COUNT
-
-    def __getitem__(self, i):
-        return b"no image" if i == 3 else torch.full((3, 8, 16), 5 * i, dtype=torch.uint8)
-
-
-def make_space(folder):
-    rows = torch.from_numpy(blobs([10, 10, 10, 10]))
-    paths = [f"a/{i}.jpg" for i in range(COUNT)]
-    shown = Pictured(rows, paths, {"label": ["x", "y"] * 20, "xy": [*range(COUNT)]}, Colors())
-
-    def embed(data):  # the red value of a picture is the image that it is like
-        return rows[Image.open(io.BytesIO(data)).getpixel((0, 0))[0]][None]
-
-    return Space(shown, rows[:, :2] * 9, folder / "f.labels.csv", embed)
 
 
 @pytest.fixture
 def client(tmp_path):
     app = server.make_app(make_space(tmp_path), TOKEN, HOST, title="<b>t")
     return testclient.TestClient(app, base_url=f"http://{HOST}/{TOKEN}")
-
-
-def png(red):
-    file = io.BytesIO()
-    Image.new("RGB", (20, 20), (red, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_the_page_names_its_policy_and_escapes_its_title(client):
