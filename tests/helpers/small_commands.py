@@ -4,10 +4,11 @@ from pathlib import Path
 
 from localagg import cli
 
-SMALL = [
-    *("--epochs", "2", "--ir-epochs", "1", "--width", "8", "--blocks", "1", "--neighbors", "64"),
-    *("--clusters", "10", "--batch-size", "100", "--device", "cpu"),
+WITHOUT_LA = [
+    *("--ir-epochs", "1", "--width", "8", "--blocks", "1", "--batch-size", "100"),
+    *("--device", "cpu"),
 ]
+SMALL = [*WITHOUT_LA, "--epochs", "2", "--neighbors", "64", "--clusters", "10"]
 
 
 def run_small(folder: Path) -> Path:

@@ -118,7 +118,8 @@ def test_a_pack_that_is_killed_again_and_again_comes_to_an_end(pictures, tmp_pat
     _, calls = child(uri, tmp_path / "whole", "arrow", 0, -1)
     kills = 0
     while not (tmp_path / "packed").exists():
-        moment = draw.randrange(calls * 2 // 5, calls * 3 // 5)  # opening the images is nearly a half
+        # Opening the images is nearly a half of the calls.
+        moment = draw.randrange(calls * 2 // 5, calls * 3 // 5)
         status, _ = child(uri, tmp_path / "packed", "arrow", 0, moment)
         kills += status == -signal.SIGKILL
         assert kills < 40

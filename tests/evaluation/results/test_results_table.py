@@ -179,6 +179,8 @@ DECIDING = {
     "flip": 0.0,
     "eval_crop": 1.0,
     "exif_orientation": True,
+    "range": (0.0, 4095.0),
+    "bands": (3, 2, 1),
     "epochs": 71,
     "drops": (30.0, 50.0),
     "batch_size": 8,
