@@ -17,7 +17,7 @@ def test_neighbors_stay_neighbors_and_the_map_is_reproducible():
     plane = PCA(2).fit_transform(rows.numpy())
     kept = trustworthiness(rows.numpy(), xy.numpy())
     assert kept > 0.95
-    assert kept > trustworthiness(rows.numpy(), plane) + 0.05
+    assert kept > trustworthiness(rows.numpy(), plane) + 0.02
     assert torch.equal(xy, map_rows(rows, seed=3))
 
 

@@ -55,7 +55,7 @@ def write_report(
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
     runs = {str(p): p for p in paths if p.is_dir() and p.suffix.lower() not in UNREAD}
     head, foot = _results(runs), _curves(runs)
-    shown = read_pictured(paths[0], workers)
+    shown = read_pictured(paths[0], workers, MOST)
     kept = paths[0] / MAP_FILE if paths[0].is_dir() else None
     title = ", ".join(path.resolve().name for path in paths)
     found = write_embedding_page(file, shown, title=title, head=head, foot=foot, kept=kept)
@@ -68,7 +68,7 @@ def _out_file(paths: list[Path]) -> Path:
     return paths[0] / REPORT if paths[0].is_dir() else paths[0].with_suffix(".html")
 
 
-def read_pictured(path: Path, workers: int, most: int | None = MOST) -> Pictured:
+def read_pictured(path: Path, workers: int, most: int | None) -> Pictured:
     """Return embedding and images of a run or table, an even sample if there are over ``most``.
 
     A run of more than 50,000 images is shown by its memory bank.

@@ -25,6 +25,7 @@ def feed(sizes, images=1000, pixels=None, workers=2):
         sizes=sizes,
         source=range(images),
         pixels=pixels,
+        transform=None,
     )
 
 
