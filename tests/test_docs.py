@@ -57,7 +57,8 @@ SMALL = (  # noqa: SIM905
 
 def shell_commands(page: Path) -> list[list[str]]:
     """The commands in the shell blocks that are not marked, as words."""
-    blocks = BLOCK.findall(page.read_text())
+    without_directives = re.sub(r"^```\{.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    blocks = BLOCK.findall(without_directives)
     text = "".join(text for mark, kind, text in blocks if kind in ("", "bash") and not mark)
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]

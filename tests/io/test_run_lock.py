@@ -79,6 +79,7 @@ def test_the_lock_ends_with_its_block_and_its_file_is_no_run(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     checkpoint.check_new(tmp_path / "run")
     checkpoint.begin_run(tmp_path / "run", PretrainConfig(), {})
+    (tmp_path / "run" / "checkpoints" / "step-000000001").mkdir()
     with user_error("exists", tmp_path / "run"):
         checkpoint.check_new(tmp_path / "run")
 
