@@ -77,7 +77,7 @@ class Space:
 
     def picture(self, number: int, side: int) -> bytes | None:
         """Return an image as WebP within a square of ``side`` pixels, or None if unreadable."""
-        drawn = self._images and thumbnail(self._images, number, side)
+        drawn = None if self._images is None else thumbnail(self._images, number, side)
         if drawn is None:
             return None
         file = io.BytesIO()
