@@ -31,7 +31,7 @@ MODES = [
     (
         "pretrain folder --data x --dry-run",
         FORECAST,
-        f"{UNUSED} --processes --rank-timeout",
+        f"{UNUSED} --processes --rank-timeout --logger",
         "--config --dry-run --out",
     ),
     ("pretrain --resume x", LOOP + "resume", f"{OF_A_RUN} --out", ""),
