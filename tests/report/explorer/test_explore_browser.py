@@ -34,7 +34,10 @@ def test_map_neighbors_search_and_labels(browser, tmp_path, width):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda r: r.url.startswith(address) or faults.append(r.url))
         page.goto(address)
-        page.wait_for_function("window.localagg?.map.width")
+        while not page.evaluate(
+            "window.localagg?.map.width"
+        ):  # the policy forbids waiting for code
+            page.wait_for_timeout(50)
         canvas = page.locator(".stage > canvas")
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
