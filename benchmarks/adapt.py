@@ -43,11 +43,11 @@ from localagg.evaluation.knn import knn_accuracy
 from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
 from localagg.recipes.schedule import Schedule
-from localagg.training.frozen_features import FrozenFeatures
+from localagg.training.frozen.frozen_features import FrozenFeatures
+from localagg.training.frozen.trained_part import start_from_features, whitening
 from localagg.training.learner import Learner
 from localagg.training.step import take_step
 from localagg.training.time_shares import TimeShares
-from localagg.training.trained_part import start_from_features, whitening
 
 METRICS = ("200-NN", "NMI", "accuracy", "CPU seconds")
 Found = Tensor | np.ndarray

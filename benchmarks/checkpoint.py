@@ -22,7 +22,7 @@ from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig, override
 from localagg.models import create_encoder
 from localagg.recipes.builtin import recipe
-from localagg.training.loop import pretrain
+from localagg.training.runs import pretrain
 
 NO_STEP = ("measuring", "health")
 

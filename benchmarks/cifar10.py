@@ -10,7 +10,7 @@ import report
 from localagg.checkpoint import latest, read_progress, read_run
 from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
-from localagg.training.loop import pretrain
+from localagg.training.runs import pretrain
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def test_a_bfloat16_bank_learns_like_a_float32_bank(tmp_path):
     from localagg.config import override
     from localagg.evaluation.measure_run import measure_run
     from localagg.recipes.builtin import recipe
-    from localagg.training.loop import pretrain
+    from localagg.training.runs import pretrain
 
     config = override(
         recipe("digits").config, epochs=2, ir_epochs=1, width=8, blocks=(1,), batch_size=100,

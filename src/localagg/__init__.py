@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.linear import transfer
     from .models import create_encoder
     from .recipes.builtin import RECIPES, recipe
-    from .training.loop import pretrain, resume
+    from .training.runs import pretrain, resume
 
 _MODULES = {
     "Model": "embeddings.model",
@@ -42,9 +42,9 @@ _MODULES = {
     "knn_accuracy": "evaluation.knn",
     "load": "embeddings.model",
     "open_images": "data",
-    "pretrain": "training.loop",
+    "pretrain": "training.runs",
     "recipe": "recipes",
-    "resume": "training.loop",
+    "resume": "training.runs",
     "transfer": "evaluation.linear",
 }
 

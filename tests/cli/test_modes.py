@@ -13,7 +13,7 @@ from localagg import cli
 from localagg.cli.commands import COMMANDS
 from localagg.cli.parse import _parser
 
-LOOP, FORECAST = "training.loop.", "training.forecast.forecast"
+LOOP, FORECAST = "training.runs.", "training.forecast.forecast"
 READ_OUT, QUICK = "evaluation.linear.", "evaluation.quick_readout.quick_readout"
 UNUSED = "--noise --warm-iterations --warm-tolerance --cache --cache-gb"
 OF_A_RUN = "--start --config --dry-run --split --pages --image-column"

@@ -304,7 +304,7 @@ def test_a_run_lends_its_views(tmp_path):
     from localagg.checkpoint import read_run
     from localagg.config import to_dict
     from localagg.recipes.builtin import recipe
-    from localagg.training.loop import pretrain
+    from localagg.training.runs import pretrain
 
     config = override(
         recipe("digits").config, epochs=1, ir_epochs=1, width=8, blocks=(1,), batch_size=350,

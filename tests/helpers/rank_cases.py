@@ -16,8 +16,8 @@ from localagg.distributed.batch_norm import synchronize_batch_norm
 from localagg.distributed.collectives import World
 from localagg.errors import Interrupted, UserError
 from localagg.models import create_encoder
-from localagg.training.loop import pretrain, resume
 from localagg.training.recorder import Recorder
+from localagg.training.runs import pretrain, resume
 
 
 def learn(world: World, config: dict[str, Any], data: str, run: str, stop: int = 0) -> int:

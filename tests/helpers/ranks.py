@@ -72,7 +72,7 @@ class Pool:
     def __init__(self, most: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch", "sympy", "localagg.training.loop"]
+            ["torch", "sympy", "localagg.training.runs"]
         )  # torch needs sympy
         self.folder, self.calls = tempfile.TemporaryDirectory(), 0
         self.answers = context.Queue()

@@ -11,7 +11,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.io.run_lock import lock_run
 from localagg.recipes.builtin import recipe
-from localagg.training.loop import pretrain, resume
+from localagg.training.runs import pretrain, resume
 
 
 def holder(run, *, worker=False):

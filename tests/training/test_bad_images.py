@@ -11,7 +11,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override
 from localagg.data.sources.open import open_images
 from localagg.io.metrics_log import read_metrics
-from localagg.training.loop import pretrain, resume
+from localagg.training.runs import pretrain, resume
 
 CONFIG = override(
     PretrainConfig(),

@@ -23,8 +23,8 @@ from localagg.data.sources.open import open_images
 from localagg.errors import Interrupted, UserError
 from localagg.recipes.builtin import recipe
 from localagg.training.learner import Learner
-from localagg.training.loop import pretrain, resume
 from localagg.training.recorder import Recorder
+from localagg.training.runs import pretrain, resume
 
 # 14 steps an epoch.
 QUICK = override(

@@ -118,10 +118,10 @@ def grown_folder(train, pictures, tmp_path_factory):
 def test_known_images_keep_their_rows_and_new_ones_are_embedded(
     finished, train, grown_folder, tmp_path, monkeypatch, capfd
 ):
-    from localagg.training import loop
+    from localagg.training import runs
 
     first = {}
-    monkeypatch.setattr(loop, "_train", lambda run, feed, features, learner, *_: first.update(
+    monkeypatch.setattr(runs, "train", lambda run, feed, features, learner, *_: first.update(
         rows=learner.bank.rows.clone(), step=learner.step, learner=learner
     ) or {})  # fmt: skip
     pretrain(PretrainConfig(), str(grown_folder), tmp_path / "run", start=finished)

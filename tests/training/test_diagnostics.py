@@ -19,7 +19,7 @@ from localagg.training.diagnostics import (
     warnings,
 )
 from localagg.training.learner import Learner
-from localagg.training.loop import pretrain
+from localagg.training.runs import pretrain
 from localagg.training.step import batch_loss
 
 QUICK = override(

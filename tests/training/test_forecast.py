@@ -7,7 +7,7 @@ from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
 from localagg.training.forecast import forecast
 from localagg.training.learner import make_encoder
-from localagg.training.loop import pretrain
+from localagg.training.runs import pretrain
 
 
 def test_the_run_has_the_steps_and_sizes_of_the_forecast(tmp_path):

@@ -112,7 +112,7 @@ def run(options: Pretrain) -> dict[str, Any] | None:
 
 
 def _resume(options: Pretrain) -> dict[str, Any]:
-    from ..training.loop import resume
+    from ..training.runs import resume
 
     folder = check_resume(options.resume, options.out)
     return resume(
@@ -161,7 +161,7 @@ def _start(options: Pretrain) -> dict[str, Any]:
         found = forecast(config, data, options.typed, start=options.start)
         _print_forecast(found)
         return found
-    from ..training.loop import pretrain
+    from ..training.runs import pretrain
 
     return pretrain(
         config,

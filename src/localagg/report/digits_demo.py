@@ -23,7 +23,7 @@ from ..models import Encoder
 from ..recipes.builtin import recipe
 from ..recipes.derived_settings import resolve_defaults
 from ..training.learner import Learner
-from ..training.loop import pretrain
+from ..training.runs import pretrain
 from .charts import learning_curves
 from .embedding_page import Pictured, write_embedding_page
 from .page import escape, table

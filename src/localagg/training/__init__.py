@@ -1,1 +1,1 @@
-"""The training loop and its parts."""
+"""Runs, the training loop and its parts."""

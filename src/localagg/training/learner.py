@@ -21,8 +21,8 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..io.console import show_progress
 from ..models import Encoder, create_encoder, encoder_of
+from .frozen.trained_part import freeze_untrained
 from .initial_bank import embed_bank
-from .trained_part import freeze_untrained
 
 
 class Learner:

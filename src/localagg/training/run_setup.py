@@ -19,9 +19,9 @@ from ..io.run_lock import lock_run
 from ..models import Encoder, load_weights
 from ..recipes.schedule import Schedule
 from .continue_run import restore_start
-from .frozen_features import FrozenFeatures, frozen_features
+from .frozen.frozen_features import FrozenFeatures, frozen_features
+from .frozen.trained_part import start_from_features
 from .learner import Learner
-from .trained_part import start_from_features
 
 _FREE = ("workers", "device", "compile", "unreadable")  # what a resumed run may change
 

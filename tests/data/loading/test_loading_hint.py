@@ -7,7 +7,7 @@ from localagg.config import PretrainConfig, ViewConfig, override
 from localagg.data.loading import loading_hint
 from localagg.data.loading.loading_hint import data_loading_hint
 from localagg.data.sources.image_folder import ImageFolder
-from localagg.training.loop import pretrain
+from localagg.training.runs import pretrain
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from localagg.models import create_encoder
 from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
 from localagg.recipes.schedule import Schedule
-from localagg.training.loop import pretrain
-from localagg.training.trained_part import whitening
+from localagg.training.frozen.trained_part import whitening
+from localagg.training.runs import pretrain
 
 NETWORK = {"model": "resnet18_small", "width": 8, "blocks": (1, 1)}
 

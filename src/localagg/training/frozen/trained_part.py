@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ..bank import MemoryBank
-from ..config import AdaptConfig
-from ..distributed.collectives import World
-from ..errors import UserError
-from ..models import Encoder
+from ...bank import MemoryBank
+from ...config import AdaptConfig
+from ...distributed.collectives import World
+from ...errors import UserError
+from ...models import Encoder
 from .frozen_features import FrozenFeatures
 
 _ROWS = 4096  # features at a time

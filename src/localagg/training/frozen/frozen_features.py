@@ -29,25 +29,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..checkpoint import write_json
-from ..config import PretrainConfig, require_resolved, to_dict
-from ..data.images.augment import Augment
-from ..data.loading.cropping import TrainingBatch, all_view_crops
-from ..data.loading.loader import Feed
-from ..data.loading.workers import map_in_workers
-from ..data.sources.source import Source
-from ..distributed.collectives import World
-from ..distributed.signals import handle_stop_signals
-from ..engine.counter_rng import CACHED_VIEW, integers
-from ..errors import UserError
-from ..evaluation.feature_cache import FeatureCache, entry_key, hash_images, rename_entry
-from ..io.console import notify, show_progress
-from ..io.files import atomic_write
-from ..io.machine import cores
-from ..io.run_lock import lock_run
-from ..models import Encoder
-from ..models.inference import backbone_digest, inference_copy
+from ... import __version__
+from ...checkpoint import write_json
+from ...config import PretrainConfig, require_resolved, to_dict
+from ...data.images.augment import Augment
+from ...data.loading.cropping import TrainingBatch, all_view_crops
+from ...data.loading.loader import Feed
+from ...data.loading.workers import map_in_workers
+from ...data.sources.source import Source
+from ...distributed.collectives import World
+from ...distributed.signals import handle_stop_signals
+from ...engine.counter_rng import CACHED_VIEW, integers
+from ...errors import UserError
+from ...evaluation.feature_cache import FeatureCache, entry_key, hash_images, rename_entry
+from ...io.console import notify, show_progress
+from ...io.files import atomic_write
+from ...io.machine import cores
+from ...io.run_lock import lock_run
+from ...models import Encoder
+from ...models.inference import backbone_digest, inference_copy
 
 _CHUNK = 16  # images
 _CPU_BATCH = 16  # views at a time, whose maps stay in a core's cache

@@ -23,8 +23,8 @@ from localagg.errors import Interrupted, UserError
 from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
 from localagg.training.learner import make_encoder
-from localagg.training.loop import pretrain, resume
 from localagg.training.recorder import Recorder
+from localagg.training.runs import pretrain, resume
 
 
 def test_a_run_learns_and_tells(tmp_path, capsys):
@@ -67,7 +67,7 @@ import sys, json, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from localagg.config import PretrainConfig, from_dict
-from localagg.training.loop import pretrain, resume
+from localagg.training.runs import pretrain, resume
 config = from_dict(PretrainConfig, json.loads(sys.argv[1]))
 run = Path(sys.argv[3])
 if (run / "config.json").exists():

@@ -21,8 +21,8 @@ from localagg.data.sources.open import open_images
 from localagg.models import create_encoder
 from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
-from localagg.training import frozen_features as module
-from localagg.training.frozen_features import frozen_features
+from localagg.training.frozen import frozen_features as module
+from localagg.training.frozen.frozen_features import frozen_features
 
 NETWORK = {"model": "resnet18_small", "width": 8, "blocks": (1, 1)}
 
