@@ -69,3 +69,14 @@ def test_workers_draw_the_same(monkeypatch):
     assert len(found.sheets) == 2
     assert found.sheets == alone.sheets
     assert np.array_equal(found.sizes, alone.sizes)
+
+
+def test_the_budget_holds_where_the_images_of_the_estimate_are_small():
+    draws = np.random.default_rng(0)
+    noise = [draws.integers(0, 255, (160, 160, 3), np.uint8) for _ in range(120)]
+    for number in np.linspace(0, 119, 48).astype(int):
+        noise[number] = np.zeros_like(noise[number])
+    images = [encoded(Image.fromarray(pixels)) for pixels in noise]
+    found = draw_thumbnails(images, 500_000)
+    assert sum(map(len, found.sheets)) <= 500_000
+    assert found.side > SIDES[-1]

@@ -33,6 +33,11 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
     if isinstance(path, EmbeddingTable):
         return path
     run = Path(path)
+    if not run.exists():
+        raise UserError(
+            "not-found",
+            f"There is no run folder or table '{run}'; name the --out of pretrain or embed.",
+        )
     if not run.is_dir() or run.suffix.lower() in UNREAD:
         return EmbeddingTable(run)
     data, file = read_run(run)[1]["data"], run / RUN_TABLE

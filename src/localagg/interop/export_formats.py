@@ -85,14 +85,17 @@ def preprocessing(network: Network) -> dict[str, Any]:
 
 
 def write_safetensors(network: Network, out: Path) -> None:
+    """Write the file that :func:`localagg.load` reads."""
     save_weights(out, network.encoder, network.views)
 
 
 def run_safetensors(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the embedding of views by the written file."""
     return load_encoder(path)(views)
 
 
 def write_torchvision(network: Network, out: Path) -> None:
+    """Write a state dict that torchvision's network of this name loads strictly."""
     state = _library_state(network, "torchvision", torchvision_resnets())
     if out.name.endswith(".safetensors"):
         save_tensors(out, state)
@@ -101,6 +104,7 @@ def write_torchvision(network: Network, out: Path) -> None:
 
 
 def run_torchvision(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the pooled features of views by torchvision's network."""
     import torchvision
 
     name, options = _architecture(network.encoder)
@@ -115,6 +119,7 @@ def run_torchvision(network: Network, path: Path, views: Tensor) -> Tensor:
 
 
 def write_timm(network: Network, out: Path) -> None:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER")`` loads."""
     timm = _timm()
     state = _library_state(network, "timm", timm.list_models())
     name, options = _architecture(network.encoder)
@@ -141,6 +146,7 @@ def write_timm(network: Network, out: Path) -> None:
 
 
 def run_timm(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the pooled features of views by timm's network."""
     model = _timm().create_model(f"local-dir:{path}", pretrained=True).eval()
     return model((views / 255 - network.encoder.mean) / network.encoder.std)
 
@@ -158,6 +164,7 @@ def write_hub(network: Network, out: Path) -> None:
 
 
 def run_hub(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the embedding of views by the folder's weights."""
     return load_encoder(path / EXPORTED_NAME)(views)
 
 
@@ -192,16 +199,19 @@ def _timm() -> Any:
 
 
 def write_torch(network: Network, out: Path) -> None:
+    """Write a ``torch.export`` program with a dynamic batch."""
     module, example = network.graph()
     dynamic = {"images": {0: torch.export.Dim("batch")}}
     torch.export.save(torch.export.export(module, (example,), dynamic_shapes=dynamic), out)
 
 
 def run_torch(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the program's result for views."""
     return torch.export.load(path).module()(network.inputs(views))
 
 
 def write_onnx(network: Network, out: Path) -> None:
+    """Write a graph with a dynamic batch, and facts on its images as properties."""
     onnx, _ = _onnx()
     module, example = network.graph()
     with contextlib.redirect_stdout(None):  # the exporter prints its steps
@@ -223,6 +233,7 @@ def write_onnx(network: Network, out: Path) -> None:
 
 
 def run_onnx(network: Network, path: Path, views: Tensor) -> Tensor:
+    """Return the result of onnxruntime for views."""
     session = _onnx()[1].InferenceSession(path, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": network.inputs(views).numpy()})[0])
 

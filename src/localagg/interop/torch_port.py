@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..bank import MemoryBank
 from ..errors import UserError
+from ..io.tensor_files import load_pickled
 from ..models import Encoder
 from ..models.preact_resnet import PreActResNet
 from ..models.torchvision_resnet import TorchvisionResNet, library_name
@@ -66,7 +67,9 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError("not-found", f"There is no file '{path}'; name a file of the PyTorch port.")
-    loaded = _load(path)
+    loaded = load_pickled(
+        path, _FOREIGN, f"if it is not damaged, load it with the port's code and {_FIX}"
+    )
     saved: dict[Any, Any] = loaded if isinstance(loaded, dict) else {}
     weights = saved.get("model_state_dict", saved.get("state_dict", saved))
     if not isinstance(weights, dict) or not weights:
@@ -83,22 +86,6 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if isinstance(saved.get(_STEP), int) and 0 <= saved[_STEP] < 1 << 62:
         found[_STEP] = torch.tensor(saved[_STEP])
     return found
-
-
-def _load(path: Path) -> object:
-    try:
-        with torch.serialization.safe_globals(_FOREIGN):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        foreign = re.search(r"GLOBAL ([\w.]+)", text)
-        reason = f"it holds a {foreign[1]}" if foreign else text.splitlines()[0][:200]
-        raise UserError(
-            "unsupported",
-            f"'{path}' cannot be loaded as tensors alone ({reason}); if it is not damaged, load it"
-            f" with the port's code and {_FIX}.",
-        ) from None
 
 
 def _tensor(value: object, path: Path) -> Tensor:

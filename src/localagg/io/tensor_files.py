@@ -5,12 +5,15 @@ the length of the header; the header as JSON (dtype, shape and place of each ten
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .files import write_synced
 
 DTYPE_NAMES = {
@@ -25,6 +28,30 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def load_pickled(path: Path, allowed: list[Any], fix: str) -> Any:
+    """Load a file of ``torch.save``: tensors, plain containers and ``allowed`` classes alone.
+
+    Args:
+        path: the file.
+        allowed: harmless classes or functions, for ``torch.serialization.safe_globals``.
+        fix: what a user can do where it holds something else.
+
+    Raises:
+        UserError: damaged, or with objects of other classes.
+    """
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        foreign = re.search(r"GLOBAL ([\w.]+)", text)
+        reason = f"it holds a {foreign[1]}" if foreign else text.splitlines()[0][:200]
+        raise UserError(
+            "unsupported", f"'{path}' cannot be loaded as tensors alone ({reason}); {fix}."
+        ) from None
 
 
 def save_tensors(

@@ -5,7 +5,6 @@ classifiers and second encoders; the prefix under which most names match is used
 """
 
 import argparse
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..io.tensor_files import load_pickled
 from .encoder import Encoder
 
 PRETRAINED = "pretrained"
@@ -176,19 +176,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings in DINO's, timm's
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        foreign = re.search(r"GLOBAL ([\w.]+)", text)
-        reason = f"it holds a {foreign[1]}" if foreign else text.splitlines()[0][:200]
-        raise UserError(
-            "unsupported",
-            f"'{path}' cannot be loaded as tensors alone ({reason}); save its state dict alone with"
-            " torch.save, or as .safetensors.",
-        ) from None
+    fix = "save its state dict alone with torch.save, or as .safetensors"
+    loaded = load_pickled(path, [argparse.Namespace], fix)  # settings in DINO's and timm's files
     for _ in range(len(_NESTED)):
         inner = loaded if isinstance(loaded, Mapping) else {}
         inner = next((inner[k] for k in _NESTED if isinstance(inner.get(k), Mapping)), None)

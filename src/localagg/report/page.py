@@ -92,10 +92,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def package_file(name: str) -> str:
+    """Return the text of a file of the package."""
     return files("localagg.report").joinpath(name).read_text("utf-8")
 
 
 def content_hash(text: str) -> str:
+    """Return the SHA-256 of a script or stylesheet, as a content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

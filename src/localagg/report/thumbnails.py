@@ -49,8 +49,14 @@ def draw_thumbnails(images: Images, budget: int) -> Thumbnails:
         images: the images; unreadable ones get an empty tile.
         budget: bytes that the sheets may take. The smallest side is used however large it is.
     """
+    drawn = _draw(images, _fitting_side(images, budget))
+    while sum(map(len, drawn.sheets)) > budget and drawn.side > SIDES[-1]:  # a wrong estimate
+        drawn = _draw(images, SIDES[SIDES.index(drawn.side) + 1])
+    return drawn
+
+
+def _draw(images: Images, side: int) -> Thumbnails:
     total = len(images)
-    side = _fitting_side(images, budget)
     tiles = (_SHEET // side) ** 2
     numbers = [range(first, min(first + tiles, total)) for first in range(0, total, tiles)]
     workers = min(cores(), 16) if total >= _WORKERS_FROM else 0
