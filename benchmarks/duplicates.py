@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from localagg.data.sources.open import open_images
 from localagg.data.sources.source import encoded_bytes
 from localagg.embeddings.duplicates import find_duplicates
-from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.tables.write_table import write_embeddings
 
 Pairs = set[tuple[str, str]]
 

@@ -10,7 +10,7 @@ from embeddings import save_small_encoder
 from localagg import cli
 from localagg.cli.commands import COMMANDS
 from localagg.cli.embeddings.pictures import check_page
-from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.tables.write_table import write_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,12 @@ MODES = [
         "",
     ),
     ("knn x --data x", "evaluation.measure_run.measure_run", "", ""),
-    ("embed x --data x --out x.parquet", "embeddings.embed.write_embeddings", "", "--map --images"),
+    (
+        "embed x --data x --out x.parquet",
+        "embeddings.tables.write_table.write_embeddings",
+        "",
+        "--map --images",
+    ),
     ("pack x x", "data.pack.pack_dataset.pack", "", "--keep"),
     ("import-tf x --model x --out x", "interop.import_weights.import_weights", "", ""),
     ("results x", "evaluation.results.results_table.compare", "", ""),

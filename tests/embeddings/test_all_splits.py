@@ -10,8 +10,8 @@ from expect import user_error
 from embeddings import save_small_encoder, stacked_rows
 from localagg.data.sources.open import open_images
 from localagg.embeddings.all_splits import open_splits
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.table import EmbeddingTable
+from localagg.embeddings.tables.write_table import write_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from expect import user_error
 from embeddings import save_small_encoder
 from localagg.data.images.pixel_agreement import agreement, gray_thumbnail
 from localagg.embeddings.duplicates import find_duplicates, sharpness
-from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.tables.write_table import write_embeddings
 
 KINDS = list(ALTERATIONS)
 

@@ -13,14 +13,15 @@ from expect import user_error
 
 from embeddings import VIEWS, hidden_files, save_small_encoder, stacked_rows
 from localagg import __version__
-from localagg.checkpoint import load_views, save_weights
+from localagg.checkpoint import load_views, save_weights, weights_digest
 from localagg.cli.main import main
 from localagg.config import PretrainConfig, ViewConfig, to_dict
 from localagg.data.loading.cropping import evaluation_batches
 from localagg.data.sources.open import open_images
 from localagg.embeddings import all_splits
-from localagg.embeddings.embed import embed, weights_digest, write_embeddings
-from localagg.embeddings.table_writer import open_writer
+from localagg.embeddings.embed import embed
+from localagg.embeddings.tables.table_writer import open_writer
+from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.models import create_encoder
 from localagg.recipes.derived_settings import resolve_defaults
 
@@ -163,7 +164,7 @@ def test_workers_and_batches_change_no_row(weights, pictures, tmp_path):
 def test_large_tables_have_several_row_groups(weights, tmp_path, monkeypatch):
     one, many = tmp_path / "one.parquet", tmp_path / "many.parquet"
     write_embeddings(weights[0], "digits", one, batch=100, split="train")
-    monkeypatch.setattr("localagg.embeddings.table_writer.GROUP_ROWS", 256)
+    monkeypatch.setattr("localagg.embeddings.tables.table_writer.GROUP_ROWS", 256)
     write_embeddings(weights[0], "digits", many, batch=100, split="train")
     sizes = [pq.ParquetFile(many).metadata.row_group(g).num_rows for g in range(7)]
     assert sizes == [200] * 7

@@ -5,8 +5,8 @@ import pytest
 from expect import user_error
 
 from embeddings import save_small_encoder
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
+from localagg.embeddings.tables.write_table import write_embeddings
 
 
 def test_rows_merged_by_pandas_are_searched(pictures, tmp_path):

@@ -11,9 +11,9 @@ import torch
 from expect import user_error
 
 from embeddings import save_small_encoder, stacked_rows
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
 from localagg.embeddings.table import EmbeddingTable
+from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.errors import UserError
 
 

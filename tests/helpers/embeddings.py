@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from localagg.checkpoint import save_weights
 from localagg.config import ViewConfig
 from localagg.embeddings.table import table_schema
-from localagg.embeddings.table_writer import TableWriter
+from localagg.embeddings.tables.table_writer import TableWriter
 from localagg.models import create_encoder
 
 VIEWS = ViewConfig(image_size=16, eval_crop=0.8)

@@ -11,7 +11,7 @@ from embeddings import blobs, save_small_encoder, save_table
 from localagg import pretrain
 from localagg.cli.main import main
 from localagg.config import override
-from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.report import run_report
 from localagg.report.run_report import write_report
 

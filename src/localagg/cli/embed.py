@@ -52,8 +52,8 @@ class Embed:
 def run(options: Embed) -> dict[str, Any]:
     """Write the embeddings and print their count."""
     from ..data.sources.open import add_options
-    from ..embeddings.embed import write_embeddings
-    from ..embeddings.viewer_columns import add_viewer_columns, check_viewer_columns
+    from ..embeddings.tables.viewer_columns import add_viewer_columns, check_viewer_columns
+    from ..embeddings.tables.write_table import write_embeddings
 
     if options.map or options.images:
         check_viewer_columns(options.out)

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric import Fabric
+from torch import Tensor
+
 from ..checkpoint import load_encoder, read_run, weights_digest
 from ..data.images.image_list import ImageList
 from ..data.sources.open import Source, open_images
@@ -10,8 +13,8 @@ from ..errors import UserError
 from ..io.console import notify
 from ..io.files import noted_place
 from .all_splits import open_splits
-from .embed import write_embeddings
 from .table import UNREAD, EmbeddingTable
+from .tables.write_table import write_embeddings, write_rows
 
 RUN_TABLE = "embeddings.parquet"
 
@@ -58,6 +61,21 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
         write_embeddings(run, data, file, split="train", workers=workers)
         known = EmbeddingTable(file)
     return known
+
+
+def write_run_table(run: Path, index: Tensor, rows: Tensor, fabric: Fabric) -> None:
+    """Write the table of a run from embeddings of its training images, where these are at hand.
+
+    Args:
+        run: finished run folder, whose data is a URI.
+        index: int64 [n], increasing: the readable images.
+        rows: float32 unit rows [n, D], of their central views.
+        fabric: its device and precision computed the rows.
+
+    Raises:
+        UserError: the images moved, or the table cannot be written.
+    """
+    write_rows(run, read_run(run)[1]["data"], run / RUN_TABLE, index, rows, fabric)
 
 
 def _open_unless_stale(file: Path, digest: str) -> EmbeddingTable | None:

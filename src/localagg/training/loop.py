@@ -15,6 +15,7 @@ from ..evaluation.run_floors import RunFloors
 from ..io.console import notify, show_progress
 from ..recipes.schedule import Schedule
 from .frozen.frozen_features import FrozenFeatures
+from .frozen.trained_part import write_final_embeddings
 from .learner import Learner
 from .recorder import START, WAITING, Callbacks, Recorder
 from .step import take_step
@@ -95,13 +96,18 @@ def train(
             recorder.checkpoint()
             if learner.step < schedule.total_steps:
                 recorder.stop_if_asked()
+        # --- The end: floors, summary, table ---
+        head_only = features if schedule.network_start >= schedule.total_steps else None
         if config.eval_every:
             with recorder.timer("measuring", once=True):
-                frozen = schedule.network_start >= schedule.total_steps
                 recorder.floors |= floors.measure_end(
                     learner.encoder,
                     learner.fabric.autocast,
                     recorder.floors,
-                    features.pair if features and frozen else None,
+                    head_only and head_only.pair,
                 )
-        return recorder.finish(floors.summary(recorder.floors))
+        summary = recorder.finish(floors.summary(recorder.floors))
+        if head_only and feed.world.rank == 0:
+            encoder, fabric = learner.encoder, learner.fabric
+            write_final_embeddings(run, encoder, head_only, feed.valid, fabric)
+        return summary

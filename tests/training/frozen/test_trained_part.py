@@ -15,6 +15,7 @@ from localagg import checkpoint
 from localagg.config import PretrainConfig, override, to_dict
 from localagg.distributed.collectives import World
 from localagg.embeddings.embed import embed
+from localagg.embeddings.open_table import RUN_TABLE, open_table
 from localagg.models import create_encoder
 from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
@@ -69,6 +70,12 @@ def test_the_head_learns_and_the_backbone_stays(tmp_path, pictures, config, weig
     source, views = rank_cases_source(pictures), checkpoint.load_views(tmp_path / "run")
     rows, bank = embed(encoder, source, views).rows, checkpoint.load_bank(tmp_path / "run")
     assert (rows * bank).sum(dim=1).mean() > 0.7
+    table = tmp_path / "run" / RUN_TABLE  # from the features: no image is embedded again
+    written = table.stat().st_mtime_ns
+    found = open_table(tmp_path / "run")
+    assert table.stat().st_mtime_ns == written
+    assert found.images["index"].to_pylist() == list(range(len(source)))
+    torch.testing.assert_close(found.unit_embeddings(), rows, rtol=0, atol=5e-3)
 
 
 def rank_cases_source(pictures):

@@ -1,12 +1,19 @@
 """Start from a pretrained backbone: which part of it learns, and the first state of its head."""
 
+from pathlib import Path
+
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from ...bank import MemoryBank
+from ...checkpoint import read_run
 from ...config import AdaptConfig
+from ...data.images.image_dataset import GIVEN
 from ...distributed.collectives import World
+from ...embeddings.open_table import write_run_table
 from ...errors import UserError
+from ...io.console import notify
 from ...models import Encoder
 from .frozen_features import FrozenFeatures
 
@@ -70,10 +77,38 @@ def start_from_features(
         weight, bias = whitening(features, valid, head.out_features)
         head.weight.copy_(world.stack(weight.to(head.weight))[0])
         head.bias.copy_(world.stack(bias.to(head.bias))[0])
-    for index in valid.split(_ROWS):
-        index = index[(index >= bank.part.start) & (index < bank.part.stop)]
-        rows = encoder(features.measured(index).to(bank.rows.device)).to(bank.rows)
-        bank.rows[(index - bank.part.start).to(bank.rows.device)] = rows
+    own = valid[(valid >= bank.part.start) & (valid < bank.part.stop)]
+    rows = embed_features(encoder, features, own).to(bank.rows)
+    bank.rows[(own - bank.part.start).to(bank.rows.device)] = rows
+
+
+@torch.no_grad()
+def embed_features(encoder: Encoder, features: FrozenFeatures, index: Tensor) -> Tensor:
+    """Return the embeddings float32 [B, D] of images ``index`` under the measured view."""
+    device = encoder.mean.device
+    parts = [encoder(features.measured(part).to(device)) for part in index.split(_ROWS)]
+    return torch.cat(parts) if parts else torch.empty(0, encoder.spec["dim"], device=device)
+
+
+def write_final_embeddings(
+    run: Path, encoder: Encoder, features: FrozenFeatures, valid: Tensor, fabric: Fabric
+) -> None:
+    """Write the table of a finished run from its features, so that no image is embedded again.
+
+    Does nothing for images and backbones that were given in Python, which the folder cannot open.
+    A failure is only reported: the table is written when it is needed.
+    """
+    facts = read_run(run)[1]
+    if facts["data"] == GIVEN or "backbone" in facts:
+        return
+    training = encoder.training
+    encoder.eval()
+    rows = embed_features(encoder, features, valid)
+    encoder.train(training)
+    try:
+        write_run_table(run, valid, rows.cpu(), fabric)
+    except UserError as error:
+        notify(f"The run is complete, without its table of embeddings: {error}")
 
 
 def whitening(features: FrozenFeatures, valid: Tensor, dim: int) -> tuple[Tensor, Tensor]:

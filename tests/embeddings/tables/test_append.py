@@ -10,8 +10,8 @@ from expect import user_error
 
 from embeddings import interrupt_after, save_small_encoder, stacked_rows
 from localagg.embeddings.duplicates import find_duplicates
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
+from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.errors import Interrupted
 
 

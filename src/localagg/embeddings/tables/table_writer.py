@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import write_json
-from ..errors import Interrupted, UserError
-from ..io.console import notify
-from ..io.crc32c import crc32c
-from ..io.files import atomic_write
-from ..io.run_lock import lock_run
-from .table import table_schema
+from ...checkpoint import write_json
+from ...errors import Interrupted, UserError
+from ...io.console import notify
+from ...io.crc32c import crc32c
+from ...io.files import atomic_write
+from ...io.run_lock import lock_run
+from ..table import table_schema
 from .table_formats import TABLE_FORMATS, publish_images_file
 
 NameColumns = Callable[[list[int]], dict[str, list[Any]]]

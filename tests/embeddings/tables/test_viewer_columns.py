@@ -10,9 +10,9 @@ from expect import user_error
 from PIL import Image
 
 from embeddings import save_small_encoder, stacked_rows
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
-from localagg.embeddings.viewer_columns import add_viewer_columns
+from localagg.embeddings.tables.viewer_columns import add_viewer_columns
+from localagg.embeddings.tables.write_table import write_embeddings
 
 
 @pytest.fixture

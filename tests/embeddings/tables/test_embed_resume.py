@@ -13,8 +13,8 @@ import torch
 from expect import user_error
 
 from embeddings import hidden_files, interrupt_after, save_small_encoder
-from localagg.embeddings import table_writer
-from localagg.embeddings.embed import write_embeddings
+from localagg.embeddings.tables import table_writer
+from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.errors import Interrupted
 
 

@@ -11,12 +11,12 @@ import pytest
 import zarr
 from expect import user_error
 
-import localagg.embeddings.table_formats as formats
+import localagg.embeddings.tables.table_formats as formats
 from embeddings import hidden_files, save_small_encoder, stacked_rows
 from localagg.cli.main import main
 from localagg.embeddings.duplicates import find_duplicates
-from localagg.embeddings.embed import write_embeddings
 from localagg.embeddings.search import search
+from localagg.embeddings.tables.write_table import write_embeddings
 
 
 def from_csv(path):
@@ -71,7 +71,7 @@ def test_every_format_but_parquet_has_a_reader_here():
 
 @pytest.mark.parametrize("suffix", READERS)
 def test_other_libraries_read_the_rows(weights, pictures, expected, tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr("localagg.embeddings.table_writer.GROUP_ROWS", 5)  # several groups
+    monkeypatch.setattr("localagg.embeddings.tables.table_writer.GROUP_ROWS", 5)  # several groups
     out = tmp_path / f"e{suffix}"
     write_embeddings(weights, str(pictures), out, split="val", batch=5)
     columns, rows = READERS[suffix](out)

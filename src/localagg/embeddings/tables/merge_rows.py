@@ -9,8 +9,8 @@ import numpy as np
 
 from ..all_splits import JoinedSplits
 from ..table import EmbeddingTable, describe_root, table_schema
-from ..table_writer import GROUP_ROWS, NameColumns
 from .match_table import Matches
+from .table_writer import GROUP_ROWS, NameColumns
 
 if TYPE_CHECKING:
     import pyarrow as pa

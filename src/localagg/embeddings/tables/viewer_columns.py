@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..data.images.decode import READ_ERRORS, decode
-from ..data.sources.source import Source
-from ..errors import UserError
-from ..io.console import show_progress
-from ..io.files import atomic_write
-from .map import map_rows
-from .neighbors import nearest_others
-from .open_table import open_table_images
-from .table import EmbeddingTable
+from ...data.images.decode import READ_ERRORS, decode
+from ...data.sources.source import Source
+from ...errors import UserError
+from ...io.console import show_progress
+from ...io.files import atomic_write
+from ..map import map_rows
+from ..neighbors import nearest_others
+from ..open_table import open_table_images
+from ..table import EmbeddingTable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from ...errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,0 +1,1 @@
+"""Write tables of embeddings: resumable, in several formats, growing by new images."""
