@@ -67,8 +67,11 @@ def test_features_are_the_read_out_layers_or_their_maps(run, files):
     for layers in ([], None):
         with user_error("option-missing", *model.layers):
             model.features(files, layers)
-    with user_error("option-unknown", "conv7"):
-        model.features(files, ["conv7"])
+    for layer in (1, np.int64(1), np.array([1])):
+        assert list(model.features(files[:1], layer)) == ["1"]
+    for wrong in ("conv7", 1.5, -1):
+        with user_error("option-unknown", wrong):
+            model.features(files, wrong)
 
 
 def test_the_bank_s_nearest_rows_have_paths_and_similarities(run, pictures):
@@ -85,9 +88,15 @@ def test_the_bank_s_nearest_rows_have_paths_and_similarities(run, pictures):
     )
     assert found.paths == [[source.name(i) for i in line] for line in order]
     assert model.nearest(queries, k=1000).index.shape == (5, len(source))
-    for rows in (queries[0], queries[:, :5], [[1, 2]], "rows"):
+    same = (queries.tolist(), queries.astype(">f4"), queries[::-1][::-1], queries * 1e30)
+    for rows in (*same, torch.from_numpy(queries).requires_grad_()):
+        np.testing.assert_array_equal(model.nearest(rows, k=np.int64(4)).index, order)
+    texts, no_direction = np.full((2, 12), "a"), queries * [[1], [1], [0], [1], [1]]
+    for rows in (queries[0], queries[:, :5], [[1, 2]], [[1], [2, 3]], "rows", None, texts):
         with user_error("option-invalid", 12):
             model.nearest(rows)
+    with user_error("option-invalid", "Row 2"):
+        model.nearest(no_direction)
     for k in (0, -1, 1.5, "3"):
         with user_error("option-invalid", k):
             model.nearest(queries, k)
@@ -153,11 +162,14 @@ def test_hub_names_are_downloaded_once(tmp_path, monkeypatch, files):
 
 
 def test_what_is_not_there_gives_one_sentence(run, tmp_path):
-    for missing in (tmp_path / "none", "nothing", "a/b/c"):
+    for missing in (tmp_path / "none", "nothing", "a/b/c", "n" * 5000):
         with user_error("not-found", missing):
             localagg.load(missing)
     with user_error("option-invalid", "gpu"):
         localagg.load(run, device="gpu")
+    for option in ("views", "backbone"):
+        with user_error("option-invalid", option, 3):
+            localagg.load(run, **{option: 3})
     with user_error("unreadable-images", "bad.jpg"):
         (tmp_path / "bad.jpg").write_bytes(b"nothing")
         localagg.load(run).embed([tmp_path / "bad.jpg"])

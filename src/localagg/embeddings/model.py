@@ -108,8 +108,9 @@ class Model:
         Raises:
             UserError: no or unknown layers, or the errors of :meth:`embed`.
         """
-        names = [layers] if isinstance(layers, str | int) else list(layers or ())
-        names = [str(name) for name in names]
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            layers = [] if layers is None else [layers]
+        names = [str(name) for name in layers]
         if not names:
             raise UserError("option-missing", f"Name at least one layer of {self.layers}.")
         read = self.encoder.features if flatten else self.encoder.maps
@@ -134,17 +135,11 @@ class Model:
             UserError: the model has no bank, its images have moved or changed, or rows of another
                 shape or with values that are not finite.
         """
-        if not isinstance(k, int) or k < 1:
+        if not isinstance(k, int | np.integer) or k < 1:
             raise UserError("option-invalid", f"k is {k}; it must be an integer of at least 1.")
-        shape = getattr(rows, "shape", ())
-        if len(shape) != 2 or shape[1] != self.dim:
-            raise UserError(
-                "option-invalid",
-                f"The rows are of shape {list(shape)}; pass [n, {self.dim}] from embed.",
-            )
+        queries_QD = _as_queries(rows, self.dim)
         bank_ND, source = self._open_bank()
-        queries_QD = F.normalize(torch.as_tensor(rows).detach().cpu().float(), dim=1)
-        found, similarity = sort_by_similarity(*nearest(queries_QD, bank_ND, k))
+        found, similarity = sort_by_similarity(*nearest(queries_QD, bank_ND, int(k)))
         paths = [[source.name(i) for i in line] for line in found.tolist()]
         return Neighbors(found.numpy(), similarity.clamp(-1, 1).numpy(), paths)
 
@@ -168,7 +163,7 @@ class Model:
 
     def _crop(self, source: Source, views: ViewConfig, index: Tensor) -> Tensor:
         loaded, unreadable = evaluation_crops(source, views, False, index)
-        require_readable(source, unreadable, "error")
+        require_readable(source, unreadable)
         return loaded.images
 
     def _open_bank(self) -> tuple[Tensor, Source]:
@@ -209,17 +204,51 @@ def load(
     Raises:
         UserError: no such run, file or name, or not weights of localagg; no such device.
     """
+    if views is not None and not isinstance(views, ViewConfig):
+        raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
+    if backbone is not None and not isinstance(backbone, nn.Module):
+        raise UserError("option-invalid", f"backbone is {backbone!r}; pass a torch.nn.Module.")
     path = _find(str(source))
     encoder = load_encoder(path, backbone)
     run = path if (path / "config.json").is_file() and (path / "checkpoints").is_dir() else None
     return Model(encoder, views or load_views(path) or ViewConfig(), run, device)
 
 
+def _as_queries(rows: Any, dim: int) -> Tensor:
+    """Return rows as float32 unit rows [n, dim] on the CPU."""
+    if isinstance(rows, Tensor):
+        rows = rows.detach().cpu().double().numpy()
+    try:
+        values = np.asarray(rows)
+    except ValueError:  # lists of unequal lengths
+        values = np.empty((0, 0))
+    if values.ndim != 2 or values.shape[1] != dim or values.dtype.kind not in "fiu":
+        raise UserError(
+            "option-invalid",
+            f"The rows are of shape {list(values.shape)} and dtype {values.dtype}; pass floats"
+            f" [n, {dim}] from embed.",
+        )
+    queries_QD = torch.from_numpy(values.astype(np.float64))
+    if len(zero := (queries_QD == 0).all(dim=1).nonzero()):
+        raise UserError(
+            "option-invalid",
+            f"Row {int(zero[0])} is all zeros, which have no direction; remove it.",
+        )
+    return F.normalize(queries_QD, dim=1, eps=0).float()
+
+
 def _find(source: str) -> Path:
     """Return a run folder or weights file, downloaded from the Hub if need be."""
-    path = Path(source).expanduser()
     name = _HUB_NAME.fullmatch(source)
-    if path.exists() or name is None or path.parent.exists():
+    try:
+        path = Path(source).expanduser()
+        is_local = path.exists() or name is None or path.parent.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            "not-found", f"There is no run folder or weights file '{source}' ({reason})."
+        ) from None
+    if is_local or name is None:
         return path
     from huggingface_hub import hf_hub_download
 

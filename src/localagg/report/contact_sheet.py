@@ -46,7 +46,7 @@ def contact_sheet(
     views = resolve_defaults(fitted, len(source), typical_side(source)).views
     index, columns, failed = _views(source, views, index, seed)
     if not len(index):
-        require_readable(source, failed, "error")
+        require_readable(source, failed)
     names = [source.name(i) for i in index.tolist()]
     with atomic_write(path) as temporary:
         _draw(columns, names).save(temporary, format="PNG")

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from expect import user_error
@@ -12,6 +13,11 @@ from localagg.data.images.decode import decode
 from localagg.data.images.image_dataset import as_source
 from localagg.data.images.image_list import ImageList
 from localagg.data.sources.open import open_images
+
+
+class NoArray:
+    def __array__(self, *_, **__):
+        raise ValueError("broken")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,21 @@ def test_names_files_and_fingerprints(photo):
         ([torch.full((3, 4, 4), 200.0)], "option-invalid", ["200"]),
         ([np.full((4, 4, 3), np.nan)], "option-invalid", ["nan"]),
         (["nothing.jpg"], "not-found", ["nothing.jpg"]),
+        ("", "not-found", ["''"]),
+        ("https://host/a.jpg", "not-found", ["https://host/a.jpg"]),
+        ("/dev/zero", "not-found", ["/dev/zero"]),  # never ends
+        ("a" * 5000, "not-found", ["aaa"]),
+        ("a\0.jpg", "not-found", ["a\\x00.jpg"]),
+        (io.BytesIO(b"x"), "option-invalid", ["BytesIO"]),
+        (pd.DataFrame({"path": ["a.jpg"]}), "option-invalid", ["DataFrame"]),
+        (np.array(3.0), "option-invalid", ["[]"]),
+        (np.array(None), "option-invalid", ["[]"]),
+        (np.array("a.jpg"), "option-invalid", ["[]"]),
+        (torch.zeros(5, 5, 3), "option-invalid", ["[5, 5, 3]"]),
+        ([torch.zeros(3, 4, 4).to_sparse()], "option-invalid", ["0"]),
+        ([torch.zeros(3, 4, 4, device="meta")], "option-invalid", ["0"]),
+        ([Image.new("RGB", (0, 4))], "option-invalid", ["0"]),
+        ([NoArray()], "option-invalid", ["0", "NoArray", "broken"]),
     ],
 )
 def test_wrong_inputs_give_one_sentence(images, code, values):

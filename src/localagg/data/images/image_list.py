@@ -85,33 +85,53 @@ class ImageList:
     def _check(self, number: int, image: Any) -> None:
         """Raise UserError unless :meth:`__getitem__` can read an image (or its decoder will)."""
         if isinstance(image, str | os.PathLike):
-            path = _path(image)
-            if path.is_dir():
-                raise UserError(
-                    "not-found",
-                    f"'{path}' is a folder; pass its files, or localagg.open_images('{path}').",
-                )
-            if not path.exists():
-                raise UserError("not-found", f"There is no image file '{path}'; correct the path.")
+            _check_file(image)
+        elif isinstance(image, Image.Image):
+            if 0 in image.size:
+                raise UserError("option-invalid", f"Image {number} of the list has no pixels.")
         elif isinstance(image, np.ndarray | Tensor) or hasattr(image, "__array__"):
             if problem := _pixel_problem(image):
                 raise UserError("option-invalid", f"Image {number} of the list {problem}.")
-        elif not isinstance(image, bytes | bytearray | memoryview | Image.Image):
+        elif not isinstance(image, bytes | bytearray | memoryview):
             raise UserError(
                 "option-invalid",
                 f"Image {number} of the list is of type {type(image).__name__}; pass {_KINDS}.",
             )
 
 
+def _check_file(image: str | os.PathLike[str]) -> None:
+    """Raise UserError unless a path is a file; pipes and devices, which may never end, are none."""
+    try:
+        path = _path(image)
+        if path.is_file():
+            return
+        folder = path.is_dir() and str(image) != ""
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            "not-found", f"The image '{image}' cannot be found ({reason}); correct the path."
+        ) from None
+    if folder:
+        raise UserError(
+            "not-found",
+            f"'{path}' is a folder; pass its files, or localagg.open_images('{path}').",
+        )
+    raise UserError("not-found", f"There is no image file '{image}'; correct the path.")
+
+
 def _as_list(images: Any) -> list[Any]:
     one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
     if isinstance(images, one):
         return [images]
-    if isinstance(images, np.ndarray | Tensor) and images.dtype not in (object,):
-        pixels = not isinstance(images, np.ndarray) or images.dtype.kind not in "US"
-        if pixels and images.ndim < 4:
+    if hasattr(images, "__array__") and hasattr(images, "dtype"):
+        listed = getattr(images.dtype, "kind", "") in tuple("OSUT")  # objects and texts
+        if images.ndim == 0 or (images.ndim < 4 and not listed):
             return [images]
-    elif not isinstance(images, Iterable) or isinstance(images, Mapping | Set):
+    elif (
+        not isinstance(images, Iterable)
+        or isinstance(images, Mapping | Set)
+        or any(hasattr(images, name) for name in ("read", "columns"))  # open files, data frames
+    ):
         raise UserError(
             "option-invalid",
             f"The images are of type {type(images).__name__}; pass a list, of which each is"
@@ -127,7 +147,12 @@ def _path(image: Any) -> Path:
 def _pixel_problem(image: Any) -> str | None:
     """Describe what is wrong with an array or tensor, and the fix; None if nothing is."""
     channels_first = isinstance(image, Tensor)
-    values = image.detach() if isinstance(image, Tensor) else np.asarray(image)
+    if channels_first and (image.layout != torch.strided or image.device.type == "meta"):
+        return "is a sparse tensor or one without values; pass a dense tensor [3, H, W]"
+    try:
+        values = image.detach() if isinstance(image, Tensor) else np.asarray(image)
+    except Exception as error:  # of any kind: the object's own method failed
+        return f"is a {type(image).__name__} that gives no array ({error}); pass {_KINDS}"
     shape, kind = tuple(values.shape), str(values.dtype).removeprefix("torch.")
     bands = shape[0 if channels_first else -1] if len(shape) == 3 else 1
     if len(shape) not in (2, 3) or bands not in (1, 3, 4) or 0 in shape:

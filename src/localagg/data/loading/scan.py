@@ -130,8 +130,13 @@ def _further_pages(image: bytes | Tensor) -> int:
     return count_tiff_pages(image) - 1 if image[:2] in (b"II", b"MM") else 0
 
 
-def require_readable(source: Source, unreadable: dict[int, str], policy: str) -> None:
+def require_readable(source: Source, unreadable: dict[int, str], policy: str = "") -> None:
     """Raise an error that names unreadable images {index: reason}, unless ``policy`` is "skip".
+
+    Args:
+        source: the images.
+        unreadable: the reasons.
+        policy: the option --unreadable. Default: the caller has no such option.
 
     Raises:
         UserError: unreadable images and the policy "error"; or no image is readable.
@@ -140,7 +145,9 @@ def require_readable(source: Source, unreadable: dict[int, str], policy: str) ->
         return
     named = [f"{source.name(i)} ({unreadable[i]})" for i in sorted(unreadable)[:_NAMED]]
     more = f" and {len(unreadable) - _NAMED:,} more" if len(unreadable) > _NAMED else ""
-    fix = "repair or remove them, or exclude them with --unreadable skip"
+    fix = "repair or remove them"
+    if policy:
+        fix += ", or exclude them with --unreadable skip"
     if len(unreadable) == len(source):
         fix = "no readable image remains"
     raise UserError(
