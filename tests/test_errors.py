@@ -8,7 +8,7 @@ import pytest
 
 import localagg
 from localagg.cli import main
-from localagg.errors import CODES, Interrupted, UserError, printable, suggest
+from localagg.errors import CODES, Interrupted, UserError, first_line, printable, suggest
 from localagg.io.console import notify, print_table
 
 SRC = Path(localagg.__file__).parent
@@ -80,3 +80,16 @@ def test_names_of_files_in_a_folder_cannot_control_the_terminal(tmp_path, capsys
     assert main(["inspect", f"{data}\n\x1b"]) == 2
     for text in (*inspected, *trained, *capsys.readouterr()):
         assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("one.\ntwo"), "one"),
+        (RuntimeError(), "RuntimeError"),
+        (OSError("\n"), "OSError"),
+        (ValueError("x" * 1000), "x" * 200),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_empty_or_long(error, expected):
+    assert first_line(error) == expected

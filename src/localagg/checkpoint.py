@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
 from .distributed.collectives import World, raise_on_all_ranks
-from .errors import UserError
+from .errors import UserError, first_line
 from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk, write_synced
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
@@ -120,10 +120,10 @@ def _convert_damage(
         *(OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError),
         *(EOFError, pickle.UnpicklingError),
     ) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        missing = isinstance(error, FileNotFoundError)
         named = error.filename if isinstance(error, OSError) and error.filename else path
-        problem = "is missing" if missing and named == error.filename else f"is damaged ({reason})"
+        problem = f"is damaged ({first_line(error)})"
+        if isinstance(error, FileNotFoundError) and named == error.filename:
+            problem = "is missing"
         raise UserError("damaged", f"'{named}' {problem}; {fix}.") from None
 
 
@@ -133,10 +133,8 @@ def convert_newer(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        reason = str(error).rstrip(".")
-        raise UserError(
-            "unsupported", f"'{path}' is from a newer version ({reason}); upgrade localagg."
-        ) from None
+        text = f"'{path}' is from a newer version ({first_line(error)}); upgrade localagg."
+        raise UserError("unsupported", text) from None
 
 
 @contextlib.contextmanager

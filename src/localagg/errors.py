@@ -70,6 +70,12 @@ class ReportedElsewhere(Exception):
     status: int
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 200 characters, or its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """Return ``" Did you mean 'X'?"`` for the closest of ``words``, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

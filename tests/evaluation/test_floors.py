@@ -131,3 +131,12 @@ def test_the_verdict_is_of_many_neighbors_and_of_clusters_where_these_are_level(
     assert all(words in level for words in ("Better by clusters", "0.43", "0.37", "69.0%"))
     worse = verdict(values | {TRAINED: {**trained, "knn200": 0.69, "nmi": 0.3}}, 2000)
     assert worse.startswith("No better")
+
+
+def test_the_verdict_of_a_pretrained_network_does_not_advise_to_start_from_one():
+    values = {name: {"view_retrieval": 0.4} for name in (RAW_PIXELS, STARTING, TRAINED)}
+    assert "adapt" in verdict(values, 1000)
+    assert "adapt" not in verdict(values, 1000, pretrained=True)
+    assert "keep the starting network" in verdict(values, 1000, pretrained=True)
+    values[STARTING] = {"view_retrieval": 0.1}
+    assert "keep" not in verdict(values, 1000, pretrained=True)

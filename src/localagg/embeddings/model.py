@@ -15,10 +15,10 @@ from ..config import ViewConfig
 from ..data.images.image_dataset import as_source
 from ..data.loading.cropping import evaluation_crops
 from ..data.loading.scan import require_readable
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source, open_unchanged
 from ..engine.device import make_fabric
 from ..engine.search import nearest, sort_by_similarity
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.console import show_progress
 from ..models import Encoder
 from .embed import resolve_views
@@ -174,14 +174,9 @@ class Model:
             )
         if self._bank is None or self._source is None:
             _, facts = read_run(self.run)
-            source = open_images(facts["data"])
-            if source.fingerprint() != facts["fingerprint"]:
-                raise UserError(
-                    "mismatch",
-                    f"'{facts['data']}' no longer holds the {facts['size']:,} images of the bank of"
-                    f" '{self.run}'; restore them.",
-                )
-            self._bank, self._source = F.normalize(load_bank(self.run).float(), dim=1), source
+            fingerprint = facts["fingerprint"]
+            self._source = open_unchanged(facts["data"], fingerprint, self.run, "restore them")
+            self._bank = F.normalize(load_bank(self.run).float(), dim=1)
         return self._bank, self._source
 
 
@@ -255,9 +250,8 @@ def _find(source: str) -> Path:
     try:
         return Path(hf_hub_download(name[2], EXPORTED_NAME))
     except (OSError, ValueError) as error:  # offline, unknown, private, or without this file
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             "not-found",
             f"'{source}' is neither a folder nor a file, and as a name on the Hugging Face Hub it"
-            f" cannot be downloaded ({reason}); correct the path or name.",
+            f" cannot be downloaded ({first_line(error)}); correct the path or name.",
         ) from None

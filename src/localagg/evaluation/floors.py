@@ -148,7 +148,7 @@ def pixel_rows(images: Tensor, side: int = 16) -> Tensor:
     return F.adaptive_avg_pool2d(images, min(side, images.shape[2])).flatten(1)
 
 
-def verdict(floors: dict[str, Values], images: int) -> str:
+def verdict(floors: dict[str, Values], images: int, *, pretrained: bool = False) -> str:
     """Return one sentence on whether training was worth it.
 
     200-NN decides where labels exist (1-NN moves little and is the noisier), and at a level NMI;
@@ -157,6 +157,7 @@ def verdict(floors: dict[str, Values], images: int) -> str:
     Args:
         floors: values of :func:`measure_floors` by RAW_PIXELS, STARTING (if known) and TRAINED.
         images: n.
+        pretrained: the starting network was not random, so it is an alternative.
     """
     trained, labeled = floors[TRAINED], f"knn{_VOTES}" in floors[TRAINED]
     if images < _ENOUGH:
@@ -181,7 +182,11 @@ def verdict(floors: dict[str, Values], images: int) -> str:
         return f"Better by clusters {shares}, and level with {numbers}."
     if below or level:
         degree = "Below" if below else "No better than"
-        return f"{degree} {numbers}: train longer, or start from pretrained weights (recipe adapt)."
+        advice = "train longer, or start from pretrained weights (recipe adapt)"
+        if pretrained:
+            keep = "keep the starting network, or " if STARTING in (below or level) else ""
+            advice = f"{keep}use other --weights or --train last:1"
+        return f"{degree} {numbers}: {advice}."
     if not labeled:
         return f"Better than {numbers}, which training aims at; labels would show the classes."
     if clusters < -_NMI_MARGIN:

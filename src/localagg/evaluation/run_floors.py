@@ -102,7 +102,9 @@ class RunFloors:
             return None
         labels = None if self.source.labels is None else self.source.labels[self.index]
         protocol = floor_protocol(len(self.index), labels)._asdict()
-        return {**protocol, "values": found, "verdict": verdict(found, len(self.index))}
+        pretrained = self.config.encoder.weights is not None
+        sentence = verdict(found, len(self.index), pretrained=pretrained)
+        return {**protocol, "values": found, "verdict": sentence}
 
     @torch.no_grad()
     def _measure(

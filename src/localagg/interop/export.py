@@ -22,7 +22,7 @@ from ..data.images.image_list import ImageList
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
-from ..errors import UserError, suggest
+from ..errors import UserError, first_line, suggest
 from ..io.files import sync_to_disk
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
@@ -146,11 +146,10 @@ def _convert_exporter_errors(encoder: Encoder, to: str) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             "unsupported",
-            f"The network {encoder.spec['model']} cannot be exported by --to {to} ({reason}); use"
-            " another --to.",
+            f"The network {encoder.spec['model']} cannot be exported by --to {to}"
+            f" ({first_line(error)}); use another --to.",
         ) from None
 
 

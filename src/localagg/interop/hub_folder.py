@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import EXPORTED_NAME, read_run
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import Encoder
 
 _CARD = """---
@@ -126,10 +126,9 @@ def push_to_hub(folder: Path, name: str) -> str:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             "environment",
-            f"'{folder}' is written, but was not uploaded to '{name}' ({reason}); log in by hf auth"
-            f" login, then hf upload {name} {folder}.",
+            f"'{folder}' is written, but was not uploaded to '{name}' ({first_line(error)}); log in"
+            f" by hf auth login, then hf upload {name} {folder}.",
         ) from None
     return str(address)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 Compat = Literal["reference"]
 
@@ -109,11 +109,10 @@ class Backbone(nn.Module):
 
 def download_error(model: str, error: Exception) -> UserError:
     """Return the error for pretrained weights that cannot be had."""
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return UserError(
         "not-found",
         f"The pretrained weights of {model} are not in the cache and cannot be downloaded"
-        f" ({reason}); load them elsewhere and use --weights FILE.",
+        f" ({first_line(error)}); load them elsewhere and use --weights FILE.",
     )
 
 

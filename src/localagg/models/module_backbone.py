@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .backbone import Backbone
 from .encoder import GIVEN, Encoder, head_options
 
@@ -34,7 +34,7 @@ class ModuleBackbone(Backbone):
             raise UserError(
                 "mismatch",
                 f"The backbone {type(module).__name__} fails for images {list(images.shape)}:"
-                f" {str(error).splitlines()[0]}",
+                f" {first_line(error)}",
             ) from error
         finally:
             module.train(training)

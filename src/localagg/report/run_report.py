@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import latest, load_bank, read_progress, read_run
 from ..data.images.decode import UnreadableImage
-from ..data.sources.open import open_images
+from ..data.sources.open import open_unchanged
 from ..embeddings.map import MOST
 from ..embeddings.open_table import open_table, open_table_images
 from ..embeddings.table import UNREAD, EmbeddingTable, path_text
@@ -127,11 +127,7 @@ def _columns(opened: EmbeddingTable, kept: list[int]) -> dict[str, list[Any]]:
 
 def _from_bank(run: Path, facts: dict[str, Any], most: int | None) -> Pictured:
     """Return a sample of a large run by its memory bank: embedding all images could take hours."""
-    source = open_images(facts["data"])
-    if source.fingerprint() != facts["fingerprint"]:
-        raise UserError(
-            "mismatch", f"'{facts['data']}' changed since '{run}' was trained; embed it again."
-        )
+    source = open_unchanged(facts["data"], facts["fingerprint"], run, "embed them again")
     unreadable = set(read_progress(latest(run)).get("unreadable", ()))
     readable = [i for i in range(len(source)) if i not in unreadable]
     index = [readable[i] for i in _sample(len(readable), most)]

@@ -25,7 +25,7 @@ from ..data.inspect.image_contents import content_digests, match_contents
 from ..data.loading.cropping import evaluation_crops
 from ..data.loading.loader import Feed
 from ..data.loading.workers import map_in_workers
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source, open_unchanged
 from ..engine.search import store_by_row
 from ..errors import UserError
 from ..interop.start_state import load_start_state, read_start_network
@@ -160,14 +160,8 @@ def _load_contents(run: Path, facts: dict[str, Any]) -> np.ndarray:
     """Return the contents S16 [N] of a run's images; of runs of earlier versions by their data."""
     if (run / _CONTENTS).exists():
         return np.load(run / _CONTENTS)
-    source = open_images(facts["data"])
-    if source.fingerprint() != facts["fingerprint"]:
-        raise UserError(
-            "mismatch",
-            f"'{run}' was made by an earlier version, which did not note its images, and"
-            f" '{facts['data']}' has changed since; restore it, or use --weights {run}.",
-        )
-    return content_digests(source)
+    fix = f"restore them (an earlier version noted no contents), or use --weights {run}"
+    return content_digests(open_unchanged(facts["data"], facts["fingerprint"], run, fix))
 
 
 def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:

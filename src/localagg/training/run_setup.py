@@ -13,7 +13,7 @@ from ..data.loading.own_views import Transform
 from ..data.sources.open import Source
 from ..distributed.batch_norm import per_rank_batch_norm
 from ..distributed.collectives import World
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.console import notify, show_progress
 from ..io.run_lock import lock_run
 from ..models import Encoder, load_weights
@@ -149,11 +149,10 @@ def check_network(learner: Learner) -> None:
         with torch.random.fork_rng(), learner.fabric.autocast(), per_rank_batch_norm(encoder):
             encoder.train()(blank)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
             "option-invalid",
             f"{config.encoder.model} cannot train on a batch of {images} images of {size} pixels a"
-            f" process ({reason}); use a larger --image-size or --batch-size.",
+            f" process ({first_line(error)}); use a larger --image-size or --batch-size.",
         ) from None
     finally:
         encoder.train(training)

@@ -121,6 +121,24 @@ def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
     return Pages(source) if options.pages else source
 
 
+def open_unchanged(uri: str, fingerprint: str, run: str | os.PathLike[str], fix: str) -> Source:
+    """Open the training images that a run noted.
+
+    Args:
+        uri: data URI.
+        fingerprint: of the images then.
+        run: named in the error.
+        fix: advice in the error.
+
+    Raises:
+        UserError: they differ now, or as :func:`open_images`.
+    """
+    source = open_images(uri)
+    if source.fingerprint() != fingerprint:
+        raise UserError("mismatch", f"'{uri}' no longer holds the images of '{run}'; {fix}.")
+    return source
+
+
 def check_outside(uri: str | os.PathLike[str], output: str | os.PathLike[str], option: str) -> None:
     """Check that an output does not lie in the folder of the images, where it would become data.
 
