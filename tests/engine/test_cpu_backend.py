@@ -23,6 +23,27 @@ def test_rows_are_rounded_as_torch_rounds_them_and_bounded():
     assert kernels.max_squared_norm(bits(rows.bfloat16())) == pytest.approx(7)
 
 
+def test_products_of_few_queries_are_rounded_to_the_nearest():
+    queries, rows = unit(0, 2, 33).bfloat16(), unit(1, 50, 33).bfloat16()
+    found = torch.empty(2, 50, dtype=torch.bfloat16)
+    kernels.multiply_few(queries.float().numpy(), bits(rows), bits(found))
+    exact = queries.double() @ rows.double().T
+    # Half a unit in the last place of bfloat16, and the rounding of the float32 sum.
+    assert ((found.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_one_query_finds_what_it_finds_among_others(few):
+    rows, queries = unit(0, 9000, 16), unit(1, 3, 16)
+    bank = SearchableBank(rows, few_queries=few)
+    assert bank.product_dtype == torch.bfloat16 or not few
+    rows, similarity = nearest(queries, bank.refresh(), 50)
+    for i in range(3):
+        alone = nearest(queries[i : i + 1], bank, 50)
+        assert torch.equal(alone[0], rows[i : i + 1])
+        assert torch.equal(alone[1], similarity[i : i + 1])
+
+
 def test_a_workspace_serves_searches_of_other_shapes():
     bank = unit(0, 9000, 16)
     ready = SearchableBank(bank).refresh()

@@ -26,6 +26,8 @@ from . import cpu_search_kernels as kernels
 from .searchable_bank import RowBounds, SearchableBank, not_finite_error
 from .thread_pool import in_threads
 
+_FEW = 2  # queries, for which a loop is faster than a matrix product
+
 # --- Nearest rows ---------------------------------------------------------------------------------
 
 
@@ -166,7 +168,10 @@ class _BatchSearch:
             error_B = self._error_bound(row_bounds)
             max_error_B = np.maximum(max_error_B, error_B)
             sim_BT = workspace.products[s][: B * len(rows)].view(B, len(rows))
-            torch.mm(self.rounded, rows.T, out=sim_BT)
+            if B <= _FEW and rows.dtype == torch.bfloat16:
+                kernels.multiply_few(self.rounded.float().numpy(), bits(rows), bits(sim_BT))
+            else:
+                torch.mm(self.rounded, rows.T, out=sim_BT)
             kernels.collect_candidates(
                 *(signed_bits(sim_BT), self.shift, start, self.k, error_B, max_error_B),
                 *(threshold_B, workspace.rows, workspace.keys, at, at + workspace.capacity),
@@ -349,6 +354,7 @@ def compile_all() -> None:
         Exception: of numba, LLVM or the cache's folder.
     """
     rows = torch.eye(4)
+    nearest(rows[:1], SearchableBank(rows), 2)
     found, sim = nearest(rows, SearchableBank(rows), 2)
     labels = torch.zeros(1, 4, dtype=torch.int32)
     close = close_rows(labels, labels, found)

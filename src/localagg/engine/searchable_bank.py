@@ -42,6 +42,8 @@ class SearchableBank:
     Args:
         rows: the bank.
         copy: False rounds rows as they are read, for a single search.
+        few_queries: searches have one or two queries: half of the memory is then read in less time,
+            so the copy is bfloat16 on every CPU.
 
     Attributes:
         rows: the bank.
@@ -51,8 +53,10 @@ class SearchableBank:
         workspaces: buffers that a backend reuses in later searches.
     """
 
-    def __init__(self, rows: Tensor, *, copy: bool = True) -> None:
+    def __init__(self, rows: Tensor, *, copy: bool = True, few_queries: bool = False) -> None:
         self.rows, self.product_dtype = rows, product_dtype(rows)
+        if few_queries and self.product_dtype == torch.float32 and rows.device.type == "cpu":
+            self.product_dtype = torch.bfloat16
         self.rounded: Tensor | None = None
         self.row_bounds: RowBounds | None = None
         self.workspaces: dict[Any, Any] = {}

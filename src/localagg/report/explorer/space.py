@@ -53,10 +53,12 @@ class Space:
             if (column := color_column(name, values)) is not None:
                 self.arrays[f"column-{number}"] = column.pop("values")
                 self.columns.append({**column, "array": f"column-{number}"})
-        self._bank = SearchableBank(shown.rows)
+        self._bank = SearchableBank(shown.rows, few_queries=True)
         self._lock = threading.Lock()
         self._images = None if shown.images is None else _OneAtATime(shown.images)
         self.label_column()  # damaged labels raise their error now
+        first = {"target": self.nearest, "args": (shown.rows[:1],), "daemon": True}
+        threading.Thread(**first).start()  # the first search takes seconds: it rounds all rows
 
     def __len__(self) -> int:
         return len(self.shown.rows)
