@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_where_the_loops_do_not_compile_torch_answers_and_a_sentence_says_so(mon
         search.load_cpu_backend.cache_clear()
     monkeypatch.undo()
     assert missing_backend_note(bank.rows) is None
+
+
+def test_a_slow_compilation_is_announced_once(monkeypatch, capsys):
+    monkeypatch.setattr(search, "_SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(cpu_backend, "compile_all", lambda: time.sleep(0.2))
+    search.load_cpu_backend.cache_clear()
+    try:
+        search.load_cpu_backend()
+        search.load_cpu_backend()
+    finally:
+        search.load_cpu_backend.cache_clear()
+    assert capsys.readouterr().err.count("once") == 1
 
 
 def test_the_forecast_of_memory_knows_of_the_copy():

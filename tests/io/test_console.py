@@ -33,7 +33,7 @@ def test_unknown_totals_show_the_count_and_slow_work_the_time_of_each():
     assert (duration(200), duration(7400)) == ("3:20", "2:03:20")
 
 
-def test_without_a_terminal_a_line_comes_every_ten_seconds(monkeypatch, capsys):
+def test_without_a_terminal_a_line_comes_after_a_second_and_then_every_ten(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
     with show_progress("embedding") as show:
@@ -41,10 +41,11 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(monkeypatch, capsys):
             now[0] = float(second)
             show(second * 100, 10_000)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[:1] for line in lines] == [["embedding"]] * 3
-    assert "1,000/10,000" in lines[0]
-    assert "1:30 left" in lines[0]
-    assert "100.0/s" in lines[2]
+    assert [line.split()[:1] for line in lines] == [["embedding"]] * 4
+    assert "100/10,000" in lines[0]
+    assert "1,100/10,000" in lines[1]
+    assert "1:29 left" in lines[1]
+    assert "100.0/s" in lines[3]
 
 
 def test_a_terminal_of_80_columns_shows_the_time_left(monkeypatch):

@@ -8,6 +8,7 @@ Legend of shape suffixes: B queries, N rows of the bank, D embedding size, K nei
 H clusterings.
 """
 
+import threading
 from functools import cache
 from types import ModuleType
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..io.console import notify
 from . import SETTINGS, torch_backend
 from .searchable_bank import SearchableBank, not_finite_error
+
+_SLOW_SECONDS = 5.0  # loading compiled loops takes less, compiling them more
 
 # --- Nearest rows ---------------------------------------------------------------------------------
 
@@ -278,6 +282,10 @@ def cuda_backend_for(rows: Tensor, most: int = 512) -> ModuleType | None:
 @cache
 def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
     """Return the compiled CPU backend, or None and the reason."""
+    text = "Compiling the search for this CPU, once; this takes up to a minute."
+    slow = threading.Timer(_SLOW_SECONDS, notify, [text])
+    slow.daemon = True
+    slow.start()
     try:
         from . import cpu_backend
 
@@ -285,6 +293,8 @@ def load_cpu_backend() -> tuple[ModuleType | None, str | None]:
         return cpu_backend, None
     except Exception as error:  # numba, LLVM or the cache folder failed
         return None, _cannot("numba", error)
+    finally:
+        slow.cancel()
 
 
 @cache

@@ -18,7 +18,8 @@ from ..errors import printable
 ProgressCallback = Callable[[int, int], None]
 """Called with (items done, items); 0 items if unknown."""
 
-_LINE_SECONDS = 10.0  # between lines of progress without a terminal
+_FIRST_SECONDS = 1.0  # before the first line of progress without a terminal
+_LINE_SECONDS = 10.0  # between such lines
 _LINE_WIDTH = 100  # columns of such a line
 _BAR_WIDTH = 16
 _PER_SECOND = 5  # updates of a live line
@@ -103,7 +104,8 @@ def progress_text(
 
 
 class ProgressLine:
-    """One line of progress: live on a terminal and in a notebook, else printed every ten seconds.
+    """One line of progress: live on a terminal and in a notebook, else printed after a second and
+    then every ten seconds.
 
     Args:
         description: the work, such as "embedding".
@@ -116,7 +118,7 @@ class ProgressLine:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._live: Live | None = None
         self._display: Any = None
-        self._shown = time.monotonic()
+        self._shown = time.monotonic() + _FIRST_SECONDS - _LINE_SECONDS
 
     def __enter__(self) -> "ProgressLine":
         self._samples.append((time.monotonic(), self.done))

@@ -24,7 +24,8 @@ from .learner import Learner
 CPU_MINUTES = 30.0
 _OVERHEAD = 1.2  # clusterings, measurements and checkpoints, beside reading and steps
 _SECONDS = 0.3  # of a measurement
-_STEP_SECONDS = 2.0  # of its longest step: small batches would count their fixed costs too often
+_STEP_SECONDS = 1.0  # of its longest step: small batches would count their fixed costs too often
+_HOPELESS = 2.0  # times the budget by steps of IR alone: the candidate is not measured further
 # Networks by falling cost: (width, blocks, stem stride, side of views).
 _NETWORKS = (
     (32, (1, 1, 1, 1), 2, 64),
@@ -96,8 +97,10 @@ def _first_that_fits(
         for number, candidate in enumerate(candidates):
             show(number, len(candidates))
             resolved = resolve_defaults(candidate, len(source), side)
-            seconds = _epoch_seconds(resolved, source)
-            if require_resolved(resolved.epochs) * seconds <= budget:
+            last = number == len(candidates) - 1
+            most = budget / require_resolved(resolved.epochs)
+            seconds = _epoch_seconds(resolved, source, math.inf if last else most)
+            if seconds <= most:
                 break
     return resolved, seconds
 
@@ -122,17 +125,21 @@ def _candidates(
         )
 
 
-def _epoch_seconds(config: PretrainConfig, source: Source) -> float:
-    """Return the expected seconds of an epoch, clusterings and measurements included."""
+def _epoch_seconds(config: PretrainConfig, source: Source, most: float) -> float:
+    """Return the expected seconds of an epoch, clusterings and measurements included.
+
+    Returns infinity where steps of IR alone show that they far exceed ``most``.
+    """
     size = len(source)
     held = _held_size(config, source)
     learner = Learner(config, size)
-    steps = [
-        training_seconds(learner, aggregating, held, _SECONDS, _STEP_SECONDS)
-        for aggregating in (False, True)
-    ]
     ir_share = require_resolved(config.ir_epochs) / require_resolved(config.epochs)
-    step = ir_share * steps[0] + (1 - ir_share) * steps[1]
+    enough = _HOPELESS * most / (_OVERHEAD * size)
+    ir = training_seconds(learner, False, held, _SECONDS, _STEP_SECONDS, enough)
+    if ir > enough:
+        return math.inf
+    la = training_seconds(learner, True, held, _SECONDS, _STEP_SECONDS)
+    step = ir_share * ir + (1 - ir_share) * la
     read = 0.0 if held else reading_seconds(config, source, _SECONDS)
     together: Any = max if learner.device.type == "cuda" else lambda a, b: a + b
     return _OVERHEAD * size * together(read, step)

@@ -1,6 +1,7 @@
 """Estimate the time of an epoch on this machine from a few seconds of training steps."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -126,8 +127,12 @@ def training_seconds(
     held: tuple[int, int] | None,
     seconds: float,
     step_seconds: float = 0.4,
+    enough: float = math.inf,
 ) -> float:
-    """Seconds to train on one image, which has the size ``held`` or is cropped by a worker."""
+    """Seconds to train on one image, which has the size ``held`` or is cropped by a worker.
+
+    An estimate from a small batch that exceeds ``enough`` seconds is returned at once.
+    """
     config, device, images = learner.config, learner.device, len(learner.bank.rows)
     if aggregating:
         clusters = require_resolved(config.objective.clusters)
@@ -164,6 +169,8 @@ def training_seconds(
     size = require_resolved(config.batch_size)
     if device.type == "cpu":
         first = seconds_per_image(min(size, _SMALL_BATCH), 0.0)
+        if first > enough:
+            return first
         size = min(size, max(_SMALL_BATCH, int(step_seconds / first)))
     return seconds_per_image(size, seconds)
 
