@@ -36,7 +36,7 @@ class Pictured:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Further values of each image, such as "label": strings, numbers or None."""
     images: Images | None = None
-    """None: the page has no pictures."""
+    """Without them the page has no pictures."""
     notes: list[str] = field(default_factory=list)
     """Sentences below the map's heading."""
 

@@ -47,7 +47,7 @@ def settings_of_start(
     """Return the settings of a run that continues a finished one, whose epochs count.
 
     After IR alone they are those of ``config``, with the network and IR epochs of ``start``. After
-    LA they are those of ``start``, except the options that were set; by default it goes on for a
+    LA they are those of ``start``, except the options that were set; by default it continues for a
     fifth of its epochs.
 
     Args:
@@ -115,7 +115,7 @@ def settings_of_start(
 def prolong(
     stored: PretrainConfig, epochs: int, drops: tuple[float, ...] | None, source: Source, run: Path
 ) -> PretrainConfig:
-    """Return the settings of a run that goes on to a later epoch, with drops near the new end.
+    """Return the settings of a run that continues to a later epoch, with drops near the new end.
 
     Args:
         stored: the run's settings.
@@ -143,7 +143,7 @@ def prolong(
     rate = f"drops after epochs {', '.join(f'{drop:g}' for drop in changed.drops or ())}"
     if changed.rate_schedule == "cosine":
         rate = "follows the cosine to the new end"
-    notify(f"'{run}' goes on from {stored.epochs} to {epochs} epochs; the learning rate {rate}.")
+    notify(f"'{run}' continues from epoch {stored.epochs} to {epochs}; the learning rate {rate}.")
     return changed
 
 

@@ -74,9 +74,9 @@ def pretrain(
         out: the run folder to make.
         start: a finished run to continue: its weights, bank and momentum are loaded and its epochs
             count. After IR alone LA begins after ``ir_epochs``, or at once if these have passed, as
-            in the reference's LA runs. After LA it goes on with its own settings, except those set
+            in the reference's LA runs. After LA it keeps its own settings, except those set
             here. The images may differ; see :func:`.restore_start`. Or a weights file that
-            ``import-tf --bank`` wrote: it goes on from its step, on the same images.
+            ``import-tf --bank`` wrote: it continues from its step, on the same images.
         typed: names of options in ``config`` that ``minutes`` keeps, even if they equal a default.
         backbone: a network in place of the configuration's: returns [B, C] or [B, C, H, W] of
             normalized images [B, 3, S, S]. It is trained in place, from the weights that it has.

@@ -77,7 +77,7 @@ class ImageDataset:
         return f"image {index}"
 
     def file(self, index: int) -> Path | None:
-        """Return None: the data set reads the images."""
+        """Return None, as the data set reads the images."""
         return None
 
     def label(self, index: int) -> int | None:

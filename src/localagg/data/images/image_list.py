@@ -70,7 +70,7 @@ class ImageList:
         return _path(image) if isinstance(image, str | os.PathLike) else None
 
     def label(self, index: int) -> int | None:
-        """Return None: these images have no labels."""
+        """Return None, as these images have no labels."""
         return None
 
     def fingerprint(self) -> str:

@@ -207,7 +207,7 @@ def _open(uri: str, table: Path, root: Path, listing: Listing) -> CsvListing:
 def _find_spelling(paths: list[str], root: Path) -> Callable[[str], str] | None:
     """Return how paths become files: as they are, with "/" for a backslash, or with an extension.
 
-    None: no path becomes a file.
+    Returns None if no path becomes a file.
     """
     spellings: list[Callable[[str], str]] = [lambda path: path, lambda p: p.replace("\\", "/")]
     spellings += [lambda path, end=end: path + end for end in sorted(EXTENSIONS)]

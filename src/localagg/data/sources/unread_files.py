@@ -1,4 +1,4 @@
-"""Count the files of a folder that are not read, by what they are, so that none is lost in silence.
+"""Count the files of a folder that are not read by their kind, so that none is lost in silence.
 
 This module imports neither torch nor numpy, so that the command line starts quickly.
 """

@@ -95,7 +95,7 @@ def match_table(
 
 
 def _places(table: EmbeddingTable) -> list[str | None]:
-    """Return the absolute file of each row (None: gone), or the name of its record."""
+    """Return each row's absolute file (None if it is gone), or the name of its record."""
     if table.facts.get("root") is None:
         return table.images["path"].to_pylist()
     files = [table.image_file(row) for row in range(len(table))]

@@ -1,4 +1,4 @@
-"""What the explorer shows: places, pictures, neighbors and typed labels of N images."""
+"""Places, pictures, neighbors and typed labels of the N images in the explorer."""
 
 import csv
 import functools
