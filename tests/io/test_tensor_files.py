@@ -1,11 +1,13 @@
 import resource
+import zipfile
 
 import pytest
 import torch
+from expect import user_error
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from localagg.io.tensor_files import DTYPE_NAMES, save_tensors
+from localagg.io.tensor_files import DTYPE_NAMES, load_pickled, save_tensors
 
 
 def test_the_library_reads_all_dtypes_back(tmp_path):
@@ -38,3 +40,24 @@ def test_a_full_disk_raises_the_error_of_the_system(tmp_path):
             save_tensors(tmp_path / "x", {"x": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text", "torch.save"),
+        ("cut", "cut short"),
+        ("renamed", ".safetensors"),
+        ("program", "Torch"),
+    ],
+)
+def test_files_that_torch_cannot_load_are_described(tmp_path, name, words):
+    torch.save({"a": torch.ones(9)}, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "text").write_text("no tensors")
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    save_tensors(tmp_path / "renamed", {"a": torch.ones(9)})
+    with zipfile.ZipFile(tmp_path / "program", "w") as archive:
+        archive.writestr("program/constants.pkl", b"")
+    with user_error("unsupported", tmp_path / name, words, "advice"):
+        load_pickled(tmp_path / name, [], "advice")

@@ -131,6 +131,11 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path, resnet):
     small = create_encoder("resnet18_small", width=8).state_dict()
     with user_error("mismatch", "resnet18", "'backbone.", "'conv1.weight'"):
         load_weights(encoder, save("small.safetensors", small))
+    larger = torchvision.models.resnet34().state_dict()
+    with user_error("mismatch", "resnet18", "80", "layer1.2."):
+        load_weights(encoder, save("larger.safetensors", larger))
+    with user_error("mismatch", "resnet34", "100 of 180", "layer1.2."):
+        load_weights(create_encoder("resnet34"), save("smaller.safetensors", resnet.state_dict()))
     nan = resnet.state_dict() | {"layer1.0.bn1.bias": torch.full((64,), torch.nan)}
     with user_error("not-finite", "layer1.0.bn1.bias"):
         load_weights(encoder, save("nan.safetensors", nan))

@@ -6,6 +6,8 @@ the length of the header; the header as JSON (dtype, shape and place of each ten
 
 import json
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,32 @@ def load_pickled(path: Path, allowed: list[Any], fix: str) -> Any:
         UserError: damaged, or with objects of other classes.
     """
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TorchScript program, whose error follows
             return torch.load(path, map_location="cpu", weights_only=True)
     # Foreign files make torch raise anything: RuntimeError, KeyError, struct.error, ...
     except Exception as error:
-        text = str(error) or type(error).__name__
-        foreign = re.search(r"GLOBAL ([\w.]+)", text)
-        reason = f"it holds a {foreign[1]}" if foreign else text.splitlines()[0][:200]
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        holds = f"it holds a {foreign[1]}" if foreign else _describe_file(path)
         raise UserError(
-            "unsupported", f"'{path}' cannot be loaded as tensors alone ({reason}); {fix}."
+            "unsupported", f"'{path}' cannot be loaded as tensors alone ({holds}); {fix}."
         ) from None
+
+
+def _describe_file(path: Path) -> str:
+    """Return what a file is that torch cannot load, by its first bytes and its end."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return "it is a safetensors file; name it .safetensors"
+    if head[:2] == b"PK":
+        if not zipfile.is_zipfile(path):
+            return "it is cut short"
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                return "it is a TorchScript program"
+        return "its contents are damaged"
+    return "it is not a file of torch.save"
 
 
 def save_tensors(

@@ -22,6 +22,8 @@ PRETRAINED = "pretrained"
 # Keys under which programs keep a network beside optimizers and settings; the first wins.
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "teacher", "student")
 _COUNTER = "num_batches_tracked"  # batch-norm's; absent from old files
+_CLASSIFIERS = {"head", "fc", "classifier", "last_linear"}
+_LEAST = 0.9  # share of the network's tensors that a file must have
 _SHOWN = 3  # names in a sentence
 
 
@@ -56,8 +58,9 @@ def load_weights(encoder: Encoder, source: str | Path) -> WeightsReport:
             or torchvision offers, from its cache or by download.
 
     Raises:
-        UserError: no such file, no tensors, less than half of the network matches, another shape,
-            a value that is not finite, or "pretrained" where there are none or no network.
+        UserError: no such file, no tensors, less than nine tenths of the network's tensors match,
+            weights of a larger network, another shape, a value that is not finite, or "pretrained"
+            where there are none or no network.
     """
     offered = source == PRETRAINED
     found = encoder.backbone.pretrained_weights() if offered else _read(Path(source))
@@ -86,22 +89,48 @@ def _match_backbone(
     backbone = encoder.backbone
     own = {key: key for key in backbone.state_dict()}
     best: dict[str, str] = {}
+    best_prefix = ""
     for names in (own, *backbone.published_names(own)):
         for prefix in dict.fromkeys(_prefixes(found, set(names.values()))):
             matched = {k: prefix + name for k, name in names.items() if prefix + name in found}
             if len(matched) > len(best):
-                best = matched
+                best, best_prefix = matched, prefix
     counted, of = (sum(not key.endswith(_COUNTER) for key in keys) for keys in (best, own))
-    if 2 * counted < of:
-        expected = next(iter((*backbone.published_names(own), own)[0].values()))
-        first = next((key for key in found if not key.endswith(_COUNTER)), "")
+    if counted < _LEAST * of:
+        names = (*backbone.published_names(own), own)[0]
+        expected = next(name for key, name in names.items() if key not in best)
+        used = set(best.values())
+        first = next((k for k in found if k not in used and not k.endswith(_COUNTER)), "nothing")
         raise UserError(
             "mismatch",
             f"'{source}' does not fit {encoder.spec['model']}: {counted} of {of} tensors"
-            f" match by name. It has '{first}', the network '{expected}'. Use weights"
-            " of this network, or --model for these weights.",
+            f" match by name. It has '{first}', not '{expected}'. Use weights of this"
+            " network, or --model for these weights.",
+        )
+    if more := _more_layers(found, best, best_prefix):
+        raise UserError(
+            "mismatch",
+            f"'{source}' is of a larger network than {encoder.spec['model']}: it also has"
+            f" {_some(more)}. Name its network by --model.",
         )
     return best
+
+
+def _more_layers(
+    found: Mapping[str, Tensor], matched: Mapping[str, str], prefix: str
+) -> tuple[str, ...]:
+    """Return further tensors of a file within the network's stages, as ResNet-34 has for ResNet-18.
+
+    Classifiers stand beside the stages, or in a part that is called like one.
+    """
+    used = set(matched.values())
+    stages = {name.removeprefix(prefix).split(".")[0] for name in used} - _CLASSIFIERS
+    more = (name for name in found if name.startswith(prefix) and name not in used)
+    return tuple(
+        name
+        for name in more
+        if name.removeprefix(prefix).split(".")[0] in stages and not name.endswith(_COUNTER)
+    )
 
 
 def _prefixes(found: Iterable[str], names: set[str]) -> Iterator[str]:
