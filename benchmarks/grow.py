@@ -5,13 +5,13 @@
 For each seed: a run on all images; runs on nine tenths of them, which then grow to all
 (``pretrain --start``), where the new tenth is drawn at random or is one class of the ten; and a run
 of half the epochs, prolonged to all (``resume`` with more epochs). Fresh embeddings of the test
-images ask those of all training images. Each value goes to ``--out`` (Parquet), where a later call
-adds missing seeds.
+images ask those of all training images. Runs and values stay in ``--work``, where a later call
+continues.
 """
 
 import argparse
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,15 +38,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="train.parquet and test.parquet")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("grow.parquet"))
+    parser.add_argument("--work", type=Path, default=Path("runs/grow"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = pq.read_table(options.out).to_pylist() if options.out.exists() else []
+    rows = []
     for seed in range(options.seeds):
-        if seed not in {row["seed"] for row in rows}:
-            with tempfile.TemporaryDirectory() as folder:
-                rows += learn(options.data, options.epochs, seed, Path(folder))
-            pq.write_table(pa.Table.from_pylist(rows), options.out)
+        rows += learn(options.data, options.epochs, seed, options.work / str(seed))
     load = " ".join(f"{each:.1f}" for each in os.getloadavg())
     report.write(
         "grow",
@@ -63,6 +60,7 @@ def main() -> None:
 
 def learn(data: Path, epochs: int, seed: int, folder: Path) -> list[dict[str, object]]:
     """Return a row for each way to learn, with its accuracies and seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
     for part in (ALL, TENTH, CLASS):
         write_part(data, folder / part, part, seed)
     config = override(
@@ -80,7 +78,7 @@ def learn(data: Path, epochs: int, seed: int, folder: Path) -> list[dict[str, ob
         return lambda run: pretrain(changed, folder / ALL, run, start=folder / f"run {start}")
 
     def prolong(run: Path) -> object:
-        (folder / "run half the epochs").rename(run)
+        shutil.copytree(folder / "run half the epochs", run)
         return resume(run, config, typed={"epochs"})
 
     ways: dict[str, Callable[[Path], object]] = {
@@ -92,16 +90,21 @@ def learn(data: Path, epochs: int, seed: int, folder: Path) -> list[dict[str, ob
         "half the epochs": begin(ALL, shorter),
         "half the epochs, prolonged": prolong,
     }
-    rows = []
+    file = folder / "rows.parquet"
+    rows = pq.read_table(file).to_pylist() if file.exists() else []
     for way, call in ways.items():
+        if way in {row["way"] for row in rows}:
+            continue
         run = folder / f"run {way}"
+        shutil.rmtree(run, ignore_errors=True)
         start = time.process_time()
         call(run)
         seconds = time.process_time() - start
-        row = {"way": way, "seed": seed, "seconds": seconds, **measure(run, folder / ALL)}
-        row["epochs"] = checkpoint.read_run(run)[0].epochs
-        rows.append(row)
-        print(row, flush=True)
+        epochs = checkpoint.read_run(run)[0].epochs
+        found = measure(run, folder / ALL)
+        rows.append({"way": way, "seed": seed, "seconds": seconds, **found, "epochs": epochs})
+        print(rows[-1], flush=True)
+        pq.write_table(pa.Table.from_pylist(rows), file)
     return rows
 
 
@@ -115,6 +118,8 @@ def write_part(data: Path, folder: Path, part: str, seed: int) -> None:
         kept = random.permutation(len(table)) >= len(table) // 10
     elif part == CLASS:
         kept = labels != random.integers(labels.max() + 1)
+    if folder.exists():
+        return
     folder.mkdir()
     pq.write_table(table.filter(pa.array(kept)), folder / "train.parquet")
     (folder / "test.parquet").symlink_to((data / "test.parquet").absolute())

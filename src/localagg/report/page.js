@@ -101,7 +101,7 @@ export class EmbeddedItems {
 /** Draw all parts, and return them. `data`: {paths, side, sections, columns, map, neighbors}; see report.py. */
 export function start(data, items) {
   const parts = document.getElementById("parts");
-  const page = { data, items, map: null, dialog: make("dialog", { ariaLabel: "Picture" }) };
+  const page = { data, items, map: null, selectionTools: [], dialog: make("dialog", { ariaLabel: "Picture" }) };
   page.dialog.addEventListener("click", (event) => event.target === page.dialog && page.dialog.close());
   parts.append(page.dialog);
   if (data.map) parts.append(mapPart(page));
@@ -243,7 +243,7 @@ function mapPart(page) {
     listed.replaceChildren(...paths.map((path) => make("li", {}, make("bdi", { textContent: path }))));
     if (ids.length > LISTED) listed.append(make("li", { textContent: `and ${(ids.length - LISTED).toLocaleString("en")} more` }));
     listed.hidden = !ids.length;
-    chosen.replaceChildren(...(ids.length ? [make("span", { textContent: `${ids.length.toLocaleString("en")} selected` }), save, clear] : []));
+    chosen.replaceChildren(...(ids.length ? [make("span", { textContent: `${ids.length.toLocaleString("en")} selected` }), save, clear, ...page.selectionTools] : []));
   };
   page.selectGroup = (name, code) => {
     const column = data.columns.find((each) => each.name === name);

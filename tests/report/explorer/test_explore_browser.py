@@ -61,6 +61,13 @@ def test_map_neighbors_search_and_labels(browser, tmp_path, width):
         page.get_by_label("Search by a picture").set_input_files(file)
         page.wait_for_selector(".results .picture")
         assert page.locator(".results .picture").first.get_attribute("data-id") == str(COUNT - 1)
+        # Tools stand above the map, where they are found without scrolling.
+        top = page.locator(".stage").bounding_box()["y"]
+        for tool in ("Find paths", "Search by a picture", "Label the selection"):
+            assert page.get_by_label(tool).bounding_box()["y"] < top
+        assert page.locator(".results").bounding_box()["height"] < 100
+        page.get_by_role("button", name="Clear").click()
+        assert page.get_by_label("Label the selection").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert faults == []
         page.close()

@@ -60,9 +60,9 @@ class ServedItems extends EmbeddedItems {
   }
 }
 
-/** Tools below the map: search by text or picture, and labels for the selection. */
-function explorerTools(page) {
-  const said = make("p", { className: "note", role: "status" }), results = make("div", { className: "pictures results" });
+/** Add tools to the map: above it search by text or picture, beside the selection its label. */
+function addTools(page) {
+  const said = make("span", { className: "note", role: "status" }), results = make("div", { className: "pictures results" });
   const tool = (text, input, action) => {
     const form = make("form", { className: "tools" }, make("label", {}, `${text} `, input));
     const act = async (event) => {
@@ -92,13 +92,12 @@ function explorerTools(page) {
     if (!file.files.length) return "";
     const near = await askJson("search", file.files[0]);
     const open = (id) => (page.pick(id), page.map.show(id, true));
-    results.replaceChildren(...near.map(([id, s]) => pictureButton(page, id, [s.toFixed(2)], 96, () => open(id))));
+    results.replaceChildren(...near.map(([id, s]) => pictureButton(page, id, [s.toFixed(2)], 56, () => open(id))));
     page.select(near.map(([id]) => id));
-    return "The most similar images, by cosine:";
+    return "The most similar images, by cosine; they are selected.";
   });
   const typed = page.data.columns.at(-1);
   const save = tool("Label the selection", label, async () => {
-    if (!page.selection.length) return "Select images on the map first.";
     typed.names = await askJson("label", JSON.stringify({ ids: page.selection, label: label.value }));
     typed.values = new Uint16Array(await (await ask(`array/${typed.array}`)).arrayBuffer());
     page.paint();
@@ -106,7 +105,9 @@ function explorerTools(page) {
   });
   save.append(make("button", { textContent: "Save label" }));
   find.append(make("button", { textContent: "Find" }));
-  return make("section", {}, find, search, save, said, results);
+  page.selectionTools.push(save);
+  document.querySelector(".map-part .tools").before(make("div", { className: "tools" }, find, search, said));
+  document.querySelector(".map").before(results);
 }
 
 async function explore() {
@@ -117,7 +118,7 @@ async function explore() {
     const buffers = await Promise.all(names.map(async (name) => (await ask(`array/${encodeURIComponent(name)}`)).arrayBuffer()));
     data.arrays = Object.fromEntries(names.map((name, n) => [name, buffers[n]]));
     const page = start(data, new ServedItems(data));
-    parts.append(explorerTools(page));
+    addTools(page);
     window.localagg = page;
   } catch (error) {
     parts.append(make("p", { textContent: error.message }));
