@@ -36,6 +36,14 @@ class Embed:
     """Column of images of a table. Default: by its type, name and first bytes."""
     layer: tuple[str, ...] | None = None
     """Write the read-out features of these layers, in one pass. Default: the embedding."""
+    raw_maps: bool = False
+    """Write the maps of --layer, not pooled: arrays [n, C, H, W] in .npy, .h5 and .zarr, else rows
+    whose shapes the metadata state. Default: pooled and flattened as the reference does."""
+    image_size: int | None = None
+    """Side of the network's input, in pixels. Default: the run's, else derived from the images."""
+    eval_crop: float | None = None
+    """Share of the shorter side that the central crop keeps, 0-1; 1 keeps whole square stimuli.
+    Default: the run's, else derived from the images."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the written rows."""
     batch_size: int = 256
@@ -65,6 +73,9 @@ def run(options: Embed) -> dict[str, Any]:
         append=options.append,
         split=options.split,
         layer=options.layer,
+        raw_maps=options.raw_maps,
+        image_size=options.image_size,
+        eval_crop=options.eval_crop,
         dtype=options.dtype,
         workers=options.workers,
         batch=options.batch_size,

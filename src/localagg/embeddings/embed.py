@@ -110,7 +110,12 @@ def embed(
 
 @torch.no_grad()
 def encode(
-    encoder: Encoder, images: Tensor, layer: str | list[str] | None, fabric: Fabric
+    encoder: Encoder,
+    images: Tensor,
+    layer: str | list[str] | None,
+    fabric: Fabric,
+    *,
+    raw_maps: bool = False,
 ) -> Tensor:
     """Return embeddings of views, or their features at layers: float32 [B, F] on the CPU.
 
@@ -120,16 +125,19 @@ def encode(
         layer: a name of ``encoder.layers``, or several, whose features are joined. Default: the
             embedding, unit rows.
         fabric: sets the precision.
+        raw_maps: return all values of the layers' maps, in the order [C, H, W]; else features are
+            pooled and flattened as in the reference.
 
     Raises:
-        UserError: unknown layer.
+        UserError: unknown layer, or images of a size that the network does not take.
     """
     images = images.to(fabric.device)
     with fabric.autocast():
         if layer is None:
             return encoder(images).float().cpu()
-        features = encoder.features(images, [layer] if isinstance(layer, str) else layer)
-    return torch.cat([each.float().cpu() for each in features.values()], dim=1)
+        read = encoder.maps if raw_maps else encoder.features
+        features = read(images, [layer] if isinstance(layer, str) else layer)
+    return torch.cat([each.flatten(1).float().cpu() for each in features.values()], dim=1)
 
 
 def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:

@@ -232,4 +232,6 @@ def embed_files(table: EmbeddingTable, files: Sequence[Path], weights: str | Pat
         )
     source: Any = _ImageFiles(files)
     batches = evaluation_batches(source, from_dict(ViewConfig, facts["views"]), batch=64)
-    return torch.cat([encode(encoder, batch.images, facts["layer"], fabric) for batch in batches])
+    layer, raw = facts["layer"], "shapes" in facts
+    found = [encode(encoder, batch.images, layer, fabric, raw_maps=raw) for batch in batches]
+    return torch.cat(found)

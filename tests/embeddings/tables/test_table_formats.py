@@ -1,6 +1,7 @@
 """Each format is read by its own library, with the rows of the Parquet table."""
 
 import json
+import shutil
 import sys
 
 import h5py
@@ -11,9 +12,11 @@ import pytest
 import zarr
 from expect import user_error
 
+import localagg
 import localagg.embeddings.tables.table_formats as formats
 from embeddings import hidden_files, save_small_encoder, stacked_rows
 from localagg.cli.main import main
+from localagg.config import ViewConfig
 from localagg.embeddings.duplicates import find_duplicates
 from localagg.embeddings.search import search
 from localagg.embeddings.tables.write_table import write_embeddings
@@ -146,3 +149,46 @@ def write_report(table):
     from localagg.report.run_report import write_report
 
     return write_report([table])
+
+
+def test_raw_maps_have_the_shape_and_values_of_the_modules(weights, flat, tmp_path):
+    """The view of stimuli is set by hand: whole images of 24 pixels."""
+    view = {"image_size": 24, "eval_crop": 1.0}
+    model = localagg.load(weights, views=ViewConfig(**view), device="cpu")
+    expected = model.features(localagg.open_images(str(flat)), ["0", "1"], flatten=False)
+    assert expected["1"].shape == (12, 8, 24, 24)
+    words = ["embed", str(weights), "--data", str(flat), "--workers", "0", "--raw-maps"]
+    words += ["--image-size", "24", "--eval-crop", "1", "--layer"]
+    for suffix, read in ((".npy", from_npy), (".h5", None), (".parquet", None)):
+        out = tmp_path / f"maps{suffix}"
+        layers = ["1"] if suffix == ".npy" else ["1", "0"]
+        assert main([*words, *layers, "--out", str(out)]) == 0
+        if read:
+            found = {"1": read(out)[1]}
+        elif suffix == ".h5":
+            with h5py.File(out) as file:
+                found = {name: file[f"layer_{name}"][:] for name in layers}
+        else:
+            table = pq.read_table(out)
+            shapes = json.loads(table.schema.metadata[b"localagg"])["shapes"]
+            columns = {name: np.stack(table[f"layer_{name}"].to_numpy()) for name in layers}
+            found = {n: c.reshape(-1, *shapes[f"layer_{n}"]) for n, c in columns.items()}
+        for name, maps in found.items():
+            np.testing.assert_allclose(maps, expected[name], atol=1e-5)
+
+
+def test_the_view_can_be_set_and_a_picture_is_searched_among_raw_maps(weights, flat, tmp_path):
+    out = tmp_path / "maps.parquet"
+    write_embeddings(weights, str(flat), out, layer="1", raw_maps=True, image_size=24)
+    photo = tmp_path / "photo.png"
+    shutil.copy(sorted(flat.glob("*.png"))[0], photo)
+    (query,) = search(out, [photo])["queries"]
+    assert query["neighbors"][0]["path"] == sorted(flat.glob("*.png"))[0].name
+    assert query["neighbors"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    with user_error("option-missing", "--raw-maps", "--layer"):
+        write_embeddings(weights, str(flat), out, raw_maps=True)
+    for wrong in ({"image_size": 0}, {"image_size": 2.5}, {"eval_crop": 0}, {"eval_crop": 1.5}):
+        with user_error("option-invalid", f"--{next(iter(wrong)).replace('_', '-')}"):
+            write_embeddings(weights, str(flat), out, **wrong)
+    with user_error("mismatch", out):
+        write_embeddings(weights, str(flat), out, append=True, layer="1", image_size=16)

@@ -57,11 +57,11 @@ def _write_csv(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> No
 
 
 def _write_npy(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> None:
-    """Rows [n, F]; the other columns are in ``FILE.csv``."""
-    ((name, dim),) = _vector_columns(schema).items()
+    """Rows [n, F] or maps [n, C, H, W]; the other columns are in ``FILE.images.csv``."""
+    ((name, shape),) = _shapes(schema).items()
     names = _image_columns(schema)
     dtype = schema.field(name).type.value_type.to_pandas_dtype()
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, dim)}
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, *shape)}
     with (
         open(path, "wb") as file,
         open(_images_file(path), "w", newline="", encoding="utf-8") as images,
@@ -91,19 +91,19 @@ def _write_zarr(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> N
 
 def _fill_datasets(file: Any, schema: "pa.Schema", rows: int, groups: Groups, text: Any) -> None:
     """Fill a data set for each column of an HDF5 file or zarr group; a missing label is ""."""
-    vectors, start = _vector_columns(schema), 0
+    vectors, start = _shapes(schema), 0
     file.attrs["localagg"] = (schema.metadata or {})[b"localagg"].decode()
     for name in schema.names:
         if name in vectors:
             dtype = schema.field(name).type.value_type.to_pandas_dtype()
-            file.create_dataset(name, shape=(rows, vectors[name]), dtype=dtype)
+            file.create_dataset(name, shape=(rows, *vectors[name]), dtype=dtype)
         else:
             file.create_dataset(name, shape=(rows,), dtype="int64" if name == "index" else text)
     for group in groups:
         part = slice(start, start := start + len(group))
         for name in schema.names:
             if name in vectors:
-                file[name][part] = _values(group, name)
+                file[name][part] = _values(group, name).reshape(-1, *vectors[name])
             elif name == "index":
                 file[name][part] = group[name].to_numpy()
             else:
@@ -113,6 +113,12 @@ def _fill_datasets(file: Any, schema: "pa.Schema", rows: int, groups: Groups, te
 def _vector_columns(schema: "pa.Schema") -> dict[str, int]:
     """Return {column: values a row} of the embedding or layers."""
     return json.loads((schema.metadata or {})[b"localagg"])["columns"]
+
+
+def _shapes(schema: "pa.Schema") -> dict[str, list[int]]:
+    """Return {column: shape of a row}: [F], or [C, H, W] of raw maps."""
+    facts = json.loads((schema.metadata or {})[b"localagg"])
+    return facts.get("shapes") or {name: [dim] for name, dim in facts["columns"].items()}
 
 
 def _image_columns(schema: "pa.Schema") -> list[str]:

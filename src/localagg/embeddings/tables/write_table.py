@@ -50,6 +50,9 @@ def write_embeddings(
     append: bool = False,
     split: str = "all",
     layer: str | Sequence[str] | None = None,
+    raw_maps: bool = False,
+    image_size: int | None = None,
+    eval_crop: float | None = None,
     dtype: str = "float32",
     workers: int = 0,
     batch: int = 256,
@@ -73,6 +76,10 @@ def write_embeddings(
         layer: a name of ``encoder.layers``: write its features (pooled and flattened as in the
             reference, not normalized); several, in one pass, become columns ``layer_NAME``.
             Default: the embedding.
+        raw_maps: write the layers' maps, not pooled: arrays [n, C, H, W] in .npy, .h5 and .zarr,
+            else rows of C H W values, whose "shapes" the table's metadata state.
+        image_size, eval_crop: view of the images, as in :class:`.ViewConfig`. Default: the view
+            that the weights store, else derived from the images.
         dtype: float32 or float16.
         workers: processes that decode.
         batch: images a batch.
@@ -81,8 +88,9 @@ def write_embeddings(
 
     Returns:
         {"rows", "embedded": rows computed by this call, "unreadable": images skipped, "dim",
-        "layer", "dtype", "resumed": images done by an earlier call, "out", "data", "split",
-        "splits": {split: images}, "run", "device", "precision", "seconds", "images_per_second"}.
+        "layer", "shapes": [C, H, W] of each column of raw maps, "dtype", "resumed": images done by
+        an earlier call, "out", "data", "split", "splits": {split: images}, "run", "device",
+        "precision", "seconds", "images_per_second"}.
 
     Raises:
         UserError: missing weights, images or layer; values not finite; ``out`` is not writable.
@@ -91,6 +99,9 @@ def write_embeddings(
     weights, data, out = Path(weights), os.fspath(data), Path(out)
     layer = _one_or_several(layer)
     _check_options(out, layer, dtype, workers, batch)
+    check_arguments(image_size=(1 if image_size is None else image_size, 1))
+    if raw_maps and layer is None:
+        raise UserError("option-missing", "--raw-maps needs the --layer whose maps it writes.")
     if append and out.suffix.lower() not in (".parquet", ".pq"):
         raise UserError("option-conflict", f"--append needs --out FILE.parquet, not {out}.")
     check_outside(data, out, "--out")
@@ -99,8 +110,10 @@ def write_embeddings(
     source = open_splits(data, split)
     grows = append and out.exists()
     views = load_views(weights) or ViewConfig()
+    chosen = {"image_size": image_size, "eval_crop": eval_crop}
+    views = replace(views, **{name: v for name, v in chosen.items() if v is not None})
     views = _table_views(out, views) if grows else resolve_views(views, source)
-    facts = describe_table(weights, encoder, source, out, views, fabric, layer, dtype)
+    facts = describe_table(weights, encoder, source, out, views, fabric, layer, dtype, raw_maps)
     facts |= {"split": split, "batch": batch}
     matches, digests = None, None
     if grows:
@@ -115,7 +128,8 @@ def write_embeddings(
         batches = evaluation_batches(images, views, batch=batch, workers=workers, part=part)
         with show_progress("embedding") as show:
             for index, pixels in batches:
-                values = _convert(encode(encoder, pixels, layer, fabric), images, index, facts)
+                found = encode(encoder, pixels, layer, fabric, raw_maps=raw_maps)
+                values = _convert(found, images, index, facts)
                 writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
                 show(writer.images_done, len(images))
         rate = (len(images) - resumed) / (time.perf_counter() - begun)
@@ -123,6 +137,7 @@ def write_embeddings(
     kept = ("dim", "layer", "dtype", "data", "split", "device", "precision")
     return {
         **{name: facts[name] for name in kept},
+        **({"shapes": facts["shapes"]} if raw_maps else {}),
         **{"rows": rows, "embedded": writer.rows, "unreadable": len(images) - writer.rows},
         "splits": {name: len(images) for name, images in source.parts.items()},
         **{"resumed": resumed, "out": str(out)},
@@ -205,6 +220,7 @@ def describe_table(
     fabric: Fabric,
     layer: str | list[str] | None = None,
     dtype: str = "float32",
+    raw_maps: bool = False,
 ) -> dict[str, Any]:
     """Return the facts that the values of a table depend on."""
     size = require_resolved(views.image_size)
@@ -214,10 +230,15 @@ def describe_table(
         labels = hashlib.sha256(names + source.labels.numpy().tobytes()).hexdigest()
     view = torch.zeros(1, 3, size, size)
     names = {f"layer_{name}": name for name in layer} if isinstance(layer, list) else {}
+    names = names or {"embedding": layer}
     columns = {
-        column: encode(encoder, view, name, fabric).shape[1]
-        for column, name in (names or {"embedding": layer}).items()
+        column: encode(encoder, view, name, fabric, raw_maps=raw_maps).shape[1]
+        for column, name in names.items()
     }
+    shapes = {}
+    if raw_maps:
+        maps = encoder.maps(view.to(fabric.device), [name for name in names.values() if name])
+        shapes = {"shapes": {column: [*maps[str(n)].shape[1:]] for column, n in names.items()}}
     return {
         "version": __version__,
         "weights_digest": weights_digest(encoder),
@@ -225,6 +246,7 @@ def describe_table(
         "layer": layer,
         "dim": sum(columns.values()),
         "columns": columns,
+        **shapes,
         "dtype": dtype,
         "views": to_dict(views),
         **describe_arithmetic(fabric),
