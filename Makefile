@@ -1,4 +1,4 @@
-.PHONY: demo test test-all coverage check docs
+.PHONY: demo test test-all coverage check docs gpu
 
 PYTHON ?= python3
 
@@ -29,3 +29,7 @@ check: .venv/installed
 docs: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[docs]'
 	.venv/bin/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
+
+# On a machine with a GPU, without a network: this Python and the packages that it has.
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -57,12 +57,19 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # faiss-gpu, or a conda package without metadata
+        return "of unknown version"
+
+
 def write(
     name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> None:
     """Print a table and keep it as ``results/NAME.md``."""
     packages = ("torch", "torchvision", "lightning", "faiss-cpu", "numpy")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     table = [columns, ["---"] * len(columns), *rows]
     lines = [

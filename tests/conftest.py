@@ -20,6 +20,12 @@ settings.load_profile("here")
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that need a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Numbers of the reference program."""

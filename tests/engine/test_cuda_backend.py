@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed on this machine"
@@ -78,7 +77,7 @@ def test_cases_under_the_interpreter():
     run_cases(interpret=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
+@pytest.mark.cuda
 def test_cases_on_the_gpu():
     run_cases(interpret=False)
 

@@ -174,7 +174,7 @@ def test_batches_on_the_cpu_stay_as_they_are(feed):
         assert all(map(torch.equal, one, two))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_arrive_whole_on_cuda_while_it_computes(pictures, workers):
     feed = load(open_images(pictures), **SKIP, workers=workers)
