@@ -1,0 +1,158 @@
+"""Are features of photos computed faster than by a plain loop of timm in float32?
+
+Photos from files to features of a frozen network: the plain loop (PIL and torchvision's transforms
+in a DataLoader of two workers, timm's network in float32) beside ``embed`` and what ``adapt`` does.
+Below them the network alone, on views at hand, with each change that ``adapt`` makes. All take
+turns in one process.
+"""
+
+import argparse
+import contextlib
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from efficientnet import write_efficientnet
+
+import report
+from localagg.config import PretrainConfig, override
+from localagg.data.sources.open import open_images
+from localagg.embeddings.embed import embed
+from localagg.models import create_encoder, load_weights
+from localagg.models.inference import inference_copy
+from localagg.training.frozen.frozen_features import _CHUNK, _CPU_BATCH, _extract, _Extractor
+
+NAME = "tf_efficientnet_lite0"
+WORKERS = 2
+
+
+class Files(Dataset):
+    """Photos as PyTorch's tutorials read them."""
+
+    def __init__(self, folder: Path, side: int, mean: list[float], std: list[float]) -> None:
+        self.files = sorted(folder.iterdir())
+        self.view = transforms.Compose(
+            [
+                transforms.Resize(side),
+                transforms.CenterCrop(side),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.view(Image.open(self.files[number]).convert("RGB"))
+
+
+def cpu_bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@torch.no_grad()
+def run_network(network: torch.nn.Module, views: Tensor, size: int, bfloat16: bool) -> None:
+    """Put views through a network in batches."""
+    with cpu_bfloat16() if bfloat16 else contextlib.nullcontext():
+        for part in views.split(size):
+            network(part)
+
+
+@torch.no_grad()
+def plain_loop(model: torch.nn.Module, files: Files) -> Tensor:
+    loader = DataLoader(files, batch_size=64, num_workers=WORKERS)
+    return torch.cat([model(images) for images in loader])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, weights = Path(temporary, "photos"), Path(temporary)
+        folder.mkdir()
+        photos = sorted(path for path in options.data.rglob("*.jpg"))[: options.count]
+        for number, photo in enumerate(photos):
+            shutil.copy(photo, folder / f"{number:05}.jpg")
+        measure(folder, write_efficientnet(weights), options)
+
+
+def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
+    from safetensors.torch import load_file
+
+    side, count = options.side, len(list(folder.iterdir()))
+    model = timm.create_model(NAME, num_classes=0).eval()
+    stored = {k: v for k, v in load_file(weights).items() if not k.startswith("classifier")}
+    model.load_state_dict(stored)
+    encoder = create_encoder(f"timm:{NAME}").eval()
+    load_weights(encoder, weights)
+    files = Files(folder, side, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist())
+    source = open_images(str(folder))
+    config = override(PretrainConfig(), image_size=side, eval_crop=1.0, feature_views=0)
+    example = torch.rand(2, 3, side, side)
+    fast, chunks = inference_copy(encoder, example), list(torch.arange(count).split(_CHUNK))
+
+    def adapt(dtype: torch.dtype) -> Tensor:
+        extractor = _Extractor(fast, config, dtype)
+        return torch.cat([each.features for each in _extract(extractor, source, chunks, WORKERS)])
+
+    def embedded(**more) -> Tensor:
+        return embed(encoder, source, config.views, workers=WORKERS, **more).rows
+
+    whole = {
+        "plain loop of timm, float32": lambda: plain_loop(model, files),
+        "embed, float32": embedded,
+        "embed, bfloat16": lambda: embedded(autocast=cpu_bfloat16),
+        "adapt's features, float32": lambda: adapt(torch.float32),
+        "adapt's features, bfloat16": lambda: adapt(torch.bfloat16),
+    }
+    last = torch.channels_last
+    plain_views = torch.stack([files[i] for i in range(count)])
+    views = plain_views.contiguous(memory_format=last)
+    moved = timm.create_model(NAME, num_classes=0).eval().to(memory_format=last)
+    networks = {
+        "network, float32, batches of 64": (model, plain_views, 64, False),
+        "+ batches of 16": (model, plain_views, _CPU_BATCH, False),
+        "+ channels last": (moved, views, _CPU_BATCH, False),
+        "+ folded batch-norm": (fast.backbone, views, _CPU_BATCH, False),
+        "+ bfloat16": (fast.backbone, views, _CPU_BATCH, True),
+    }
+    calls = {name: functools.partial(run_network, *each) for name, each in networks.items()}
+    seconds = report.interleaved({**whole, **calls}, options.runs)
+    rows = []
+    for group in (whole, calls):
+        first = next(iter(group))
+        for name in group:
+            took = seconds[name]
+            rows.append([name, f"{count / took:,.0f}", f"{seconds[first] / took:.2f}"])
+    plain, ours = whole["plain loop of timm, float32"](), adapt(torch.bfloat16).squeeze(1).float()
+    alike = torch.nn.functional.cosine_similarity(plain, ours).mean()
+    report.write(
+        "features",
+        f"Features of {count:,} photos at {side} pixels by {NAME}",
+        ["", "images/s", "x the first"],
+        rows,
+        f"Medians of {options.runs} turns; {WORKERS} workers. Each + adds to the line above."
+        f" Mean cosine between the features of the first and the fifth line: {alike:.3f} (they"
+        " differ in the resampling of photos, too).",
+    )
+
+
+if __name__ == "__main__":
+    main()
