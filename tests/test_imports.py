@@ -147,10 +147,10 @@ def test_no_two_modules_have_one_name():
     assert twice <= {"search"}  # of bank rows in engine, of images in embeddings
 
 
-def test_objectives_import_torch_and_the_engine_alone():
+def test_objectives_import_torch_the_engine_and_checks_of_arguments_alone():
     tree = ast.parse((SRC / "objectives.py").read_text())
     found = imports(SRC / "objectives.py", tree, late=True)
-    assert {name.split(".")[0] for name in found} == {"engine"}
+    assert {name.split(".")[0] for name in found} == {"config", "engine"}
     external = {
         name.split(".")[0]
         for node in ast.walk(tree)

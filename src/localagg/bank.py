@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import check_arguments
+from .config.tensor_checks import check_integers, check_rows
 from .distributed.collectives import World
 from .engine.bank_shard import BankShard
 from .engine.counter_rng import BANK, uniform
 from .engine.searchable_bank import SearchableBank
+from .errors import UserError, first_line
 from .objectives import momentum_update
 
 _INIT_CHUNK = 65536  # rows drawn at a time: the float64 draws of a large bank would not fit
@@ -26,6 +29,9 @@ class MemoryBank(nn.Module):
         device: of the rows.
         dtype: of the rows. Updates are computed in float32 and rounded to it.
         part: the rows of the N that this rank holds. Default: all.
+
+    Raises:
+        UserError: a size below 1, another dtype, or a device that this machine lacks.
     """
 
     rows: Tensor
@@ -42,9 +48,20 @@ class MemoryBank(nn.Module):
         part: range | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(size=(size, 1), dim=(dim, 1), seed=(seed, 0))
+        size, dim, seed = int(size), int(dim), int(seed)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError("option-invalid", f"dtype is {dtype!r}; pass a floating torch.dtype.")
         self.size = size
         self.part = range(size) if part is None else part
-        rows = torch.empty(len(self.part), dim, dtype=dtype, device=device)
+        try:
+            rows = torch.empty(len(self.part), dim, dtype=dtype, device=device)
+        except (RuntimeError, AssertionError) as error:  # no such device, or no memory
+            raise UserError(
+                "environment",
+                f"A bank of {len(self.part):,} x {dim} values does not fit on the device '{device}'"
+                f" ({first_line(error)[:80]}); choose another device or a smaller bank.",
+            ) from None
         for start in range(self.part.start, self.part.stop, _INIT_CHUNK):
             index = torch.arange(start, min(start + _INIT_CHUNK, self.part.stop))
             cube = uniform(seed, BANK, index, count=dim) * 2 - 1
@@ -77,7 +94,12 @@ class MemoryBank(nn.Module):
             index: int64 [B], of the N rows.
             embedding: unit rows [B, D].
             momentum: m in [0, 1].
+
+        Raises:
+            UserError: of another kind, shape, device or range.
         """
+        check_rows(rows=self.rows, embedding=embedding)
+        check_integers("index", index, (len(embedding),), self.size, device=self.rows.device)
         if len(self.part) < self.size:
             here = (index >= self.part.start) & (index < self.part.stop)
             index, embedding = index[here] - self.part.start, embedding[here]

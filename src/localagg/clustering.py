@@ -1,13 +1,15 @@
 """The H k-means clusterings of the bank that define close neighbors (LA section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .bank import MemoryBank
+from .config import check_arguments, check_numbers
+from .config.tensor_checks import check_integers, check_rows
 from .distributed.collectives import World
 from .engine.kmeans import KMeans, Points, initial_centroids, lloyd, mean_centroids
 from .engine.searchable_bank import not_finite_error
@@ -52,8 +54,18 @@ def kmeans(
         A :class:`~localagg.engine.kmeans.KMeans`; of this rank's rows if they are split.
 
     Raises:
-        UserError: more clusters than rows, rows that are not finite, or ``faiss`` for split rows.
+        UserError: more clusters than rows, rows that are not finite, ``faiss`` for split rows, or
+            an argument of another kind, shape or range.
     """
+    if not isinstance(rows, Points):
+        check_rows(rows=rows)
+    check_arguments(clusters=(clusters, 1), seed=(seed, 0), iterations=(iterations, 0))
+    check_numbers(0, 2**31 - 1, seed=seed, iterations=iterations)  # integers of faiss
+    check_numbers(0, tolerance=tolerance)
+    if engine not in get_args(Engine):
+        raise UserError(
+            "option-invalid", f"engine is {engine!r}; choose from {', '.join(get_args(Engine))}."
+        )
     if isinstance(rows, Tensor) and not _uses_faiss(rows, engine, start, world):
         rows = Points(rows, world)
     size = len(rows) if isinstance(rows, Tensor) else rows.count
@@ -64,11 +76,21 @@ def kmeans(
             f" set it to at most {size:,}.",
         )
     if isinstance(rows, Tensor):
-        return _faiss(rows, clusters, seed, iterations)
+        return _faiss(rows, clusters, int(seed), int(iterations))
     if start is None:
         first = initial_centroids(rows, clusters, seed)
         return lloyd(rows, first, iterations=iterations, tolerance=tolerance)
-    if not start.is_floating_point():
+    if isinstance(start, Tensor) and start.is_floating_point():
+        check_rows(start=start)
+        if not start.isfinite().all():
+            raise not_finite_error()
+        if start.shape != (clusters, rows.dim):
+            raise UserError(
+                "option-invalid",
+                f"start is of shape {list(start.shape)}; pass centroids [{clusters}, {rows.dim}].",
+            )
+    else:
+        check_integers("start", start, (len(rows.rows),), clusters)
         start = mean_centroids(rows.cluster_totals(start.to(rows.device, torch.int64), clusters))
     return lloyd(rows, start, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
 
@@ -102,7 +124,19 @@ def cluster(
     Returns:
         Labels, int32 [H, N], on the bank's device; of this rank's rows if the bank is split.
     """
-    rows = bank if isinstance(bank, Tensor) else bank.rows
+    rows = bank.rows if isinstance(bank, MemoryBank) else bank
+    check_rows(bank=rows)
+    check_arguments(seed=(seed, 0))
+    if not isinstance(clusters, Sequence) or isinstance(clusters, str):
+        raise UserError("option-invalid", f"clusters is {clusters!r}; pass a list of integers.")
+    if start is not None and not (
+        isinstance(start, Sequence | Tensor) and len(start) == len(clusters)
+    ):
+        raise UserError(
+            "option-invalid",
+            f"start is of type {type(start).__name__}; pass labels or centroids for each of the"
+            f" {len(clusters)} clusterings.",
+        )
     shared = rows if _uses_faiss(rows, engine, start, world) else Points(rows, world)
     options = {"iterations": iterations, "tolerance": tolerance, "engine": engine}
     labels_HN = torch.empty(len(clusters), len(rows), dtype=torch.int32, device=rows.device)

@@ -10,7 +10,10 @@ K background neighbors or noise draws, C those of them that this rank holds (K o
 H clusterings. In the equations v_i is row i of the batch [B, D], M the bank [N, D], t the
 temperature, m the bank's momentum, g the cluster labels [H, N].
 
-All functions are pure and take any floating dtype and device. Sums run in at least float32. No loss
+All functions are pure and take any floating dtype and device. A wrong argument raises UserError:
+its kind, shape, device or range. Values are checked on CPUs alone: rows of the bank that it lacks
+(index, noise_index), and rows that are not finite where neighbors are searched; elsewhere NaN gives
+NaN. Sums run in at least float32. No loss
 holds a B x N array: the engine passes over the bank in tiles. The bank gets no gradient; it moves
 by :func:`momentum_update` alone.
 
@@ -28,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import check_arguments, check_numbers, check_temperature
+from .config.tensor_checks import check_integers, check_pairs, check_rows, check_sizes
 from .engine import search
 from .engine.bank_shard import BankShard, Neighbors
 from .engine.searchable_bank import SearchableBank
@@ -56,6 +61,8 @@ def probability(embedding: Tensor, bank: Tensor, *, temperature: float = 0.07) -
     Returns:
         [B, N], rows sum to one, differentiable in ``embedding``.
     """
+    check_rows(embedding=embedding, bank=bank)
+    check_temperature(temperature)
     v_BD = embedding.to(loss_dtype(embedding, bank))
     return F.softmax(v_BD @ bank.to(v_BD).T / temperature, dim=1)
 
@@ -77,7 +84,8 @@ def instance_softmax(
     Returns:
         Scalar mean loss, differentiable in ``embedding``.
     """
-    shard = BankShard.whole(bank)
+    shard = _checked_bank(embedding, bank, temperature)
+    _check_index(index, embedding, shard)
     v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     log_Z_B = search.log_partition(v_BD, shard.rows, temperature)  # of this rank's rows
     sim_B = shard.similarity_to_own(v_BD, index)
@@ -113,7 +121,10 @@ def instance_nce(
         means over the batch and differentiable in ``embedding``.
     """
     eps = 1e-7  # the reference's, inside both denominators
-    shard = BankShard.whole(bank)
+    shard = _checked_bank(embedding, bank, temperature)
+    _check_index(index, embedding, shard)
+    shape = (len(embedding), "K")
+    check_integers("noise_index", noise_index, shape, shard.size, device=embedding.device)
     v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     base, Z = noise_index.shape[1] / shard.size, NCE_PARTITION_PER_IMAGE * shard.size
     here_B, _ = shard.local(index)
@@ -148,7 +159,9 @@ def background_neighbors(embedding: Tensor, bank: Bank, neighbors: int) -> Neigh
     Raises:
         UserError: on a CPU, values that are not finite.
     """
-    return BankShard.whole(bank).nearest(embedding.detach(), neighbors)
+    shard = _checked_bank(embedding, bank)
+    check_arguments(neighbors=(neighbors, 1))
+    return shard.nearest(embedding.detach(), int(neighbors))
 
 
 def close_neighbors(
@@ -168,6 +181,9 @@ def close_neighbors(
     Returns:
         bool [B, C].
     """
+    check_integers("labels", labels, ("H", "N"))
+    check_integers("index", index, ("B",), labels.shape[1] if bank is None else bank.size)
+    check_integers("rows", rows, (len(index), "C"), device=index.device)
     own_HB = labels[:, index] if bank is None else bank.labels_of(labels, index)
     return search.close_rows(labels, own_HB, rows)
 
@@ -198,7 +214,8 @@ def aggregation_loss(
     Returns:
         (loss, ratio), [B]; the loss is differentiable in ``embedding``.
     """
-    shard = BankShard.whole(bank)
+    shard = _checked_bank(embedding, bank, temperature)
+    check_numbers(0, eps=eps)
     v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     with torch.no_grad():
         weight_BC, sums_2B = search.exponential_sums(
@@ -243,9 +260,12 @@ def mixed_loss(
     Returns:
         (loss, ratio of LA), [B]; the loss is differentiable in ``embedding``.
     """
+    check_numbers(0, 1, instance_share=instance_share)
     loss_B, ratio_B = aggregation_loss(embedding, bank, background, close, temperature=temperature)
     if instance_share:
-        here_B, row_B = BankShard.whole(bank).local(index)
+        shard = BankShard.whole(bank)
+        _check_index(index, embedding, shard)
+        here_B, row_B = shard.local(index)
         itself_BC = (background.rows == row_B.unsqueeze(1)) & here_B.unsqueeze(1)
         instance_B, _ = aggregation_loss(
             embedding, bank, background, itself_BC, temperature=temperature
@@ -281,7 +301,10 @@ def local_aggregation(
     Raises:
         UserError: on a CPU, values that are not finite.
     """
-    shard = BankShard.whole(bank)
+    shard = _checked_bank(embedding, bank, temperature)
+    _check_index(index, embedding, shard)
+    check_integers("labels", labels, ("H", len(shard.rows)), device=embedding.device)
+    check_numbers(0, eps=eps)
     background = background_neighbors(embedding, shard, neighbors)
     close_BC = close_neighbors(labels, index, background.rows, shard)
     options = {"temperature": temperature, "eps": eps}
@@ -303,10 +326,27 @@ def momentum_update(rows: Tensor, embedding: Tensor, *, momentum: float = 0.5) -
     Returns:
         [B, D] unit rows in the dtype of ``rows``, without gradient.
     """
+    check_rows(rows=rows, embedding=embedding)
+    check_numbers(0, 1, momentum=momentum)
+    check_pairs(rows=rows, embedding=embedding)
     with torch.no_grad():
         dtype = loss_dtype(embedding, rows)
         moved = momentum * rows.to(dtype) + (1 - momentum) * embedding.to(dtype)
         return F.normalize(moved, dim=1).to(rows.dtype)
+
+
+def _checked_bank(embedding: Tensor, bank: Bank, temperature: float = 1.0) -> BankShard:
+    """Check the arguments of a loss, and return the bank as a shard."""
+    rows = bank.rows if isinstance(bank, BankShard | SearchableBank) else bank
+    check_rows(embedding=embedding, bank=rows)
+    check_temperature(temperature)
+    shard = BankShard.whole(bank)
+    check_sizes(embedding=len(embedding), bank=shard.size)
+    return shard
+
+
+def _check_index(index: Tensor, embedding: Tensor, shard: BankShard) -> None:
+    check_integers("index", index, (len(embedding),), shard.size, device=embedding.device)
 
 
 def loss_dtype(embedding: Tensor, bank: Tensor) -> torch.dtype:

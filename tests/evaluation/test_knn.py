@@ -142,7 +142,7 @@ def test_invalid_inputs_are_reported():
     for call in (knn_accuracy, retrieval_scores):
         with user_error("no-images"):
             call(bank[:1], labels[:1], bank[:1], labels[:1], exclude=labels[:1])
-        with user_error("option-invalid", "0 1"):
+        with user_error("option-invalid", "0, 1"):
             call(bank, labels, bank, labels, k=(0, 1))
         with user_error("no-labels", -1):
             call(bank, labels, bank, labels - 1)

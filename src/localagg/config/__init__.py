@@ -1,6 +1,12 @@
 """Options of a run: dataclasses, their checks, and access to their fields by name."""
 
-from .checks import check_arguments
+from .checks import (
+    check_arguments,
+    check_numbers,
+    check_options,
+    check_temperature,
+    is_integer,
+)
 from .effects import check_effects
 from .fields import (
     flag,
@@ -30,8 +36,12 @@ __all__ = [
     "ViewConfig",
     "check_arguments",
     "check_effects",
+    "check_numbers",
+    "check_options",
+    "check_temperature",
     "flag",
     "from_dict",
+    "is_integer",
     "option_names",
     "option_value",
     "override",

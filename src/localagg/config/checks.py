@@ -52,17 +52,49 @@ def check_share(config: object, *names: str) -> None:
             raise _invalid(name, value, "it must be from 0 to 1")
 
 
-def check_arguments(**least: tuple[int, int]) -> None:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether this is an integer of Python or NumPy; booleans are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_options(**least: tuple[object, int]) -> None:
+    """Raise a UserError if an option ``name=(value, least)`` is no integer or too small."""
+    for name, (value, low) in least.items():
+        if not (is_integer(value) and value >= low):
+            raise _invalid(name, value, f"it must be an integer of at least {low}")
+
+
+def check_arguments(**least: tuple[object, int]) -> None:
     """Raise a UserError if an argument ``name=(value, least)`` is no integer or too small."""
     for name, (value, low) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise _invalid(name, value, f"it must be an integer of at least {low}")
+        if not (is_integer(value) and value >= low):
+            raise _wrong_argument(name, value, f"an integer of at least {low}")
+
+
+def check_numbers(low: float, high: float = math.inf, **given: object) -> None:
+    """Raise a UserError if an argument is no finite number from ``low`` to ``high``."""
+    for name, value in given.items():
+        if not (_is_number(value) and math.isfinite(value) and low <= value <= high):
+            rule = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise _wrong_argument(name, value, f"a number {rule}")
+
+
+def check_temperature(temperature: object) -> None:
+    """Raise a UserError if this is no finite number above 0."""
+    if not (_is_number(temperature) and 0 < temperature < math.inf):
+        raise _wrong_argument("temperature", temperature, "a number above 0")
 
 
 def check(valid: bool, config: object, name: str, rule: str) -> None:
     """Raise a UserError that states the rule, unless ``valid``."""
     if not valid:
         raise _invalid(name, getattr(config, name), rule)
+
+
+def _wrong_argument(name: str, value: object, rule: str) -> UserError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 and "\n" not in shown else f"of type {type(value).__name__}"
+    return UserError("option-invalid", f"{name} is {shown}; it must be {rule}.")
 
 
 def _invalid(name: str, value: object, rule: str) -> UserError:

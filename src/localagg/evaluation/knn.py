@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..config import check_arguments, check_temperature, is_integer
+from ..config.tensor_checks import check_integers, check_rows
 from ..engine.search import nearest, sort_by_similarity
 from ..engine.searchable_bank import SearchableBank, not_finite_error
 from ..errors import UserError
@@ -48,7 +50,11 @@ def _nearest_batches(
     queries: Tensor, bank: Tensor, k: int, exclude: Tensor | None, batch: int = _BATCH
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of queries, rows, similarity) of :func:`nearest_rows`, batch by batch."""
+    check_rows(queries=queries, bank=bank)
+    check_arguments(batch=(batch, 1))
     check_neighbors(k, len(bank) - (exclude is not None))
+    if exclude is not None:
+        check_integers("exclude", exclude, (len(queries),), len(bank), device=queries.device)
     if not (queries.isfinite().all() and bank.isfinite().all()):
         raise not_finite_error()
     searchable = SearchableBank(bank)
@@ -65,10 +71,10 @@ def _nearest_batches(
 
 
 def check_neighbors(k: int, available: int) -> None:
-    """Raise UserError unless 1 <= k <= available."""
-    if not 1 <= k <= available:
+    """Raise UserError unless k is an integer and 1 <= k <= available."""
+    if not (is_integer(k) and 1 <= k <= available):
         raise UserError(
-            "option-invalid", f"k is {k}; it must be in 1-{available:,}, the number of images."
+            "option-invalid", f"k is {k!r}; it must be in 1-{available:,}, the number of images."
         )
 
 
@@ -99,16 +105,17 @@ def knn_vote(
         {k: int64 [Q]} on the bank's device.
 
     Raises:
-        UserError: no rows, k below 1, negative labels, or values that are not finite.
+        UserError: no rows, k below 1, negative labels, values that are not finite, or an argument
+            of another kind, shape or range.
     """
-    bank_labels, most = _check(bank, bank_labels, k, exclude)
-    exclude = None if exclude is None else exclude.to(bank.device)
-    classes = int(bank_labels.max()) + 1
+    check_temperature(temperature)
+    queries, bank_labels, exclude, most = _check(queries, bank, bank_labels, k, exclude)
+    classes_C, class_N = bank_labels.unique(return_inverse=True)  # increasing, so ties stay
     found: dict[int, list[Tensor]] = {count: [] for count in sorted(k)}
-    for _, rows_Qk, sim_Qk in _nearest_batches(queries.to(bank.device), bank, most, exclude):
-        winners = vote(bank_labels[rows_Qk], sim_Qk, k, classes, temperature)
+    for _, rows_Qk, sim_Qk in _nearest_batches(queries, bank, most, exclude):
+        winners = vote(class_N[rows_Qk], sim_Qk, k, len(classes_C), temperature)
         for count, winner_Q in winners.items():
-            found[count].append(winner_Q)
+            found[count].append(classes_C[winner_Q])
     none = torch.empty(0, dtype=torch.int64, device=bank.device)
     return {count: torch.cat([none, *parts]) for count, parts in found.items()}
 
@@ -157,8 +164,8 @@ def knn_accuracy(
     Returns:
         {"knn1": 0-1, "knn200": 0-1}: one entry a k, named after the k requested.
     """
+    query_labels = _check_queries(queries, query_labels, bank)
     winners = knn_vote(queries, bank, bank_labels, k=k, temperature=temperature, exclude=exclude)
-    query_labels = query_labels.to(bank.device)
     return {f"knn{count}": (winners[count] == query_labels).double().mean().item() for count in k}
 
 
@@ -186,9 +193,8 @@ def retrieval_scores(
     Returns:
         {"precision1": 0-1, ..., "map": 0-1 or None if no query counts, "map_left_out": queries}.
     """
-    bank_labels, most = _check(bank, bank_labels, k, exclude)
-    queries, query_labels = queries.to(bank.device), query_labels.to(bank.device)
-    exclude = None if exclude is None else exclude.to(bank.device)
+    query_labels = _check_queries(queries, query_labels, bank)
+    queries, bank_labels, exclude, most = _check(queries, bank, bank_labels, k, exclude)
     hits = torch.zeros(most, dtype=torch.int64, device=bank.device)
     for part, rows_Qk, _ in _nearest_batches(queries, bank, most, exclude):
         hits += (bank_labels[rows_Qk] == query_labels[part].unsqueeze(1)).sum(dim=0)
@@ -209,6 +215,8 @@ def _average_precisions(
     queries: Tensor, query_labels: Tensor, bank: Tensor, bank_labels: Tensor, exclude: Tensor | None
 ) -> Tensor:
     """Return the average precision of each query, float64 [Q]; NaN where its class has no row."""
+    dtype = torch.promote_types(queries.dtype, bank.dtype)
+    queries, bank = queries.to(dtype), bank.to(dtype)
     batch = max(1, _RANKED_BYTES // (len(bank) * bank.element_size()))
     precision = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=bank.device)
     for label in query_labels.unique().tolist():  # queries of a class share their relevant rows
@@ -228,17 +236,39 @@ def _average_precisions(
     return precision
 
 
+def _check_queries(queries: Tensor, query_labels: Tensor, bank: Tensor) -> Tensor:
+    """Return the labels of the queries on the bank's device."""
+    check_rows(queries=queries)
+    check_rows(bank=bank)
+    if not len(queries):
+        raise UserError("no-images", "There are no queries; pass at least one.")
+    check_integers("query_labels", query_labels, (len(queries),))
+    return _require_labels(query_labels).to(bank.device)
+
+
+def _require_labels(labels: Tensor) -> Tensor:
+    if len(labels) and int(labels.min()) < 0:
+        raise UserError(
+            "no-labels", f"A label is {int(labels.min())}; exclude images without a label."
+        )
+    return labels
+
+
 def _check(
-    bank: Tensor, bank_labels: Tensor, k: Sequence[int], exclude: Tensor | None
-) -> tuple[Tensor, int]:
-    """Return the labels on the bank's device, and the largest k that there are rows for."""
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, k: Sequence[int], exclude: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return all on the bank's device, and the largest k that there are rows for."""
+    check_rows(queries=queries)
+    check_rows(bank=bank)
     available = len(bank) - (exclude is not None)
     if available < 1:
         raise UserError("no-images", "No images to be neighbors; at least 2 are needed.")
-    if min(k) < 1:
-        raise UserError("option-invalid", f"k is {' '.join(map(str, k))}; it must be at least 1.")
-    if int(bank_labels.min()) < 0:
-        raise UserError(
-            "no-labels", f"A label is {int(bank_labels.min())}; exclude images without a label."
-        )
-    return bank_labels.to(bank.device), min(max(k), available)
+    check_integers("bank_labels", bank_labels, (len(bank),))
+    sized = isinstance(k, Sequence) and not isinstance(k, str)
+    if not sized or not k or not all(is_integer(count) and count >= 1 for count in k):
+        raise UserError("option-invalid", f"k is {k!r}; pass a list of integers of at least 1.")
+    if exclude is not None:
+        check_integers("exclude", exclude, (len(queries),), len(bank))
+        exclude = exclude.to(bank.device)
+    labels = _require_labels(bank_labels).to(bank.device, torch.int64)
+    return queries.to(bank.device), labels, exclude, int(min(max(k), available))

@@ -22,7 +22,7 @@ from ..checkpoint import (
     read_run,
     weights_digest,
 )
-from ..config import PretrainConfig, ViewConfig, check_arguments
+from ..config import PretrainConfig, ViewConfig, check_options
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
@@ -81,7 +81,7 @@ def measure_run(
         UserError: no usable labels, no bank of these images, or no such run.
     """
     run, data = Path(run), None if data is None else os.fspath(data)
-    check_arguments(batch_size=(batch, 1), workers=(workers, 0))
+    check_options(batch_size=(batch, 1), workers=(workers, 0))
     if against not in ("bank", "embeddings"):
         raise UserError("option-invalid", f"--against is {against}; use bank or embeddings.")
     if not k:

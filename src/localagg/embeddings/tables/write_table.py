@@ -19,7 +19,7 @@ from ... import __version__
 from ...checkpoint import load_encoder, load_views, weights_digest
 from ...config import (
     ViewConfig,
-    check_arguments,
+    check_options,
     from_dict,
     require_resolved,
     to_dict,
@@ -208,7 +208,7 @@ def _check_options(
     check_format(out, len(layer) if isinstance(layer, list) else 1)
     if dtype not in DTYPES:
         raise UserError("option-invalid", f"--dtype is {dtype}; it must be {' or '.join(DTYPES)}.")
-    check_arguments(batch_size=(batch, 1), workers=(workers, 0))
+    check_options(batch_size=(batch, 1), workers=(workers, 0))
 
 
 def describe_table(
