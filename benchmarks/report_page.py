@@ -5,33 +5,18 @@ Takes CIFAR-10's images or any others, and random rows around 30 centers as thei
 
 import argparse
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from playwright.sync_api import sync_playwright
+from browser import PAN, open_browser, press_key
 
 import report
 from localagg.data.sources.open import open_images
 from localagg.report.embedding_page import Pictured, write_embedding_page
 from localagg.report.thumbnails import SourceImages
-
-_PAN = """async () => {
-  const map = window.localagg.map, times = [];
-  map.zoom(1.5);
-  for (let i = 0, last = performance.now(); i < 60; i++) {
-    map.dx += 4;
-    map.redraw();
-    await new Promise(requestAnimationFrame);
-    const now = performance.now();
-    times.push(now - last), (last = now);
-  }
-  times.sort((a, b) => a - b);
-  return 1000 / times[30];
-}"""
 
 
 def main() -> None:
@@ -50,7 +35,8 @@ def main() -> None:
             file, start, busy = Path(folder) / "page.html", time.perf_counter(), _cpu_seconds()
             found = write_embedding_page(file, shown, title="benchmark")
             written, busy = time.perf_counter() - start, _cpu_seconds() - busy
-            ready, rate = _browse(file)
+            with open_browser() as page:
+                ready, rate = press_key(page, file.as_uri())[1], page.evaluate(PAN)
         megabytes = found["bytes"] / 1e6
         cells = [f"{megabytes:.1f}", f"{written:.0f}", f"{busy:.0f}", f"{ready:.2f}", f"{rate:.0f}"]
         rows.append([f"{count:,}", *cells])
@@ -71,25 +57,6 @@ def _cpu_seconds() -> float:
     """Return seconds of this process and of its ended workers."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _browse(file: Path) -> tuple[float, float]:
-    """Return (seconds until a key has an effect, frames a second of panning)."""
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=arguments
-        )
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto("about:blank")
-        start = time.perf_counter()
-        page.goto(file.as_uri())
-        page.locator(".stage > canvas").press("ArrowRight")
-        page.wait_for_selector(".side .path")
-        ready = time.perf_counter() - start
-        rate = page.evaluate(_PAN)
-        browser.close()
-    return ready, rate
 
 
 if __name__ == "__main__":

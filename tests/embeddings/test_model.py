@@ -9,6 +9,7 @@ import pytest
 import torch
 from expect import user_error
 from huggingface_hub import constants
+from PIL import Image
 
 import localagg
 from embeddings import VIEWS, save_small_encoder
@@ -72,6 +73,20 @@ def test_features_are_the_read_out_layers_or_their_maps(run, files):
     for wrong in ("conv7", 1.5, -1):
         with user_error("option-unknown", wrong):
             model.features(files, wrong)
+
+
+def test_programs_that_hook_modules_by_name_see_the_maps(run, files):
+    """As thingsvision (a view of each image, by named_modules) and Brain-Score (of all paths)."""
+    model, seen = localagg.load(run), {}
+    expected = model.features(files, ["1"], flatten=False)["1"]
+    name = model.encoder.layer_modules["1"]
+    hooked = dict(model.encoder.named_modules())[name]
+    hooked.register_forward_hook(lambda module, inputs, output: seen.update({name: output}))
+    one_by_one = torch.stack([model.preprocess(Image.open(file))[0] for file in files])
+    for views in (one_by_one, torch.stack([*model.preprocess(list(map(str, files)))])):
+        with torch.no_grad():
+            model.encoder(views)
+        np.testing.assert_allclose(seen.pop(name).numpy(), expected, atol=1e-5)
 
 
 def test_the_bank_s_nearest_rows_have_paths_and_similarities(run, pictures):

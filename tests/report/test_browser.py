@@ -87,6 +87,8 @@ def canvas_colors(page, selector=".stage > canvas"):
 
 def test_there_is_no_webgl(browser, tmp_path):
     write_page(tmp_path / "page.html", 3)
+    text = (tmp_path / "page.html").read_text()  # the map is drawn before the pictures are read
+    assert text.index("<script type=module async>") < text.index("id=sheet-0")
     with opened(browser, tmp_path / "page.html") as page:
         assert page.evaluate("document.createElement('canvas').getContext('webgl')") is None
         assert canvas_colors(page) > 100

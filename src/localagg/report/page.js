@@ -64,7 +64,8 @@ export class EmbeddedItems {
     if (!size) return null;
     const { side } = this.data, columns = Math.floor(1024 / side), tile = id % (columns * columns);
     const sheet = this.#sheet(Math.floor(id / (columns * columns)));
-    if (!sheet.complete) sheet.addEventListener("load", again, { once: true });
+    if (!sheet) document.addEventListener("DOMContentLoaded", again, { once: true });
+    else if (!sheet.complete) sheet.addEventListener("load", again, { once: true });
     else {
       const from = [(tile % columns) * side, Math.floor(tile / columns) * side, ...this.sizes.subarray(2 * id, 2 * id + 2)];
       context.drawImage(sheet, ...from, x - size[0] / 2, y - size[1] / 2, ...size);
@@ -72,10 +73,11 @@ export class EmbeddedItems {
     return size;
   }
 
+  /** A sheet, or null while the browser has not read it. */
   #sheet(number) {
-    this.sheets[number] ??= make("img", {
-      src: `data:image/webp;base64,${document.getElementById(`sheet-${number}`).textContent}`,
-    });
+    const block = document.getElementById(`sheet-${number}`);
+    if (document.readyState === "loading" && !block?.nextElementSibling) return null;
+    this.sheets[number] ??= make("img", { src: `data:image/webp;base64,${block.textContent}` });
     return this.sheets[number];
   }
 

@@ -55,6 +55,8 @@ def write_page(
     )
     blocks = [_block("data", json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))]
     blocks += [_block(f"array-{name}", _base64(a.tobytes())) for name, a in arrays.items()]
+    # The script runs before the browser has read the pictures, which may be 20 MB.
+    blocks.append(f"<script type=module async>{script}</script>\n".encode())
     sheets = [] if thumbnails is None else thumbnails.sheets
     blocks += [_block(f"sheet-{i}", _base64(sheet)) for i, sheet in enumerate(sheets)]
     with atomic_write(path) as beside, open(beside, "wb") as file:
@@ -68,7 +70,7 @@ def write_page(
             f"<div id=foot>{foot}</div>\n".encode()
         )
         file.writelines(blocks)
-        file.write(f"<script type=module>{script}</script></body></html>\n".encode())
+        file.write(b"</body></html>\n")
 
 
 def escape(text: str) -> str:
