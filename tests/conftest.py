@@ -1,5 +1,6 @@
 """Shared by all tests: one thread each (they run in parallel), real small images, the fixtures."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and faiss read it
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from PIL import Image
 
 torch.set_num_threads(1)
-settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("here")
+with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may lack it: make gpu
+    from hypothesis import settings
+
+    settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
+    settings.load_profile("here")
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 

@@ -64,6 +64,7 @@ def test_all_parts_together_keep_to_the_limit():
     outcomes = gpu.run_parts(begun, 1.0, lambda found: None)
     assert [each.ended for each in outcomes] == ["ended after 1 s", "no time", "no time"]
     assert sum(each.limit for each in gpu.parts()) <= gpu.SECONDS
+    assert "tests/training/test_gpu.py" in gpu.parts()[0].words
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
