@@ -139,6 +139,7 @@ def test_known_images_keep_their_rows_and_new_ones_are_embedded(
     assert (known, len(new)) == (47, 51)
     assert first["step"] == 3 * (51 // 12)
     assert learner.config.epochs == 4
+    assert learner.config.drops == (3.8, 3.94)  # within the new epoch, at the full rate before
     assert learner.config.encoder == checkpoint.read_run(finished)[0].encoder
     message = " ".join(capfd.readouterr().err.split())
     for count in ("51 images", "47 are known", "4 are new", "1 of"):

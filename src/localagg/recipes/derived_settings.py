@@ -14,6 +14,8 @@ from ..errors import UserError
 _IMAGENET_SCALE = 1_000_000  # images, from which on the reference's own settings apply
 _MIN_CLUSTERS = 2  # with one cluster all images are close neighbors, and LA's loss is zero
 _HEAD_EPOCHS = 20
+DROPS = (0.8, 0.935)
+"""Parts of the epochs after which the rate drops: the reference's ResNet-18, 160 and 187 of 200."""
 _SMALL_SIDE = 64  # pixels; up to here the network without a down-sampling stem
 
 
@@ -60,8 +62,7 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
             ir_epochs = round((epochs - (network_epochs or 0)) / 4)
     drops = config.drops
     if drops is None and config.rate_schedule == "drops":
-        # The reference's ResNet-18 drops at 160 and 187 of 200 epochs.
-        drops = (round(0.8 * epochs, 2), round(0.935 * epochs, 2))
+        drops = tuple(round(part * epochs, 2) for part in DROPS)
 
     objective = scale_to_images(config, size).objective
     objective = replace(

@@ -29,7 +29,7 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..interop.start_state import load_start_state, read_start_network
 from ..io.console import notify, show_progress
-from ..recipes.derived_settings import resolve_defaults
+from ..recipes.derived_settings import DROPS, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import Learner
 
@@ -48,6 +48,7 @@ def settings_of_start(
     After IR alone they are those of ``config``, with the network and IR epochs of ``start``. After
     LA they are those of ``start``, except the options that were set; by default it continues for a
     sixth of its epochs, which take a fifth of its time: epochs of LA take longer than those of IR.
+    The rate begins anew, and drops near the end of the new epochs.
 
     Args:
         config: as the user set it.
@@ -107,7 +108,8 @@ def settings_of_start(
         )
     if {"neighbors", "clusters"} & changed.keys():  # explicit values are not scaled
         changed["sized_for"] = None
-    changed = {"drops": None, "drop_steps": None, "minutes": None, **changed, "epochs": epochs}
+    drops = tuple(round(done + part * (epochs - done), 2) for part in DROPS)
+    changed = {"drops": drops, "drop_steps": None, "minutes": None, **changed, "epochs": epochs}
     return override(before, **changed)
 
 

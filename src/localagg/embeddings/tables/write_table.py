@@ -99,7 +99,7 @@ def write_embeddings(
     weights, data, out = Path(weights), os.fspath(data), Path(out)
     layer = _one_or_several(layer)
     _check_options(out, layer, dtype, workers, batch)
-    check_arguments(image_size=(1 if image_size is None else image_size, 1))
+    check_options(image_size=(1 if image_size is None else image_size, 1))
     if raw_maps and layer is None:
         raise UserError("option-missing", "--raw-maps needs the --layer whose maps it writes.")
     if append and out.suffix.lower() not in (".parquet", ".pq"):
