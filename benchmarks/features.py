@@ -9,9 +9,12 @@ turns in one process.
 import argparse
 import contextlib
 import functools
+import resource
 import shutil
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -62,6 +65,18 @@ def cpu_bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def count_cpu(call: Callable[[], object], spent: list[float]) -> None:
+    """Add the CPU seconds of a call, in this process and in workers that ended with it."""
+    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+
+    def now() -> float:
+        return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, kinds))
+
+    before = now()
+    call()
+    spent.append(now() - before)
+
+
 @torch.no_grad()
 def run_network(network: torch.nn.Module, views: Tensor, size: int, bfloat16: bool) -> None:
     """Put views through a network in batches."""
@@ -82,8 +97,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of the network in this process")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder, weights = Path(temporary, "photos"), Path(temporary)
         folder.mkdir()
@@ -134,21 +150,28 @@ def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
         "+ bfloat16": (fast.backbone, views, _CPU_BATCH, True),
     }
     calls = {name: functools.partial(run_network, *each) for name, each in networks.items()}
-    seconds = report.interleaved({**whole, **calls}, options.runs)
+    spent: dict[str, list[float]] = {name: [] for name in (*whole, *calls)}
+    timed = {name: functools.partial(count_cpu, call, spent[name])
+             for name, call in {**whole, **calls}.items()}  # fmt: skip
+    seconds = report.interleaved(timed, options.runs)
+    cpu = {name: statistics.median(found[1:]) for name, found in spent.items()}
     rows = []
     for group in (whole, calls):
         first = next(iter(group))
         for name in group:
             took = seconds[name]
-            rows.append([name, f"{count / took:,.0f}", f"{seconds[first] / took:.2f}"])
+            speed = [f"{count / took:,.0f}", f"{seconds[first] / took:.2f}"]
+            rows.append([name, *speed, f"{1000 * cpu[name] / count:.2f}",
+                         f"{cpu[first] / cpu[name]:.2f}"])  # fmt: skip
     plain, ours = whole["plain loop of timm, float32"](), adapt(torch.bfloat16).squeeze(1).float()
     alike = torch.nn.functional.cosine_similarity(plain, ours).mean()
     report.write(
         "features",
         f"Features of {count:,} photos at {side} pixels by {NAME}",
-        ["", "images/s", "x the first"],
+        ["", "images/s", "x the first", "CPU ms an image", "x the first"],
         rows,
-        f"Medians of {options.runs} turns; {WORKERS} workers. Each + adds to the line above."
+        f"Medians of {options.runs} turns; {WORKERS} workers,"
+        f" {options.threads} threads of the main process. Each + adds to the line above."
         f" Mean cosine between the features of the first and the fifth line: {alike:.3f} (they"
         " differ in the resampling of photos, too).",
     )
