@@ -1,4 +1,4 @@
-.PHONY: demo test test-all coverage check docs gpu
+.PHONY: demo test test-all coverage check docs lowest gpu
 
 PYTHON ?= python3
 
@@ -24,7 +24,15 @@ check: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	.venv/bin/hadolint Dockerfile
 	.venv/bin/pyright
+
+# The tests but the slow ones, with the oldest dependencies that pyproject.toml allows.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -n auto --dist loadscope -m "not slow"
 
 docs: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[docs]'

@@ -1,7 +1,7 @@
 """Execute a notebook and store its outputs: python docs/execute_notebook.py NOTEBOOK FOLDER.
 
-FOLDER is the working directory, with the data that the notebook names. Pictures are stored with 48
-colors, and printed lines as plain text without progress bars, warnings and home folders.
+FOLDER is the working directory, with the data that the notebook names. Pictures are stored as JPEG,
+and printed lines as plain text without progress bars, warnings and home folders.
 """
 
 import base64
@@ -15,11 +15,11 @@ from nbclient import NotebookClient
 from PIL import Image
 
 
-def shrink(encoded: str) -> str:
-    """Return a PNG, in base64, with few colors."""
-    image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+def jpeg(png: str) -> str:
+    """Convert a picture; both are in base64."""
     small = io.BytesIO()
-    image.quantize(48, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.save(small, "JPEG", quality=85)
     return base64.b64encode(small.getvalue()).decode()
 
 
@@ -29,7 +29,7 @@ def tidy(outputs: list[Any]) -> list[Any]:
     for output in outputs:
         data = output.get("data", {})
         if "image/png" in data:
-            data["image/png"] = shrink(data["image/png"])
+            data["image/jpeg"] = jpeg(data.pop("image/png"))
             pictures.append(output)
         elif output.output_type == "stream" and output.name == "stdout":
             text += output.text

@@ -24,7 +24,7 @@ def execute(name: str, folder: Path) -> Any:
 
 def pictures(notebook: Any) -> int:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return sum("image/png" in output.get("data", {}) for output in outputs)
+    return sum(any("image/" in kind for kind in output.get("data", {})) for output in outputs)
 
 
 @pytest.mark.slow
