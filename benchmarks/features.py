@@ -9,6 +9,7 @@ turns in one process.
 import argparse
 import contextlib
 import functools
+import os
 import resource
 import shutil
 import statistics
@@ -171,7 +172,8 @@ def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
         ["", "images/s", "x the first", "CPU ms an image", "x the first"],
         rows,
         f"Medians of {options.runs} turns; {WORKERS} workers,"
-        f" {options.threads} threads of the main process. Each + adds to the line above."
+        f" {options.threads} threads of the main process; load of the machine at the end"
+        f" {os.getloadavg()[0]:.0f}. Each + adds to the line above."
         f" Mean cosine between the features of the first and the fifth line: {alike:.3f} (they"
         " differ in the resampling of photos, too).",
     )

@@ -33,7 +33,7 @@ PARTS = {
 
 
 def child(started: float, words: list[str]) -> None:
-    """Run a command up to its first step; print one JSON object of {part: [begin, end]}."""
+    """Run a command up to its first step; print {part: [begin, end, CPU seconds]} as JSON."""
     found: dict[str, list[float]] = {}
 
     def now() -> float:
@@ -47,12 +47,14 @@ def child(started: float, words: list[str]) -> None:
         function = getattr(holder, name)
 
         def timed(*args, **kwargs):
-            begin = now()
+            begin, used = now(), time.process_time()
             result = function(*args, **kwargs)
             if part == "first features":
                 next(result)
             if part not in found:
-                found[part] = [0.0 if part == "imports" else begin, now()]
+                if part == "imports":  # from the start of the process
+                    begin = used = 0.0
+                found[part] = [begin, now(), time.process_time() - used]
             if part in ("first features", "first step"):
                 print(json.dumps(found), flush=True)
                 os._exit(0)
@@ -96,10 +98,11 @@ def measure(words: list[str], source: str, loops: str | None = None) -> dict[str
         raise SystemExit("".join(line for _, line in said))
     found = json.loads(out)
     seconds = {"first word": said[0][0]}
-    end = max(stop for _, stop in found.values())
+    end = max(each[1] for each in found.values())
     times = [0.0, *(at for at, _ in said), end]
     seconds["longest silence"] = max(b - a for a, b in itertools.pairwise(times))
-    seconds |= {part: found[part][1] - found[part][0] for part in PARTS if part in found}
+    for part, (begin, stop, used) in found.items():
+        seconds |= {part: stop - begin, f"{part}, CPU": used}
     return seconds | {"first step, features at": end}
 
 
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--source", action="append", metavar="NAME=SRC")
     parser.add_argument("--empty-cache", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--recipes", nargs="+", default=["folder", "adapt"])
     options = parser.parse_args()
     from report import write
 
@@ -119,8 +123,8 @@ def main() -> None:
     recipes = {"folder": [], "adapt": [*timm, "--image-size", "64"]}
     columns: dict[str, dict[str, float]] = {}
     for name, source in sources.items():
-        for recipe, more in recipes.items():
-            words = ["pretrain", recipe, "--data", options.data, *more]
+        for recipe in options.recipes:
+            words = ["pretrain", recipe, "--data", options.data, *recipes[recipe]]
             runs = [measure(words, source) for _ in range(options.runs + 1)][1:]
             columns[f"{recipe}, {name}"] = {
                 part: statistics.median(run[part] for run in runs) for part in runs[0]
@@ -130,11 +134,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as loops:
                 columns[f"folder, {name}, not compiled yet"] = measure(words, source, loops)
     parts = ["first word", "longest silence", *PARTS, "first step, features at"]
-    rows = [[part, *(f"{c[part]:.1f}" if part in c else "" for c in columns.values())]
-            for part in parts]  # fmt: skip
+
+    def cell(found: dict[str, float], part: str) -> str:
+        used = f" ({found[f'{part}, CPU']:.1f})" if f"{part}, CPU" in found else ""
+        return f"{found[part]:.1f}{used}" if part in found else ""
+
+    rows = [[part, *(cell(column, part) for column in columns.values())] for part in parts]
     note = (
-        f"Seconds, medians of {options.runs} runs with warm caches. The compiled loops are loaded"
-        " within another part."
+        f"Seconds, medians of {options.runs} runs with warm caches; in brackets CPU seconds of the"
+        " main process, which other jobs on the machine disturb less. The compiled loops are loaded"
+        f" within another part. Load of the machine at the end: {os.getloadavg()[0]:.0f}."
     )
     write("startup", "From the command to the first step", ["", *columns], rows, note)
 
