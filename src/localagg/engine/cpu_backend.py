@@ -9,11 +9,12 @@
    may reach it are scored in float32. The k best are the neighbors if k of them reach the list's
    threshold. If not (a misleading sample, or too many similar rows), all rows are scored.
 
-Threads split the rows of the bank in step 2 and the queries in step 3; results do not depend on
-their number. ``thread_pool`` says why each thread computes its products alone.
+Threads take tiles in step 2, each into lists of its own, and queries in step 3. Results do not
+depend on the number of threads, nor on which of them takes what. See ``thread_pool``.
 """
 
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from . import SETTINGS
 from . import cpu_list_kernels as list_kernels
 from . import cpu_search_kernels as kernels
 from .searchable_bank import RowBounds, SearchableBank, not_finite_error
-from .thread_pool import in_threads
+from .thread_pool import in_threads, take_from
 
 _FEW = 2  # queries, for which a loop is faster than a matrix product
 
@@ -63,10 +64,11 @@ class _Workspace:
 
     def __init__(self, batch: int, k: int, bank: SearchableBank) -> None:
         N, D = bank.rows.shape
-        self.list_rows = -(-N // torch.get_num_threads())  # bank rows of a list, and of a thread
-        self.lists = -(-N // self.list_rows)
-        self.tile = max(1, min(self.list_rows, SETTINGS.tile_products // batch))
-        self.capacity = min(self.list_rows, 2 * k + self.tile) + self.tile
+        threads = torch.get_num_threads()
+        self.tile = max(1, min(-(-N // threads), SETTINGS.tile_products // batch))
+        self.starts = range(0, N, self.tile)
+        self.lists = min(threads, len(self.starts))  # of a query: one for each thread
+        self.capacity = min(N, 2 * k + 2 * self.tile)
         # Lists a power of two apart would compete for the same lines of the cache.
         self.rows = np.empty((batch, self.lists * self.capacity + 16), np.int32)
         self.keys = np.empty(self.rows.shape, np.int16)
@@ -99,18 +101,29 @@ class _BatchSearch:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return rows and similarities, in as many places as the longest list needs, at most k."""
-        workspace, k, B, N = self.workspace, self.k, len(self.queries), len(self.bank.rows)
+        workspace, k, B = self.workspace, self.k, len(self.queries)
         threshold_B = self.floor_B.copy()  # ranks agreed on it, and it is better than an estimate
         if not np.isfinite(threshold_B).all():
             threshold_B = np.maximum(self._estimate_threshold(), threshold_B)
         threshold_SB = np.tile(threshold_B, (workspace.lists, 1))
         count_SB = np.zeros((workspace.lists, B), np.int64)
 
-        def collect(part: range) -> np.ndarray:
-            s = part.start // workspace.list_rows
-            return self._collect(part, s, threshold_SB[s], count_SB[s])
+        error_SB = np.zeros((workspace.lists, B), np.float32)
+        queue, owner = (
+            deque(range(len(workspace.starts))),
+            np.zeros(len(workspace.starts), np.int64),
+        )
 
-        error_B, count_B = np.max(in_threads(collect, N), axis=0), np.empty(B, np.int64)
+        def collect(part: range) -> None:  # of the lists, one for each thread
+            s = part.start
+            for number in take_from(queue):
+                owner[number] = s
+                self._collect(
+                    workspace.starts[number], s, error_SB[s], threshold_SB[s], count_SB[s]
+                )
+
+        in_threads(collect, workspace.lists)
+        error_B, count_B = error_SB.max(axis=0), np.empty(B, np.int64)
         chunk = SETTINGS.chunk_rows
         source = chunk, self.queries.numpy(), bits(self.bank.rows)
         incomplete_B, limited = np.empty(B, np.bool_), bool((self.floor_B > -math.inf).any())
@@ -125,7 +138,7 @@ class _BatchSearch:
         def finish(part: range) -> None:
             span, lists = (part.start, part.stop), (workspace.rows, count_B, workspace.sim)
             kernels.merge_lists(
-                *(*span, k, error_B, workspace.capacity, threshold_SB),
+                *(*span, k, error_B, workspace.tile, owner, workspace.capacity, threshold_SB),
                 *(workspace.rows, workspace.keys, count_SB, threshold_B, count_B),
             )
             kernels.rescore(*span, *source, *lists)
@@ -157,27 +170,24 @@ class _BatchSearch:
         return sample_threshold(self.rounded, self.bank, rank, size).numpy()
 
     def _collect(
-        self, part: range, s: int, threshold_B: np.ndarray, count_B: np.ndarray
-    ) -> np.ndarray:
-        """List the candidates of one part of the bank; returns its largest error bounds [B]."""
+        self, start: int, s: int, error_B: np.ndarray, threshold_B: np.ndarray, count_B: np.ndarray
+    ) -> None:
+        """Add a tile's candidates to list s of each query, with its threshold and its length.
+        ``error_B`` is the largest error bound of the tiles of this list."""
         workspace, B = self.workspace, len(self.queries)
-        at, max_error_B = s * workspace.capacity, np.zeros(B, np.float32)
-        for start in range(part.start, part.stop, workspace.tile):
-            end = min(part.stop, start + workspace.tile)
-            rows, row_bounds = _rounded_tile(self.bank, start, end, workspace.rounded[s])
-            error_B = self._error_bound(row_bounds)
-            max_error_B = np.maximum(max_error_B, error_B)
-            sim_BT = workspace.products[s][: B * len(rows)].view(B, len(rows))
-            if B <= _FEW and rows.dtype == torch.bfloat16:
-                kernels.multiply_few(self.rounded.float().numpy(), bits(rows), bits(sim_BT))
-            else:
-                torch.mm(self.rounded, rows.T, out=sim_BT)
-            kernels.collect_candidates(
-                *(signed_bits(sim_BT), self.shift, start, self.k, error_B, max_error_B),
-                *(threshold_B, workspace.rows, workspace.keys, at, at + workspace.capacity),
-                count_B,
-            )
-        return max_error_B
+        at, end = s * workspace.capacity, min(len(self.bank), start + workspace.tile)
+        rows, row_bounds = _rounded_tile(self.bank, start, end, workspace.rounded[s])
+        tile_error_B = self._error_bound(row_bounds)
+        np.maximum(error_B, tile_error_B, out=error_B)
+        sim_BT = workspace.products[s][: B * len(rows)].view(B, len(rows))
+        if B <= _FEW and rows.dtype == torch.bfloat16:
+            kernels.multiply_few(self.rounded.float().numpy(), bits(rows), bits(sim_BT))
+        else:
+            torch.mm(self.rounded, rows.T, out=sim_BT)
+        kernels.collect_candidates(
+            *(signed_bits(sim_BT), self.shift, start, self.k, tile_error_B, error_B, threshold_B),
+            *(workspace.rows, workspace.keys, at, at + workspace.capacity, count_B),
+        )
 
     def _error_bound(self, rows: RowBounds) -> np.ndarray:
         """Bound the error [B] of products, before they are rounded themselves.

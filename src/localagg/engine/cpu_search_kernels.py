@@ -202,24 +202,47 @@ def _raise_threshold(k, error, i, at, threshold_B, rows_C, keys_C, count):
 
 @njit(cache=True, nogil=True)
 def merge_lists(
-    first, last, k, error_B, width, threshold_SB, rows_BC, keys_BC, count_SB, threshold_B, count_B
+    first,
+    last,
+    k,
+    error_B,
+    tile,
+    owner,
+    width,
+    threshold_SB,
+    rows_BC,
+    keys_BC,
+    count_SB,
+    threshold_B,
+    count_B,
 ):
-    """Merge the lists of each query, in the order of rows, and raise its threshold. List s begins
-    at place s * width. ``count_B`` is -1 if one of the lists overflowed."""
+    """Merge the lists of each query, in the order of rows, and raise its threshold.
+
+    List s begins at place s * width and holds rows of the tiles whose ``owner`` it is, in order.
+    ``count_B`` is -1 if one of the lists overflowed."""
+    S = len(count_SB)
+    rows, keys = np.empty(S * width, np.int32), np.empty(S * width, np.int16)
+    place = np.empty(S, np.int64)
     for i in range(first, last):
-        threshold_B[i], count_B[i] = threshold_SB[:, i].max(), 0
-        for s in range(len(count_SB)):
-            if count_SB[s, i] < 0 or count_B[i] < 0:
-                count_B[i] = -1
-                continue
-            for c in range(count_SB[s, i] if s else 0):
-                to, place = unsigned(count_B[i] + c), unsigned(s * width + c)
-                rows_BC[i, to], keys_BC[i, to] = rows_BC[i, place], keys_BC[i, place]
-            count_B[i] += count_SB[s, i]
-        if count_B[i] > 0:
-            count_B[i] = _raise_threshold(
-                k, error_B[i], i, 0, threshold_B, rows_BC[i], keys_BC[i], count_B[i]
-            )
+        threshold_B[i], n = threshold_SB[:, i].max(), 0
+        if count_SB[:, i].min() < 0:
+            count_B[i] = -1
+            continue
+        for s in range(S):
+            place[s] = s * width
+        for number in range(len(owner)):
+            s, row_end = owner[number], (number + 1) * tile
+            c, end = place[s], s * width + count_SB[s, i]
+            while c < end and rows_BC[i, unsigned(c)] < row_end:
+                rows[unsigned(n)], keys[unsigned(n)] = (
+                    rows_BC[i, unsigned(c)],
+                    keys_BC[i, unsigned(c)],
+                )
+                n += 1
+                c += 1
+            place[s] = c
+        n = _raise_threshold(k, error_B[i], i, 0, threshold_B, rows, keys, n)
+        rows_BC[i, :n], count_B[i] = rows[:n], n
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

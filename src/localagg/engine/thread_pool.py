@@ -1,14 +1,18 @@
 """Work split over as many threads as torch has, each of which computes alone.
 
-torch's own threads spin while they wait for the next product. They would take the cores from the
-work between products, and on a busy machine each product would wait for the slowest thread.
+torch's own threads (OpenMP) spin while they wait for the next product. They would take the cores
+from the work, and on a busy machine each product would wait for the slowest thread. So they are
+ended before the work begins, whenever torch was imported; torch starts them anew.
 """
 
+import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,7 +27,41 @@ def in_threads(call: Callable[[range], T], size: int) -> list[T]:
     parts = [range(start, min(size, start + step)) for start in range(0, size, step)]
     if len(parts) < 2:
         return [call(part) for part in parts]
+    release_torch_threads()
     return list(_pool(threads).map(call, parts))
+
+
+def take_from(queue: deque[int]) -> Iterator[int]:
+    """Yield the numbers of a queue that threads share, each to the first that is free."""
+    while True:
+        try:
+            yield queue.popleft()
+        except IndexError:
+            return
+
+
+def release_torch_threads() -> None:
+    """End the threads that wait for this thread's next torch operation, which starts new ones.
+
+    That takes 0.1 ms, where the library that torch computes with has the function; where it lacks
+    it, and in a forked child, whose threads are gone, nothing happens.
+    """
+    if os.getpid() == _PROCESS and (library := _openmp()):
+        library.omp_pause_resource(1, library.omp_get_initial_device())  # 1: omp_pause_soft
+
+
+_PROCESS = os.getpid()
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """Return torch's library, through which its OpenMP's functions are found, or None."""
+    try:
+        (file,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
+        library = ctypes.CDLL(str(file))
+        return library if library.omp_pause_resource and library.omp_get_initial_device else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 @cache
