@@ -93,8 +93,23 @@ def main() -> None:
         "Settings of the LA head" if arguments.trials else "Heads on the same frozen features",
         ["images", "N", "method", "seeds", *METRICS],
         table(rows),
-        f"Means and half widths of 95 % intervals over the seeds. Load: {load}.",
+        f"Means and half widths of 95 % intervals over the seeds. Load: {load}.{paired(rows)}",
     )
+
+
+def paired(rows: list[dict[str, Any]]) -> str:
+    """Return a sentence on the NMI of LA less that of IR with the same seed, for each set."""
+    found = []
+    for images in dict.fromkeys(row["images"] for row in rows):
+        ir, la = (
+            {r["seed"]: r["NMI"] for r in rows if (r["images"], r["method"]) == (images, name)}
+            for name in ("IR head", "LA head")
+        )
+        gains = [la[seed] - ir[seed] for seed in ir.keys() & la.keys()]
+        if len(gains) > 1:
+            half = student.ppf(0.975, len(gains) - 1) * np.std(gains) / math.sqrt(len(gains) - 1)
+            found.append(f"{images} {np.mean(gains):+.3f} ± {half:.3f} ({len(gains)} seeds)")
+    return f" NMI of LA less IR with the same seed: {'; '.join(found)}." if found else ""
 
 
 def score(found: Found, labels: Tensor, seed: int) -> dict[str, float | None]:
@@ -206,17 +221,50 @@ def whitened_head(features: FrozenFeatures) -> nn.Linear:
     return head
 
 
-def umap_kmeans(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+def scaled_head(neighbors: int | None = None, clusters: int | None = None) -> Method:
+    """Return LA's head with K or the clusters of each clustering a part of the images."""
+
+    def learn(features: FrozenFeatures, classes: int, seed: int) -> Found:
+        size, options = len(features.values), {}
+        if neighbors:
+            options["neighbors"] = size // neighbors
+        if clusters:
+            options["clusters"] = (size // clusters,) * 5
+        return localagg_head(**options)(features, classes, seed)
+
+    return learn
+
+
+def clustered_head(cluster: Callable[[Tensor, int, int], np.ndarray]) -> Method:
+    """Return clusters of the embeddings that LA's head learns."""
+
+    def learn(features: FrozenFeatures, classes: int, seed: int) -> Found:
+        rows = localagg_head()(features, classes, seed)
+        assert isinstance(rows, Tensor)
+        return cluster(F.normalize(rows, dim=1), classes, seed)
+
+    return learn
+
+
+def umap_rows(rows: Tensor, classes: int, seed: int) -> np.ndarray:
     import umap
 
     options = {"n_neighbors": 20, "n_components": 10, "min_dist": 0.0, "metric": "cosine"}
-    reduced = umap.UMAP(**options, random_state=seed).fit_transform(measured(features).numpy())
+    reduced = umap.UMAP(**options, random_state=seed).fit_transform(rows.numpy())
     return KMeans(classes, n_init=4, random_state=seed).fit_predict(reduced)
 
 
-def spectral(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+def spectral_rows(rows: Tensor, classes: int, seed: int) -> np.ndarray:
     near = {"affinity": "nearest_neighbors", "n_neighbors": 20}
-    return SpectralClustering(classes, **near, random_state=seed).fit_predict(measured(features))
+    return SpectralClustering(classes, **near, random_state=seed).fit_predict(rows)
+
+
+def umap_kmeans(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+    return umap_rows(measured(features), classes, seed)
+
+
+def spectral(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
+    return spectral_rows(measured(features), classes, seed)
 
 
 def simclr_head(temperature: float, batch: int = 256) -> Method:
@@ -284,7 +332,14 @@ METHODS: dict[str, Method] = {
     "SCAN head, entropy 2, rate 1e-4": scan_head(2.0, 1e-4),
 }
 TRIALS: dict[str, Method] = {
+    "defaults": localagg_head(),
     **{f"batch {size}": localagg_head(batch_size=size) for size in (32, 64, 128, 256)},
+    **{f"K = N / {part}": scaled_head(neighbors=part) for part in (16, 2)},
+    **{f"N / {part} clusters": scaled_head(clusters=part) for part in (100, 33)},
+    "half of the loss IR's": localagg_head(instance_share=0.5),
+    "40 epochs": localagg_head(epochs=40),
+    "defaults, then spectral clustering": clustered_head(spectral_rows),
+    "defaults, then UMAP + k-means": clustered_head(umap_rows),
 }
 
 if __name__ == "__main__":
