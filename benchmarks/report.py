@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -70,7 +71,10 @@ def write(
     """Print a table and keep it as ``results/NAME.md``."""
     packages = ("torch", "torchvision", "lightning", "faiss-cpu", "numpy")
     versions = ", ".join(f"{package} {_version(package)}" for package in packages)
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    given = [
+        re.sub(r"(?<![\w.~])/(?:[^\s/=:]+/)+", "", word) for word in sys.argv[1:]
+    ]  # no own folders
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     table = [columns, ["---"] * len(columns), *rows]
     lines = [
         f"# {title}",
