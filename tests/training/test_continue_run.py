@@ -156,6 +156,9 @@ def test_a_grown_run_learns_and_resumes_bit_exactly(finished, grown_folder, tmp_
             pretrain(config, str(grown_folder), other, start=finished)
     resume(other)
     assert_same(one, other)
+    grown = checkpoint.read_run(one)[0]
+    assert (grown.ir_epochs, grown.epochs, grown.drops) == (4, 5, (4.6, 4.87))
+    assert [line["phase"] for line in read_metrics(one) if "phase" in line][-1] == "LA"
 
 
 def test_contents_match_whatever_the_names_and_identical_images_in_order(train, grown_folder):

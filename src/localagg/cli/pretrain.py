@@ -42,7 +42,7 @@ class Pretrain:
     """Run folder to create. Default: runs/RECIPE."""
     start: str | None = None
     """Finished run to continue, on the same images or on others: known images keep their bank rows.
-    After LA it keeps its options, and continues for a sixth of its epochs by default. Or a
+    After LA it keeps its options, and continues for a fifth of its epochs by default. Or a
     checkpoint imported by import-tf --bank, which continues from its step on the same images."""
     resume: str | None = None
     """Run folder to continue. It keeps its recipe and its options; --epochs prolongs it."""

@@ -4,6 +4,7 @@ Or a checkpoint of the reference program.
 """
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .learner import Learner
 
 _CONTENTS = "contents.npy"
 _BATCH = 256
+_IR_AGAIN = 0.6  # of the new epochs: LA alone learns little from new images
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -47,8 +49,8 @@ def settings_of_start(
 
     After IR alone they are those of ``config``, with the network and IR epochs of ``start``. After
     LA they are those of ``start``, except the options that were set; by default it continues for a
-    sixth of its epochs, which take a fifth of its time: epochs of LA take longer than those of IR.
-    The rate begins anew, and drops near the end of the new epochs.
+    fifth of its epochs. The rate begins anew, and drops near their end. On changed images the first
+    three fifths of the new epochs are of IR, from which most of the gain comes.
 
     Args:
         config: as the user set it.
@@ -68,7 +70,7 @@ def settings_of_start(
         )
     if start.is_file():
         return _settings_of_import(config, start, source)
-    before, _ = checkpoint.read_run(start)
+    before, facts = checkpoint.read_run(start)
     if checkpoint.read_progress(checkpoint.latest(start))["summary"] is None:
         raise UserError(
             "mismatch", f"--start '{start}' is not finished; first run --resume {start}."
@@ -100,7 +102,16 @@ def settings_of_start(
         if option_value(config, name) != option_value(usual, name)
     }
     changed = {name: option_value(config, name) for name in names}
-    epochs = changed.get("epochs") or done + max(1, done // 6)
+    is_changed = source.fingerprint() != facts["fingerprint"]
+    return _settings_after_la(before, start, changed, images_changed=is_changed)
+
+
+def _settings_after_la(
+    before: PretrainConfig, start: Path, changed: dict[str, Any], *, images_changed: bool
+) -> PretrainConfig:
+    """Return the settings of a run that continues LA, with the options that were set."""
+    done = require_resolved(before.epochs)
+    epochs = changed.get("epochs") or done + math.ceil(done / 5)
     if epochs <= done:
         raise UserError(
             "option-invalid",
@@ -108,9 +119,15 @@ def settings_of_start(
         )
     if {"neighbors", "clusters"} & changed.keys():  # explicit values are not scaled
         changed["sized_for"] = None
-    drops = tuple(round(done + part * (epochs - done), 2) for part in DROPS)
-    changed = {"drops": drops, "drop_steps": None, "minutes": None, **changed, "epochs": epochs}
-    return override(before, **changed)
+    new = epochs - done
+    defaults: dict[str, Any] = {"drop_steps": None, "minutes": None}
+    if before.rate_schedule == "drops":
+        defaults["drops"] = tuple(round(done + part * new, 2) for part in DROPS)
+    again = min(round(_IR_AGAIN * new), new - 1)
+    if again and images_changed and "ir_epochs" not in changed:
+        defaults["ir_epochs"] = done + again
+        notify(f"On changed images '{start}' learns for {again} epochs by IR, then by LA.")
+    return override(before, **{**defaults, **changed, "epochs": epochs})
 
 
 def prolong(
@@ -201,7 +218,9 @@ def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
     learner.bank.rows[(mine >= 0).to(device)] = old[mine[mine >= 0]].to(learner.bank.rows)
     _embed_rows(learner, feed, new[(new >= part.start) & (new < part.stop)])
     schedule = Schedule(learner.config, len(feed.valid))
-    steps = schedule.ir_steps if before.ir_epochs == before.epochs else schedule.la_steps
+    begins_by_ir = (learner.config.ir_epochs or 0) > require_resolved(before.epochs)
+    begins_by_ir |= before.ir_epochs == before.epochs
+    steps = schedule.ir_steps if begins_by_ir else schedule.la_steps
     learner.step = require_resolved(before.epochs) * steps
 
 
