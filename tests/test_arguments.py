@@ -1,14 +1,17 @@
 """Wrong arguments of public functions: one sentence with a code, and no result."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from expect import user_error
 
-from localagg import objectives
+from localagg import UserError, create_encoder, embed, objectives, open_images, recipe
 from localagg.bank import MemoryBank
 from localagg.clustering import cluster, kmeans
+from localagg.config import ViewConfig
 from localagg.evaluation.knn import knn_accuracy, nearest_rows, retrieval_scores
 
 B, N, D = 3, 12, 4
@@ -183,8 +186,66 @@ def test_a_wrong_argument_is_one_sentence(function, arguments, request):
     assert len(str(caught.value)) < 250
 
 
+ENCODER = create_encoder("resnet18_small", 4, width=2, blocks=(1,)).eval()
+IMAGES = torch.zeros(2, 3, 8, 8)
+OTHERS = {
+    create_encoder: {
+        "valid": {"model": "resnet18_small", "dim": 4, "width": 2, "blocks": (1,)},
+        "model": {"None": None, "number": 3, "Path": Path("resnet18")}, "dim": COUNTS_INVALID,
+        "seed": {"text": "x", "negative": -1, "fraction": 1.5}, "head_layers": {"boolean": True},
+        "width": COUNTS_INVALID, "blocks": {"none": (), "0": (0,), "text": "ab"},
+        "stem_stride": COUNTS_INVALID,
+    },
+    ENCODER.forward: {
+        "valid": {"images": IMAGES},
+        "images": {
+            "numpy": IMAGES.numpy(), "list": [1], "None": None, "path": "a.jpg",
+            "no pixels": IMAGES[:, :, :0], "another device": IMAGES.to("meta"),
+        },
+    },
+    ENCODER.features: {"valid": {"images": IMAGES, "layers": ["0"]}, "layers": {"fraction": 3.5}},
+    open_images: {
+        "valid": {"uri": "digits"},
+        "uri": {"None": None, "number": 3, "bytes": b"digits", "list": ["a"], "empty": "",
+            "no such user": "~nobody-of-this-name/images",
+        },
+        "split": {"None": None, "list": ["train"], "number": 3, "bytes": b"train"},
+    },
+    embed: {
+        "valid": {"encoder": ENCODER, "source": IMAGES, "views": ViewConfig(image_size=8)},
+        "encoder": {"None": None, "text": "run", "module": torch.nn.Linear(2, 2)},
+        "source": {"None": None, "number": 3}, "views": {"None": None, "number": 8},
+        "batch": COUNTS_INVALID, "workers": {"text": "2", "negative": -1, "fraction": 2.0},
+        "pixels": {"numpy": np.zeros((2, 3, 8, 8), np.uint8), "too few": IMAGES[:1].byte()},
+        "on_progress": {"None": None, "text": "x"},
+    },
+    recipe: {"valid": {"name": "digits"}, "name": {"None": None, "number": 3}},
+}  # fmt: skip
+OTHER_CASES = [
+    pytest.param(function, {**table["valid"], name: value}, id=f"{function.__name__}-{name}-{kind}")
+    for function, table in OTHERS.items()
+    for name, invalid in table.items()
+    if name != "valid"
+    for kind, value in invalid.items()
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), OTHER_CASES)
+def test_a_wrong_network_image_or_place_is_one_sentence(function, arguments):
+    with pytest.raises(UserError) as caught:
+        function(**arguments)
+    assert caught.value.code in ("option-invalid", "option-unknown", "not-found")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_encoder_takes_float64_images_and_one_layer():
+    torch.testing.assert_close(ENCODER(IMAGES.double()), ENCODER(IMAGES))
+    assert list(ENCODER.features(IMAGES, 1)) == list(ENCODER.features(IMAGES, "1")) == ["1"]
+    assert embed(ENCODER, IMAGES, ViewConfig(image_size=8)).rows.shape == (2, 4)
+
+
 def test_valid_arguments_of_each_function_pass():
-    for function, table in FUNCTIONS.items():
+    for function, table in (FUNCTIONS | OTHERS).items():
         function(**table["valid"])
 
 

@@ -68,8 +68,8 @@ def test_wrong_arguments_of_embed_raise(weights, pictures):
     for options, *named in (
         ({"source": "no/such"}, "no/such"),
         ({"views": None}, "views", "None"),
-        ({"batch": 0}, "--batch", 0),
-        ({"workers": 1.5}, "--workers", 1.5),
+        ({"batch": 0}, "batch is", 0),
+        ({"workers": 1.5}, "workers is", 1.5),
     ):
         arguments = {"source": pictures, "views": VIEWS} | options
         code = "not-found" if "source" in options else "option-invalid"

@@ -1,10 +1,8 @@
 """Compute embeddings of images by a trained encoder."""
 
 import contextlib
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
@@ -15,10 +13,12 @@ from ..config import (
     ViewConfig,
     check_arguments,
 )
+from ..config.tensor_checks import check_integers
 from ..data.images.augment import evaluation_view
+from ..data.images.image_dataset import open_data
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source
 from ..errors import UserError
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
@@ -38,7 +38,7 @@ class ImageEmbeddings(NamedTuple):
 @torch.no_grad()
 def embed(
     encoder: Encoder,
-    source: Source | str | Path,
+    source: Any,
     views: ViewConfig,
     *,
     pixels: Tensor | None = None,
@@ -53,9 +53,10 @@ def embed(
 
     Args:
         encoder: any encoder; its training mode is restored afterwards, also after an error.
-        source: the images, or their data URI (its split "train").
+        source: the images of :func:`~localagg.open_images`, a data URI (its split "train"), or
+            images as :func:`~localagg.pretrain` takes them.
         views: image_size and eval_crop of the view; those that are None are derived.
-        pixels: the decoded images uint8 [N, 3, H, W], if they are in memory.
+        pixels: the decoded images uint8 [N, 3, H, W] of ``source``, if they are in memory.
         batch: images a batch.
         workers: decoding processes.
         batch_statistics: normalize by each batch's statistics and track them, as in training.
@@ -66,16 +67,25 @@ def embed(
     Raises:
         UserError: no image can be read, or an argument is invalid.
     """
-    if isinstance(source, (str, os.PathLike)):
-        source = open_images(source)
+    source, _ = open_data(source)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            "option-invalid",
+            f"encoder is of type {type(encoder).__name__}; pass one of create_encoder, or"
+            " load(...).encoder.",
+        )
     check_arguments(batch=(batch, 1), workers=(workers, 0))
     if not isinstance(views, ViewConfig):
         raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
+    if not callable(on_progress):
+        raise UserError("option-invalid", f"on_progress is {on_progress!r}; pass a function.")
+    batch = int(batch)
     device = next(encoder.parameters()).device
     found_index, found_rows, done = [], [], 0
     if pixels is not None:
+        check_integers("pixels", pixels, (len(source), 3, "H", "W"))
         chunks = torch.arange(len(pixels)).split(batch)[part]
         batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in chunks)
     else:

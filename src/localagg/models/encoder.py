@@ -10,7 +10,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, suggest
+from ..config import check_arguments, is_integer
+from ..errors import UserError, first_line, suggest
 from .alexnet import AlexNet
 from .backbone import Backbone, Compat, Normalization
 from .preact_resnet import preact_resnet18, preact_resnet50
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
 
         Rows [B, channels] are such features already, and are returned as they are.
         """
-        if not isinstance(images, torch.fx.Proxy) and images.ndim == 2:  # a tracer has images
+        if isinstance(images, Tensor) and images.ndim == 2:  # a tracer has images
             return images.to(self.mean.dtype)
         return self.backbone(self._normalize_pixels(images))
 
@@ -125,6 +126,8 @@ class Encoder(nn.Module):
             images: as in :meth:`forward`.
             layers: names out of :attr:`layers`; 3 means "3". Others raise UserError.
         """
+        if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
+            layers = [layers]
         names = self.layers if layers is None else [str(layer) for layer in layers]
         for name in names:
             if name not in self.layers:
@@ -159,8 +162,15 @@ class Encoder(nn.Module):
 @torch.fx.wrap
 def _normalize_pixels(images: Tensor, mean: Tensor, std: Tensor, *, values: bool) -> Tensor:
     check_pixels(images, values=values)
+    if images.device != mean.device:
+        raise UserError(
+            "option-invalid",
+            f"The images are on {images.device} and the network on {mean.device}; move one.",
+        )
     if images.dtype == torch.uint8:
         images = images.to(mean.dtype) / 255
+    elif images.dtype != mean.dtype:  # float64, say, would reach the convolutions
+        images = images.to(mean.dtype)
     return (images - mean) / std
 
 
@@ -181,7 +191,12 @@ def check_pixels(images: Tensor, *, values: bool = True) -> None:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return
-    if images.ndim != 4 or images.shape[1] != 3:
+    if not isinstance(images, Tensor):
+        raise UserError(
+            "option-invalid",
+            f"The images are of type {type(images).__name__}; pass a tensor [B, 3, H, W].",
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise UserError(
             "option-invalid",
             f"The images have the shape {list(images.shape)}; pass [B, 3, H, W].",
@@ -221,15 +236,23 @@ def create_encoder(
         options: of the architecture (``resnet18_small``: width, blocks, stem_stride; torchvision's
             and timm's own). Unknown models and options raise UserError.
     """
-    head_options(head_layers)  # checks it
+    if not isinstance(model, str):
+        raise UserError("option-invalid", f"model is {model!r}; pass a name such as 'resnet18'.")
+    check_arguments(dim=(dim, 1))
+    if seed is not None:
+        check_arguments(seed=(seed, 0))
+    dim, _ = int(dim), head_options(head_layers)  # checks it
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
             backbone = _create_backbone(model, options)
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
+            if not options:
+                raise
             raise UserError(
-                "option-unknown", f"Model {model} does not take these options: {error}."
+                "option-unknown",
+                f"Model {model} does not take these options: {first_line(error)}.",
             ) from None
         spec = {"model": model, "dim": dim, **options, **head_options(head_layers)}
         return Encoder(backbone, dim, spec)
@@ -237,8 +260,8 @@ def create_encoder(
 
 def head_options(head_layers: int) -> dict[str, int]:
     """Return the part of a spec for the head; specs of linear heads omit it."""
-    if head_layers not in (1, 2):
-        raise UserError("option-invalid", f"head_layers is {head_layers}; use 1 or 2.")
+    if not is_integer(head_layers) or head_layers not in (1, 2):
+        raise UserError("option-invalid", f"head_layers is {head_layers!r}; use 1 or 2.")
     return {} if head_layers == 1 else {"head_layers": head_layers}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from ..config import check_arguments
 from .backbone import Backbone
 
 
@@ -23,6 +24,9 @@ class SmallResNet(Backbone):
         self, width: int = 64, blocks: Sequence[int] = (2, 2, 2, 2), stem_stride: int = 1
     ) -> None:
         super().__init__()
+        check_arguments(width=(width, 1), stem_stride=(stem_stride, 1), stages=(len(blocks), 1))
+        for count in blocks:
+            check_arguments(blocks=(count, 1))
         self.stem = _conv(3, width, 3, stem_stride)
         self.stem_norm, self.stem_relu = nn.BatchNorm2d(width), nn.ReLU()
         stages, channels = [], width

@@ -155,6 +155,8 @@ def recipe(name: str) -> Recipe[PretrainConfig]:
     Raises:
         UserError: no recipe of this name; the message suggests the closest one.
     """
+    if not isinstance(name, str):
+        raise UserError("option-invalid", f"The recipe is {name!r}; pass a name such as 'folder'.")
     if name in READOUT_RECIPES:
         raise UserError(
             "option-invalid",

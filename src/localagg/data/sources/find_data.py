@@ -49,11 +49,14 @@ def find_splits(uri: str, column: str | None = None) -> Splits:
     Raises:
         UserError: no such place, no images there, or images of two kinds.
     """
+    try:
+        root = Path(uri).expanduser()
+    except RuntimeError:
+        raise UserError("not-found", f"'{uri}' names no user's home; correct --data.") from None
     by_name = (find_digits, functools.partial(find_hub_dataset, column=column), find_csv_listing)
     for find in (*by_name, find_tar_pattern):
         if (splits := find(uri)) is not None:
             return splits
-    root = Path(uri).expanduser()
     if not os.path.lexists(root):
         raise UserError(
             "not-found",

@@ -63,7 +63,7 @@ def walk_images(
     try:
         with os.scandir(root / prefix) as entries:
             ordered = sorted(entries, key=lambda entry: entry.name)
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # not readable, or removed meanwhile
         if not prefix:
             raise
         return

@@ -65,6 +65,10 @@ def parse_uri(uri: str | os.PathLike[str]) -> tuple[str, DataOptions]:
     Raises:
         UserError: an invalid value.
     """
+    if not (isinstance(uri, str | os.PathLike) and isinstance(os.fspath(uri), str)):
+        raise UserError("option-invalid", f"The data URI is {uri!r}; pass text or a Path.")
+    if not os.fspath(uri).strip():
+        raise UserError("option-invalid", "The data URI is empty; name the images' place.")
     place, mark, text = os.fspath(uri).rpartition("#")
     found = [_OPTION.fullmatch(part) for part in text.split("&")]
     if not mark or os.path.exists(os.fspath(uri)) or not all(found):
@@ -103,6 +107,8 @@ def open_images(uri: str | os.PathLike[str], split: str = "train") -> Source:
             "option-missing", f"The run learned from {GIVEN} in Python; pass data= or --data."
         )
     place, options = parse_uri(uri)
+    if not isinstance(split, str):
+        raise UserError("option-invalid", f"split is {split!r}; pass names such as 'train,test'.")
     splits = find_splits(place, options.column)
     names = [name for name in splits.names if name not in options.split]
     if split == "train" and options.split:
