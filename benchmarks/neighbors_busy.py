@@ -6,6 +6,7 @@ threads then spin as after a network's step.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=(50_000, 200_000))
     parser.add_argument("--runs", type=int, default=25)
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     report.write(
         "neighbors_busy",
         "The neighbor engine beside busy jobs, in both orders of import",
@@ -115,7 +117,8 @@ def main() -> None:
         ],
         [line for size in options.sizes for line in measure(size, options.runs)],
         f"Medians of {options.runs}. A product is one of the first pass, in bfloat16 where the CPU"
-        " has units for it, else in float32, by the same threads.",
+        " has units for it, else in float32, by the same threads. Other jobs of this"
+        f" machine, besides: a load of {load:.0f}.",
     )
 
 
