@@ -14,6 +14,8 @@ from PIL import Image
 
 from localagg.cli.main import main
 from localagg.data.inspect.inspect_dataset import inspect, summary_rows
+from localagg.data.loading.scan import load_or_scan
+from localagg.data.sources.open import open_images
 from localagg.errors import UserError
 
 
@@ -151,3 +153,14 @@ def test_levels_pages_and_orientation_are_reported(tmp_path):
     assert facts["pages"] == {"files": 1, "pages": 20}
     assert facts["turned"] == 1
     assert facts["near_empty"] == ["side.jpg", "stack.tif"]  # and not the dark one
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_frames_that_are_not_read_are_counted(tmp_path, kind):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / f"moving.{kind}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / f"still.{kind}")
+    facts = inspect(str(tmp_path))["splits"]["train"]
+    assert (facts["images"], facts["pages"]) == (2, {"files": 1, "pages": 3})
+    for memory in ("always", "never"):
+        assert load_or_scan(open_images(tmp_path), memory=memory).pages == 2

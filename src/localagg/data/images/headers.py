@@ -14,7 +14,7 @@ from ..sources.image_files import open_file
 from ..sources.source import Source
 from .decode import UnreadableImage, decode, open_image, orientation
 from .levels import STORED, Levels
-from .samples import count_tiff_pages
+from .samples import count_pages, may_have_frames
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a longer header is read whole
 _TAIL = 1024  # bytes read from its end, which may be padded with zeros
@@ -38,7 +38,7 @@ class Header(NamedTuple):
     decoded: bool = False
     """Whether all pixels had to be decoded, because the end of the format is not there."""
     pages: int = 1
-    """Pages of a TIFF file."""
+    """Pages of a TIFF file, frames of a GIF, PNG or WebP file."""
     turn: int = 1
     """EXIF orientation; above 1 the image is turned or mirrored."""
     samples: str = ""
@@ -100,7 +100,9 @@ def read_header(
         data = stored_bytes(source, index, ends)
         image = open_image(data, levels)
         decode(data, levels=levels)
-    pages = count_tiff_pages(data) if image.format == "TIFF" else 1
+    if may_have_frames(ends.head):  # they lie behind the head
+        data = stored_bytes(source, index, ends)
+    pages = count_pages(data)
     header = Header(
         image.height,
         image.width,

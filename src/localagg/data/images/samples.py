@@ -74,6 +74,30 @@ def _read_tags(data: bytes, page: int) -> Any:
         raise UnreadableImage(f"its TIFF tags are damaged ({error})") from None
 
 
+def count_pages(data: bytes) -> int:
+    """Return the pages of a TIFF file or the frames of a GIF, PNG or WebP file; else 1."""
+    if data[:2] in (b"II", b"MM"):
+        return count_tiff_pages(data)
+    if not may_have_frames(data):
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=("GIF", "PNG", "WEBP")) as image:
+                return max(1, getattr(image, "n_frames", 1))
+    except Exception:  # Pillow's parsers raise errors of any kind
+        return 1
+
+
+def may_have_frames(head: bytes) -> bool:
+    """Return whether these are the first bytes of a GIF, or of an animated PNG or WebP file."""
+    animated_webp = (
+        head[:4] == b"RIFF" and head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2 > 0
+    )
+    animated_png = head[:4] == b"\x89PNG" and b"acTL" in head[:4096]
+    return head[:4] == b"GIF8" or animated_webp or animated_png
+
+
 def count_tiff_pages(data: bytes) -> int:
     """Return the pages of a TIFF file; 1 if they cannot be counted, and at most 100,000."""
     try:

@@ -177,7 +177,7 @@ def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
         rows.append(["EXIF orientation", text])
     if paged := facts["pages"]["files"]:
         text = f"{facts['pages']['pages']:,} in {paged:,} files; the first of each, or --pages all"
-        rows.append(["pages", text])
+        rows.append(["pages, frames", text])
     for kind, used in facts["levels"].items():
         text = f"{used['low']:g} to {used['high']:g} used by {used['images']:,}; --range maps them"
         rows.append([kind, text])

@@ -90,7 +90,9 @@ class Feed:
             on_progress=on_progress,
         )
         if pages and self.world.rank == 0:
-            notify(f"{pages:,} further pages of TIFF files are not read; --pages all reads them.")
+            notify(
+                f"{pages:,} further pages or frames of files are not read; --pages all reads them."
+            )
         self.cropped = self.pixels is None
         self.valid = torch.arange(len(source))
         require_readable(source, self.unreadable, self.policy)

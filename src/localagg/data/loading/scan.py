@@ -12,7 +12,7 @@ from ...io.console import ProgressCallback
 from ..images.decode import READ_ERRORS, decode, decoded_size, read_error_reason
 from ..images.headers import read_ends, read_header
 from ..images.levels import STORED, Levels
-from ..images.samples import count_tiff_pages
+from ..images.samples import count_pages
 from ..sources.source import ImagePage, Source
 from .workers import map_in_workers
 
@@ -31,7 +31,7 @@ class ScannedImages(NamedTuple):
     sizes: set[tuple[int, int]]
     """(height, width) that occur."""
     pages: int = 0
-    """Further pages of TIFF files, which are not read."""
+    """Further pages and frames of files, which are not read."""
 
     @property
     def complete_pixels(self) -> Tensor | None:
@@ -127,7 +127,7 @@ def scan_headers(source: Source, indices: range, levels: Levels = STORED) -> Sca
 def _further_pages(image: bytes | Tensor) -> int:
     if not isinstance(image, bytes) or isinstance(image, ImagePage):
         return 0
-    return count_tiff_pages(image) - 1 if image[:2] in (b"II", b"MM") else 0
+    return count_pages(image) - 1
 
 
 def require_readable(source: Source, unreadable: dict[int, str], policy: str = "") -> None:
