@@ -6,7 +6,7 @@ For each seed: a run on all images; runs on nine tenths of them, which then grow
 (``pretrain --start``), where the new tenth is drawn at random or is one class of the ten; and a run
 of half the epochs, prolonged to all (``resume`` with more epochs). Fresh embeddings of the test
 images ask those of all training images. Runs and values stay in ``--work``, where a later call
-continues.
+continues; ``--seeds 0`` prints what is there.
 """
 
 import argparse
@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/grow"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     for seed in range(options.seeds):
-        rows += learn(options.data, options.epochs, seed, options.work / str(seed))
+        learn(options.data, options.epochs, seed, options.work / str(seed))
+    files = sorted(options.work.glob("*/rows.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     load = " ".join(f"{each:.1f}" for each in os.getloadavg())
     report.write(
         "grow",
@@ -58,8 +59,8 @@ def main() -> None:
     )
 
 
-def learn(data: Path, epochs: int, seed: int, folder: Path) -> list[dict[str, object]]:
-    """Return a row for each way to learn, with its accuracies and seconds."""
+def learn(data: Path, epochs: int, seed: int, folder: Path) -> None:
+    """Write a row for each way to learn, with its accuracies and seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in (ALL, TENTH, CLASS):
         write_part(data, folder / part, part, seed)
@@ -100,12 +101,10 @@ def learn(data: Path, epochs: int, seed: int, folder: Path) -> list[dict[str, ob
         start = time.process_time()
         call(run)
         seconds = time.process_time() - start
-        epochs = checkpoint.read_run(run)[0].epochs
-        found = measure(run, folder / ALL)
-        rows.append({"way": way, "seed": seed, "seconds": seconds, **found, "epochs": epochs})
+        row = {"way": way, "seed": seed, "seconds": seconds, **measure(run, folder / ALL)}
+        rows.append({**row, "epochs": checkpoint.read_run(run)[0].epochs})
         print(rows[-1], flush=True)
         pq.write_table(pa.Table.from_pylist(rows), file)
-    return rows
 
 
 def write_part(data: Path, folder: Path, part: str, seed: int) -> None:

@@ -237,8 +237,10 @@ def describe_table(
     }
     shapes = {}
     if raw_maps:
-        maps = encoder.maps(view.to(fabric.device), [name for name in names.values() if name])
-        shapes = {"shapes": {column: [*maps[str(n)].shape[1:]] for column, n in names.items()}}
+        listed = layer if isinstance(layer, list) else [str(layer)]
+        maps = encoder.maps(view.to(fabric.device), listed).values()
+        sizes = [list(each.shape[1:]) for each in maps]
+        shapes = {"shapes": dict(zip(names, sizes, strict=True))}
     return {
         "version": __version__,
         "weights_digest": weights_digest(encoder),
