@@ -52,6 +52,19 @@ def test_a_fast_device_runs_the_rule_and_a_slow_one_a_smaller_network(device, pi
     assert 1 <= slowest.epochs < rule.epochs
 
 
+def test_a_network_that_is_far_too_slow_is_not_measured_further(device, pictures, monkeypatch):
+    measured, measure = [], budget.training_seconds
+
+    def training_seconds(learner, aggregating, *rest):
+        measured.append((learner.config.encoder.width, aggregating))
+        return measure(learner, aggregating, *rest)
+
+    monkeypatch.setattr(budget, "training_seconds", training_seconds)
+    device["full"] = 1e5
+    fit(CPU, pictures)
+    assert measured == [(64, False), (32, False), (16, False), (16, False), (16, True)]
+
+
 def test_options_that_were_set_stay(device, pictures):
     device["full"] = 60.0
     for name, value in (("model", "resnet18"), ("width", 48), ("image_size", 40)):

@@ -25,7 +25,8 @@ CPU_MINUTES = 30.0
 _OVERHEAD = 1.2  # clusterings, measurements and checkpoints, beside reading and steps
 _SECONDS = 0.3  # of a measurement
 _STEP_SECONDS = 1.0  # of its longest step: small batches would count their fixed costs too often
-_HOPELESS = 2.0  # times the budget by steps of IR alone: the candidate is not measured further
+_HOPELESS = 4.0  # times the budget by steps of IR alone: the candidate is not measured further. A
+# small batch, measured first, counts its fixed costs too often, by less than this.
 # Networks by falling cost: (width, blocks, stem stride, side of views).
 _NETWORKS = (
     (32, (1, 1, 1, 1), 2, 64),
