@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from search_cases import check_nearest, unit
 
-from localagg.engine import SETTINGS
+from localagg.engine import SETTINGS, cpu_backend
 from localagg.engine import cpu_search_kernels as kernels
 from localagg.engine.cpu_backend import bits, nearest
 from localagg.engine.searchable_bank import SearchableBank
@@ -84,6 +84,29 @@ def test_the_number_of_threads_changes_no_result():
         torch.set_num_threads(before)
     for one in found[1:]:
         assert all(map(torch.equal, one, found[0]))
+
+
+def test_it_does_not_matter_which_thread_takes_which_tile(monkeypatch):
+    bank, queries = unit(0, 9000, 16).repeat(2, 1), unit(1, 40, 16)  # each row twice: ties
+    before = torch.get_num_threads()
+    shares = iter([1, 2, 0])  # of three threads, in turn; the first of them takes the second tile
+
+    def every_third(queue):
+        share = next(shares)
+        yield from (number for number in queue if number % 3 == share)
+
+    try:
+        torch.set_num_threads(3)
+        with SETTINGS.changed(tile_products=40 * 500):
+            ready = SearchableBank(bank).refresh()
+            expected = nearest(queries, ready, 301)
+            monkeypatch.setattr(cpu_backend, "take_from", every_third)
+            found = nearest(queries, ready, 301)
+    finally:
+        torch.set_num_threads(before)
+    assert next(shares, None) is None
+    assert all(map(torch.equal, found, expected))
+    check_nearest(found, queries, bank, 301)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
