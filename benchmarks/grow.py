@@ -55,6 +55,8 @@ def main() -> None:
         " that of 200-NN, paired by seed. Time: seconds of processors, one thread, of the last step"
         " (growing, prolonging) alone, without measurements. 8,002 training and 1,998 test images,"
         " 32 px, the network of the recipe la_modern; every other option is derived."
+        " That a grown run learns by IR first was chosen on seeds 0 and 1: by LA alone it ended 1.5"
+        " to 2.3 points below all from scratch."
         f" Load: {load}.",
     )
 
