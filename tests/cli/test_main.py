@@ -1,6 +1,7 @@
 """Exit statuses and messages of the command line; commands are in test_commands.py."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -142,6 +143,15 @@ def test_an_exception_becomes_an_exit_status(error, status, named, monkeypatch, 
     else:
         assert cli.main(["recipes"]) == status
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's full device")
+@pytest.mark.parametrize(("to", "status"), [(">&-", 0), (">/dev/full", 2)])
+def test_a_closed_or_full_output_is_no_internal_error(to, status):
+    words = ["sh", "-c", f"{shlex.quote(sys.executable)} -m localagg recipes {to}"]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert done.stderr.startswith("localagg: ") == (status == 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")

@@ -8,10 +8,12 @@ its status.
 """
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .. import __version__
 from ..errors import Interrupted, ReportedElsewhere, UserError, printable, suggest
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in ``localagg results RUN >&-``
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with _convert_worker_death():
             _run_command(list(sys.argv[1:] if argv is None else argv))
@@ -43,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("stopped.", 130)
     except BrokenPipeError:  # the reader left, as in ``localagg results RUN | head``
-        with open(os.devnull, "w") as devnull:  # for Python's own flush at exit
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(devnull.fileno(), stream.fileno())
+        _discard(sys.stdout, sys.stderr)
         return 128 + 13  # the status of a program that SIGPIPE ends
     except OSError as error:  # disk full, no permission
+        if error.filename is None and error.errno == errno.ENOSPC:
+            _discard(sys.stdout)
+            return _report("The disk of the output is full; free some space.", 2)
         if error.filename is None:
             raise
         return _report(f"{error.filename}: {error.strerror}.", 2)
@@ -64,6 +70,13 @@ def _convert_worker_death() -> Iterator[None]:
 
         with convert_worker_death():
             raise
+
+
+def _discard(*streams: IO[str]) -> None:
+    """Let streams end in nothing, also at Python's own flush at exit."""
+    with open(os.devnull, "w") as devnull:
+        for stream in streams:
+            os.dup2(devnull.fileno(), stream.fileno())
 
 
 def _is_first_process() -> bool:
