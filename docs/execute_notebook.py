@@ -19,7 +19,7 @@ def jpeg(png: str) -> str:
     """Convert a picture; both are in base64."""
     small = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    image.save(small, "JPEG", quality=85)
+    image.save(small, "JPEG", quality=60)
     return base64.b64encode(small.getvalue()).decode()
 
 
