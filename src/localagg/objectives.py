@@ -123,8 +123,10 @@ def instance_nce(
     eps = 1e-7  # the reference's, inside both denominators
     shard = _checked_bank(embedding, bank, temperature)
     _check_index(index, embedding, shard)
+    # Training draws them itself, within the bank of all ranks: B K numbers are not searched again.
+    below = None if shard is bank else shard.size
     shape = (len(embedding), "K")
-    check_integers("noise_index", noise_index, shape, shard.size, device=embedding.device)
+    check_integers("noise_index", noise_index, shape, below, device=embedding.device)
     v_BD = embedding.to(loss_dtype(embedding, shard.rows))
     base, Z = noise_index.shape[1] / shard.size, NCE_PARTITION_PER_IMAGE * shard.size
     here_B, _ = shard.local(index)
