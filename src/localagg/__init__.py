@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.linear import transfer
     from .models import create_encoder
     from .recipes.builtin import RECIPES, recipe
+    from .report.run_report import write_report
     from .training.runs import pretrain, resume
 
 _MODULES = {
@@ -46,6 +47,7 @@ _MODULES = {
     "recipe": "recipes",
     "resume": "training.runs",
     "transfer": "evaluation.linear",
+    "write_report": "report.run_report",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "recipe",
     "resume",
     "transfer",
+    "write_report",
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 from expect import user_error
 from small_runs import QUICK
 
+import localagg
 from embeddings import blobs, save_small_encoder, save_table
 from localagg import pretrain
 from localagg.cli.main import main
@@ -44,7 +45,7 @@ def test_the_page_of_a_run_has_all_parts(run):
     assert "trained network" in text
     assert "How it learned" in text
     before = (run / "map.safetensors").stat().st_mtime_ns
-    write_report([run])
+    localagg.write_report(str(run))
     assert (run / "map.safetensors").stat().st_mtime_ns == before
     assert page_data(run / "report.html")[0] == data
 

@@ -27,7 +27,7 @@ MAP_FILE = "map.safetensors"
 
 
 def write_report(
-    places: Sequence[str | Path], out: str | Path | None = None, *, workers: int = 2
+    places: str | Path | Sequence[str | Path], out: str | Path | None = None, *, workers: int = 2
 ) -> dict[str, Any]:
     """Write one HTML file with everything in it: results, map, clusters, curves.
 
@@ -35,7 +35,7 @@ def write_report(
     than 50,000 images an evenly spread sample is shown.
 
     Args:
-        places: run folders, or tables written by ``localagg embed``.
+        places: run folder or folders, or tables written by ``localagg embed``.
         out: file to write. Default: ``report.html`` in the run, or FILE.html beside a table; for
             several, report.html in the current folder.
         workers: processes that decode, if the images must be embedded first.
@@ -46,6 +46,8 @@ def write_report(
     Raises:
         UserError: no such run or table, or it cannot be read.
     """
+    if isinstance(places, str | Path):
+        places = [places]
     if not places:
         raise UserError("option-missing", "Name a run folder or a table of embeddings.")
     start = time.perf_counter()

@@ -66,6 +66,7 @@ def pretrain(
 
     Processes started by torchrun or srun learn together; each calls this function. The result does
     not depend on their number, up to the order of sums, and batch-norm unless it is synchronized.
+    The page of the finished run is written by :func:`localagg.write_report`.
 
     Args:
         config: settings; those that are None are derived from the images.
