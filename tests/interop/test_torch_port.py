@@ -277,3 +277,19 @@ def test_damaged_files_raise(tmp_path, as_zip):
             read_torch_port(path)
     with user_error("not-found", tmp_path / "b.pth"):
         read_torch_port(tmp_path / "b.pth")
+
+
+def test_momenta_are_those_of_the_ports_optimizer(tmp_path, network):
+    encoder, trained = create_encoder("resnet18", 16), torchvision.models.resnet18(num_classes=16)
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1, momentum=0.9)
+    trained(torch.rand(2, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    saved = checkpoint(trained.state_dict()) | {"optim_state_dict": optimizer.state_dict()}
+    torch.save(saved, tmp_path / "checkpoint.pth.tar")
+    report = load_torch_port(tmp_path / "checkpoint.pth.tar", encoder)
+    assert set(report.momentum) == {name for name, _ in encoder.named_parameters()}
+    expected = {name: value.grad for name, value in trained.named_parameters()}  # the first step
+    assert torch.equal(report.momentum["head.weight"], expected["fc.weight"])
+    key = "backbone.stages.3.1.bn2.bias"
+    assert torch.equal(report.momentum[key], expected["layer4.1.bn2.bias"])
+    assert [name for name in report.left if not name.startswith("memory_bank")] == []

@@ -1,7 +1,8 @@
 """Load weights of the later PyTorch port (github.com/neuroailab/LocalAggregation-Pytorch).
 
 Its ``checkpoint.pth.tar`` is not a tar but a dict written by ``torch.save``: ``model_state_dict``
-(keys begin with ``module.``), ``memory_bank``, ``cluster_labels``, ``iteration`` and settings. The
+(keys begin with ``module.``), ``optim_state_dict`` of SGD, ``memory_bank``, ``cluster_labels``,
+``iteration`` and settings. The
 bank and the settings are objects of the port's classes; ``weights_only=True`` reads them as
 :class:`_FieldsOnly`, which keeps their fields and runs none of their code.
 """
@@ -25,6 +26,8 @@ from .tf_variables import LoadReport, check_bank, shape_error, warn_missing
 
 NETWORKS = ("preact_resnet18", "resnet18", "resnet50")
 _BANK, _CLUSTERS, _STEP = "memory_bank", "cluster_labels", "iteration"
+_MOMENTUM = "momentum."  # before a parameter's name
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _COUNTER = "num_batches_tracked"  # batch-norm's; unused, and absent from old files
 _FIX = "save its model_state_dict (and memory_bank as a tensor) alone with torch.save"
 
@@ -59,7 +62,8 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Returns:
         The network's tensors by name, without ``module.``, and if the file has them
-        ``memory_bank``, ``cluster_labels`` and ``iteration`` (int64 scalar).
+        ``memory_bank``, ``cluster_labels``, ``iteration`` (int64 scalar), and the momentum of each
+        parameter as ``momentum.NAME``.
 
     Raises:
         UserError: no such file, a damaged one, no weights, or objects of other types.
@@ -75,6 +79,7 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not weights:
         raise UserError("unsupported", f"'{path}' holds no state dict; {_FIX}.")
     found = {str(name).removeprefix("module."): _tensor(v, path) for name, v in weights.items()}
+    found |= _momenta(saved.get("optim_state_dict"), found, path)
     bank = saved.get(_BANK)
     if isinstance(bank, _FieldsOnly):
         bank = bank.fields.get("bank_broadcast")
@@ -85,6 +90,22 @@ def read_torch_port(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             found[name] = _tensor(value, path)
     if isinstance(saved.get(_STEP), int) and 0 <= saved[_STEP] < 1 << 62:
         found[_STEP] = torch.tensor(saved[_STEP])
+    return found
+
+
+def _momenta(state: object, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the momenta of ``torch.optim.SGD``, which counts the parameters of a network."""
+    buffers = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(buffers, dict):
+        return {}
+    parameters = [name for name in weights if not name.endswith(_BUFFERS)]
+    found = {}
+    for number, entry in buffers.items():
+        value = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+        if isinstance(value, Tensor) and number in range(len(parameters)):
+            name = parameters[number]
+            if value.shape == weights[name].shape:
+                found[_MOMENTUM + name] = _tensor(value, path)
     return found
 
 
@@ -106,8 +127,7 @@ def load_torch_port(
 ) -> LoadReport:
     """Fill an encoder, and a memory bank, from a checkpoint of the PyTorch port.
 
-    An error changes nothing. The port's optimizer state is not read. A warning names missing
-    weights.
+    An error changes nothing. A warning names missing weights.
 
     Deviation for ``preact_resnet18``: the port pads its first max-pool with zeros, this encoder
     ignores the padding as TensorFlow does. Windows at the bottom and right edges whose values are
@@ -131,7 +151,8 @@ def load_torch_port(
     matched = [name for name in wanted if name in found]
     missing = tuple(name for name in wanted if name not in found and not name.endswith(_COUNTER))
     _check_network(where, encoder, found, wanted)
-    used = {*matched, _STEP, _CLUSTERS}
+    momentum = {wanted[n]: found[_MOMENTUM + n] for n in matched if _MOMENTUM + n in found}
+    used = {*matched, _STEP, _CLUSTERS, *(_MOMENTUM + name for name in matched)}
     if bank is not None:
         check_bank(bank, found[_BANK].shape if _BANK in found else None, where)
         bank.rows.copy_(found[_BANK])
@@ -147,7 +168,7 @@ def load_torch_port(
         global_step=int(found[_STEP]) if _STEP in found else None,
         labels=None,
         cluster_labels=None if clusters is None else clusters.to(torch.int32),
-        momentum={},
+        momentum=momentum,
     )
 
 
