@@ -40,7 +40,7 @@ def make(root: Path, count: int) -> int:
     return total
 
 
-def watch(words: list[str]) -> tuple[float, float, float]:
+def watch(words: list[str], files: int) -> tuple[float, float, float]:
     """Seconds until something is seen, until files are counted, and until the end."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
@@ -60,7 +60,7 @@ def watch(words: list[str]) -> tuple[float, float, float]:
             break
         now = time.perf_counter() - started
         seen = seen or now
-        counted = counted or now * (b"files of images" in shown)
+        counted = counted or now * (f"/{files:,}".encode() in shown)  # of the progress
     child.wait()
     ended = time.perf_counter() - started
     if child.returncode:
@@ -84,7 +84,7 @@ def main() -> None:
         times = {name: [] for name in ways}
         for _ in range(options.runs):
             for name, words in ways.items():
-                times[name].append(watch([folder, *words]))
+                times[name].append(watch([folder, *words], options.files))
     rows = [
         [name, *(f"{statistics.median(values):.1f} s" for values in zip(*found, strict=True))]
         for name, found in times.items()
