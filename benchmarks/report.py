@@ -71,9 +71,8 @@ def write(
     """Print a table and keep it as ``results/NAME.md``."""
     packages = ("torch", "torchvision", "lightning", "faiss-cpu", "numpy")
     versions = ", ".join(f"{package} {_version(package)}" for package in packages)
-    given = [
-        re.sub(r"(?<![\w.~])/(?:[^\s/=:]+/)+", "", word) for word in sys.argv[1:]
-    ]  # no own folders
+    own_folders = re.compile(r"(?<![\w.~])/(?:[^\s/=:]+/)+")
+    given = [own_folders.sub("", word) for word in sys.argv[1:]]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     table = [columns, ["---"] * len(columns), *rows]
     lines = [

@@ -27,8 +27,8 @@ from .tf_variables import LoadReport, check_bank, shape_error, warn_missing
 NETWORKS = ("preact_resnet18", "resnet18", "resnet50")
 _BANK, _CLUSTERS, _STEP = "memory_bank", "cluster_labels", "iteration"
 _MOMENTUM = "momentum."  # before a parameter's name
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _COUNTER = "num_batches_tracked"  # batch-norm's; unused, and absent from old files
+_BUFFERS = ("running_mean", "running_var", _COUNTER)
 _FIX = "save its model_state_dict (and memory_bank as a tensor) alone with torch.save"
 
 
@@ -152,11 +152,11 @@ def load_torch_port(
     missing = tuple(name for name in wanted if name not in found and not name.endswith(_COUNTER))
     _check_network(where, encoder, found, wanted)
     momentum = {wanted[n]: found[_MOMENTUM + n] for n in matched if _MOMENTUM + n in found}
-    used = {*matched, _STEP, _CLUSTERS, *(_MOMENTUM + name for name in matched)}
+    used = {*matched, _STEP, _CLUSTERS}
     if bank is not None:
         check_bank(bank, found[_BANK].shape if _BANK in found else None, where)
         bank.rows.copy_(found[_BANK])
-        used.add(_BANK)
+        used |= {_BANK, *(_MOMENTUM + name for name in matched)}
     for name in matched:
         targets[wanted[name]].copy_(found[name])
     warn_missing(missing, encoder, where)

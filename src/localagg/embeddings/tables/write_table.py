@@ -113,7 +113,7 @@ def write_embeddings(
     chosen = {"image_size": image_size, "eval_crop": eval_crop}
     views = replace(views, **{name: v for name, v in chosen.items() if v is not None})
     views = _table_views(out, views) if grows else resolve_views(views, source)
-    facts = describe_table(weights, encoder, source, out, views, fabric, layer, dtype, raw_maps)
+    facts = _describe_table(weights, encoder, source, out, views, fabric, layer, dtype, raw_maps)
     facts |= {"split": split, "batch": batch}
     matches, digests = None, None
     if grows:
@@ -170,7 +170,7 @@ def write_rows(
     """
     source, encoder = open_splits(data, "train"), load_encoder(weights).to(fabric.device)
     views = resolve_views(load_views(weights) or ViewConfig(), source)
-    facts = describe_table(weights, encoder, source, out, views, fabric)
+    facts = _describe_table(weights, encoder, source, out, views, fabric)
     with open_writer(out, {**facts, "split": "train", "batch": len(source)}) as writer:
         if not writer.batches_done:
             writer.write(0, index.numpy(), rows.numpy())
@@ -211,7 +211,7 @@ def _check_options(
     check_options(batch_size=(batch, 1), workers=(workers, 0))
 
 
-def describe_table(
+def _describe_table(
     weights: Path,
     encoder: Encoder,
     source: JoinedSplits,
