@@ -9,6 +9,7 @@ from .checks import (
 )
 from .effects import check_effects
 from .fields import (
+    check_names,
     flag,
     from_dict,
     option_names,
@@ -26,6 +27,7 @@ from .options import (
     TransferConfig,
     ViewConfig,
 )
+from .type_checks import check_argument_types
 
 __all__ = [
     "AdaptConfig",
@@ -34,8 +36,10 @@ __all__ = [
     "PretrainConfig",
     "TransferConfig",
     "ViewConfig",
+    "check_argument_types",
     "check_arguments",
     "check_effects",
+    "check_names",
     "check_numbers",
     "check_options",
     "check_temperature",

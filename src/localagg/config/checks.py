@@ -1,10 +1,9 @@
 """Range checks that the option dataclasses share. None passes: the option is derived later."""
 
-import dataclasses
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Literal, TypeGuard, get_args, get_origin
+from typing import TypeGuard
 
 from ..errors import UserError
 from .fields import flag
@@ -13,14 +12,6 @@ from .fields import flag
 def join_words(values: Iterable[object]) -> str:
     """Return the values as on a command line."""
     return " ".join(str(value) for value in values)
-
-
-def check_choices(config: object) -> None:
-    """Raise a UserError if a field of a Literal type has another value."""
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        choices, value = get_args(f.type), getattr(config, f.name)
-        if get_origin(f.type) is Literal and value not in choices:
-            raise _invalid(f.name, value, f"choose from {', '.join(map(str, choices))}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -91,10 +82,14 @@ def check(valid: bool, config: object, name: str, rule: str) -> None:
         raise _invalid(name, getattr(config, name), rule)
 
 
-def _wrong_argument(name: str, value: object, rule: str) -> UserError:
+def describe(value: object) -> str:
+    """Return a value as Python shows it, or its type where that would be long."""
     shown = repr(value)
-    shown = shown if len(shown) <= 80 and "\n" not in shown else f"of type {type(value).__name__}"
-    return UserError("option-invalid", f"{name} is {shown}; it must be {rule}.")
+    return shown if len(shown) <= 80 and "\n" not in shown else f"of type {type(value).__name__}"
+
+
+def _wrong_argument(name: str, value: object, rule: str) -> UserError:
+    return UserError("option-invalid", f"{name} is {describe(value)}; it must be {rule}.")
 
 
 def _invalid(name: str, value: object, rule: str) -> UserError:

@@ -87,6 +87,18 @@ def option_names(config: Any) -> list[str]:
     return [name for _, name in _paths(config)]
 
 
+def check_names(config: Any, names: Iterable[str]) -> None:
+    """Raise a UserError unless all are names of options of a configuration, which may be None."""
+    known = [] if config is None else option_names(config)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                "option-unknown",
+                f"typed names '{name}', which is no option of the given configuration."
+                f"{suggest(name, known)}",
+            )
+
+
 def option_value(config: Any, name: str) -> Any:
     """Return the value of an option at any level of the nesting."""
     path = next(path for path, leaf in _paths(config) if leaf == name)

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import check, check_at_least, check_choices, check_positive, check_share
+from .checks import check, check_at_least, check_positive, check_share
+from .type_checks import normalize_fields
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 """Arithmetic of measurements; training also has "64-true"."""
@@ -37,6 +38,7 @@ class EncoderConfig:
     width, as in SimCLR."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_at_least(self, 1, "dim", "width", "stem_stride", "blocks")
         check(len(self.blocks) > 0, self, "blocks", "name at least 1 stage")
         # oneDNN (torch 2.14, channels_last) writes out of bounds in the backward pass of a strided
@@ -79,9 +81,9 @@ class ViewConfig:
     Default: the first three of a color image; images of more bands are unreadable."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_at_least(self, 1, "image_size")
         check_share(self, "gray", "flip")
-        check_choices(self)
         low, high = self.crop_area
         check(0 < low <= high <= 1, self, "crop_area", "it must be 0 < smallest <= largest <= 1")
         low, high = self.crop_aspect
@@ -138,12 +140,12 @@ class ObjectiveConfig:
     """Stop such a clustering when an iteration lowers its inertia by at most this share."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_positive(self, "temperature")
         check_share(self, "bank_momentum", "instance_share")
         check_at_least(self, 1, "noise", "neighbors", "kmeans_iterations", "warm_iterations")
         check_at_least(self, 1, "clusters")
         check_at_least(self, 0, "warm_tolerance")
-        check_choices(self)
         check(self.clusters != (), self, "clusters", "name at least 1 clustering")
 
 
@@ -168,6 +170,7 @@ class AdaptConfig:
     """Size limit of the feature cache in GiB; least recently used features are removed."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_at_least(self, 0, "feature_views", "network_epochs", "cache_gb")
         check_positive(self, "network_rate")
         valid = self.train in ("head", "all") or self.last_stages > 0
@@ -246,11 +249,11 @@ class PretrainConfig:
     """Seconds between checkpoints within an epoch; 0 writes one every step."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_at_least(self, 1, "epochs", "batch_size", "ir_batch_size", "log_every", "sized_for")
         check_at_least(self, 0, "ir_epochs", "workers", "eval_every", "checkpoint_seconds", "seed")
         check_at_least(self, 0, "weight_decay", "memory_gb", "drops", "drop_steps")
         check_positive(self, "learning_rate", *(["minutes"] if self.minutes is not None else []))
-        check_choices(self)
         check(0 <= self.momentum < 1, self, "momentum", "it must be at least 0 and below 1")
 
 
@@ -309,11 +312,11 @@ class TransferConfig:
     """Seconds between checkpoints within an epoch; 0 writes one every step."""
 
     def __post_init__(self) -> None:
+        normalize_fields(self)
         check_at_least(self, 1, "epochs", "batch_size", "log_every")
         check_at_least(self, 0, "workers", "eval_every", "checkpoint_seconds", "seed", "drops")
         check_at_least(self, 0, "weight_decay", "memory_gb", "cache_gb")
         check_positive(self, "learning_rate")
-        check_choices(self)
         check(0 <= self.momentum < 1, self, "momentum", "it must be at least 0 and below 1")
         names = self.layers
         valid = names is None or len(set(names)) == len(names) > 0

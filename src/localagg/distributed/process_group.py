@@ -50,9 +50,11 @@ def join_process_group(
         remedy: advice in the message about a failed rank.
 
     Raises:
-        UserError: a rank does not start, has died or hangs.
+        UserError: a timeout below 0; a rank does not start, has died or hangs.
         ReportedElsewhere: another rank has failed and reports the reason.
     """
+    if timeout <= 0:
+        raise UserError("option-invalid", f"--rank-timeout is {timeout:g}; it must be above 0.")
     if dist.is_initialized():
         world = World.current()
         console.quiet = world.rank > 0
@@ -62,8 +64,6 @@ def join_process_group(
     if environment is None or environment.world_size() == 1:
         yield World()
         return
-    if timeout <= 0:
-        raise UserError("option-invalid", f"--rank-timeout is {timeout:g}; it must be above 0.")
     console.quiet = environment.global_rank() > 0
     process = _RankProcess(environment, timeout, remedy)
     try:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clustering import kmeans
+from ..config import check_argument_types
 from ..engine.kmeans import KMeans
 from ..errors import UserError
 from ..io.console import notify, show_progress
@@ -32,6 +33,7 @@ class Fit(NamedTuple):
     """float32 [k]: mean cosine similarity of two images of the cluster; NaN for one image."""
 
 
+@check_argument_types
 def cluster_images(
     table: str | Path | EmbeddingTable,
     k: int | Literal["auto"] = "auto",

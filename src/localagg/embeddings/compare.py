@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_argument_types
 from ..errors import UserError
 from ..io.console import notify
 from ..io.result_file import check_result_file, write_result
@@ -16,6 +17,7 @@ from .table import EmbeddingTable
 _SHOWN = 5  # neighbors of a changed image
 
 
+@check_argument_types
 def compare_tables(
     first: str | Path | EmbeddingTable,
     second: str | Path | EmbeddingTable,

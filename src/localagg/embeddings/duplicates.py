@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from ..config import check_argument_types
 from ..data.images.decode import READ_ERRORS, decode
 from ..data.images.pixel_agreement import THUMBNAIL, agreement, details, gray_thumbnail
 from ..data.loading.workers import map_in_workers
@@ -28,6 +29,7 @@ _LEAST, _DEFAULT = 0.8, 0.9
 _SHARP = 0.7  # of the sharpest image of a group
 
 
+@check_argument_types
 def find_duplicates(
     table: str | Path | EmbeddingTable,
     *,

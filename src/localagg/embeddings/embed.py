@@ -68,19 +68,10 @@ def embed(
         UserError: no image can be read, or an argument is invalid.
     """
     source, _ = open_data(source)
-    if not isinstance(encoder, Encoder):
-        raise UserError(
-            "option-invalid",
-            f"encoder is of type {type(encoder).__name__}; pass one of create_encoder, or"
-            " load(...).encoder.",
-        )
     check_arguments(batch=(batch, 1), workers=(workers, 0))
-    if not isinstance(views, ViewConfig):
-        raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
+    _check_types(encoder, views, on_progress)
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
-    if not callable(on_progress):
-        raise UserError("option-invalid", f"on_progress is {on_progress!r}; pass a function.")
     batch = int(batch)
     device = next(encoder.parameters()).device
     found_index, found_rows, done = [], [], 0
@@ -116,6 +107,19 @@ def embed(
     index = torch.cat(found_index)
     labels = None if source.labels is None else source.labels[index]
     return ImageEmbeddings(index, torch.cat(found_rows), labels)
+
+
+def _check_types(encoder: Any, views: Any, on_progress: Any) -> None:
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            "option-invalid",
+            f"encoder is of type {type(encoder).__name__}; pass one of create_encoder, or"
+            " load(...).encoder.",
+        )
+    if not isinstance(views, ViewConfig):
+        raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
+    if not callable(on_progress):
+        raise UserError("option-invalid", f"on_progress is {on_progress!r}; pass a function.")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import EXPORTED_NAME, load_bank, load_encoder, load_views, read_run
-from ..config import ViewConfig
+from ..config import ViewConfig, check_argument_types, check_arguments
 from ..data.images.image_dataset import as_source
 from ..data.loading.cropping import evaluation_crops
 from ..data.loading.scan import require_readable
@@ -135,8 +135,7 @@ class Model:
             UserError: the model has no bank, its images have moved or changed, or rows of another
                 shape or with values that are not finite.
         """
-        if not isinstance(k, int | np.integer) or k < 1:
-            raise UserError("option-invalid", f"k is {k}; it must be an integer of at least 1.")
+        check_arguments(k=(k, 1))
         queries_QD = _as_queries(rows, self.dim)
         bank_ND, source = self._open_bank()
         found, similarity = sort_by_similarity(*nearest(queries_QD, bank_ND, int(k)))
@@ -180,6 +179,7 @@ class Model:
         return self._bank, self._source
 
 
+@check_argument_types
 def load(
     source: str | Path,
     *,

@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from ..checkpoint import load_encoder, read_run, weights_digest
+from ..config import check_argument_types
 from ..data.images.image_list import ImageList
 from ..data.sources.open import Source, open_images
 from ..errors import UserError
@@ -19,6 +20,7 @@ from .tables.write_table import write_embeddings, write_rows
 RUN_TABLE = "embeddings.parquet"
 
 
+@check_argument_types
 def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> EmbeddingTable:
     """Open a table of embeddings.
 

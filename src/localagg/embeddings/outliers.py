@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_argument_types
 from ..errors import UserError
 from ..io.result_file import check_result_file, write_result
 from .neighbors import nearest_others
@@ -16,6 +17,7 @@ _NEIGHBORS = 20
 _COMPANIONS = 5  # nearest images that are named with an odd one
 
 
+@check_argument_types
 def find_outliers(
     table: str | Path | EmbeddingTable,
     *,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import load_encoder, load_views, weights_digest
-from ..config import ViewConfig, from_dict, to_dict
+from ..config import ViewConfig, check_argument_types, from_dict, to_dict
 from ..data.images.decode import READ_ERRORS, decode, read_error_reason
 from ..data.loading.cropping import evaluation_batches
 from ..data.sources.image_files import walk_images
@@ -25,6 +25,7 @@ from .open_table import open_table
 from .table import EmbeddingTable, path_text
 
 
+@check_argument_types
 def search(
     table: str | Path | EmbeddingTable,
     images: Sequence[str | Path | int],

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import check_new, convert_newer, save_weights, weights_digest, write_json
-from ..config import TransferConfig, from_dict, to_dict
+from ..config import TransferConfig, check_argument_types, from_dict, to_dict
 from ..data.loading.workers import convert_worker_death
 from ..distributed.collectives import World
 from ..distributed.process_group import join_process_group
@@ -43,6 +43,7 @@ from .results.protocols import describe_protocol, heads_protocol, linear_protoco
 _RANK_TIMEOUT = 6 * 3600.0  # seconds: rank 0 first extracts the features of all images
 
 
+@check_argument_types
 def transfer(
     config: TransferConfig,
     weights: str | Path | Encoder,
@@ -157,6 +158,7 @@ def _protocol(config: TransferConfig, *, trained: bool) -> dict[str, Any]:
     return linear_protocol(config) if trained else heads_protocol(config)
 
 
+@check_argument_types
 def resume_transfer(
     out: str | Path,
     *,

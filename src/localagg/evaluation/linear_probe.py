@@ -11,7 +11,7 @@ from ..config import TransferConfig, require_resolved
 from ..data.images.augment import Augment
 from ..data.images.levels import levels_of
 from ..data.loading.loader import Feed, on_device
-from ..data.loading.scan import load_or_scan, require_readable
+from ..data.loading.scan import ScannedImages, load_or_scan, require_readable
 from ..distributed.collectives import World
 from ..engine.device import make_fabric
 from ..errors import UserError
@@ -65,8 +65,25 @@ class LinearProbe:
             weight_decay=config.weight_decay,
         )
         self.network, self.optimizer = self.fabric.setup(self.readout, optimizer)
+        self.feed, held_out = self._read_images()
+        self.pixels = held_out.complete_pixels
+        self.features: CachedFeatures | None = None
+        self.held_out_features: CachedFeatures | None = None
+        if config.cache_gb and not config.finetune:
+            self.world.rank_zero_first(self._cache_features)
+        check_classes(splits, self.feed.valid)
+        self.schedule = Schedule(general_options(config), len(self.feed.valid))
+        self.labels = splits.labels.to(self.device)
+        self.held_out_labels = splits.held_out_labels.to(self.device)
+        self.augment = Augment(config.views, config.seed, cropped=self.feed.cropped)
+        self.step = 0
+        self.progress: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0}
+
+    def _read_images(self) -> tuple[Feed, ScannedImages]:
+        """Return the training images, and a scan of the held-out images."""
+        config, splits = self.config, self.splits
         with show_progress("reading images") as show:
-            self.feed = Feed(
+            feed = Feed(
                 splits.source,
                 config.views,
                 batch_size=require_resolved(config.batch_size),
@@ -89,18 +106,7 @@ class LinearProbe:
                 on_progress=show,
             )
         require_readable(splits.held_out, held_out.unreadable, config.unreadable)
-        self.pixels = held_out.complete_pixels
-        self.features: CachedFeatures | None = None
-        self.held_out_features: CachedFeatures | None = None
-        if config.cache_gb and not config.finetune:
-            self.world.rank_zero_first(self._cache_features)
-        check_classes(splits, self.feed.valid)
-        self.schedule = Schedule(general_options(config), len(self.feed.valid))
-        self.labels = splits.labels.to(self.device)
-        self.held_out_labels = splits.held_out_labels.to(self.device)
-        self.augment = Augment(config.views, config.seed, cropped=self.feed.cropped)
-        self.step = 0
-        self.progress: dict[str, Any] = {"metrics_bytes": 0, "seconds": 0.0}
+        return feed, held_out
 
     def _cache_features(self) -> None:
         """Cache the features under fixed views, as far as they fit."""

@@ -22,7 +22,7 @@ from ..checkpoint import (
     read_run,
     weights_digest,
 )
-from ..config import PretrainConfig, ViewConfig, check_options
+from ..config import PretrainConfig, ViewConfig, check_argument_types, check_options
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
@@ -44,6 +44,7 @@ MEASUREMENTS: dict[str, Callable[[EmbeddedQueries, Sequence[int]], dict[str, Any
 """Measurements by their key in the result."""
 
 
+@check_argument_types
 def measure_run(
     run: str | Path,
     *,
@@ -82,12 +83,7 @@ def measure_run(
     """
     run, data = Path(run), None if data is None else os.fspath(data)
     check_options(batch_size=(batch, 1), workers=(workers, 0))
-    if against not in ("bank", "embeddings"):
-        raise UserError("option-invalid", f"--against is {against}; use bank or embeddings.")
-    if not k:
-        raise UserError("option-missing", "Name at least one number of neighbors with --k.")
-    if min(k) < 1:
-        raise UserError("option-invalid", f"--k is {' '.join(map(str, k))}; use at least 1.")
+    _check_choices(against, k)
     encoder = load_encoder(run)
     digest = weights_digest(encoder)
     facts = read_run(run)[1] if run.is_dir() else {}
@@ -120,6 +116,15 @@ def measure_run(
         "weights_digest": digest,
         **describe_arithmetic(fabric),
     }
+
+
+def _check_choices(against: str, k: Sequence[int]) -> None:
+    if against not in ("bank", "embeddings"):
+        raise UserError("option-invalid", f"--against is {against}; use bank or embeddings.")
+    if not k:
+        raise UserError("option-missing", "Name at least one number of neighbors with --k.")
+    if min(k) < 1:
+        raise UserError("option-invalid", f"--k is {' '.join(map(str, k))}; use at least 1.")
 
 
 class EmbeddingOptions(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_encoder, load_views, read_run
-from ..config import PretrainConfig, ViewConfig
+from ..config import PretrainConfig, ViewConfig, check_argument_types
 from ..data.images.image_list import ImageList
 from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
@@ -67,6 +67,7 @@ EXPORT_FORMATS: dict[str, Format] = {
 }
 
 
+@check_argument_types
 def export(
     run: str | Path,
     to: str,

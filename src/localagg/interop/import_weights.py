@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bank import MemoryBank
 from ..checkpoint import save_weights
-from ..config import ViewConfig
+from ..config import ViewConfig, check_argument_types
 from ..errors import UserError, suggest
 from ..io.files import atomic_write
 from ..io.tensor_files import save_tensors
@@ -28,6 +28,7 @@ PORT_VIEWS = ViewConfig(image_size=224, eval_crop=0.875)
 _HEAD = re.compile(r"(?:.*/)?instance/transfer_dense(?:_(\w+))?/(kernel|bias)")
 
 
+@check_argument_types
 def import_weights(
     prefix: str | Path,
     model: str,
@@ -61,13 +62,7 @@ def import_weights(
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
-    networks = (torch_port if is_port else tf_variables).NETWORKS
-    if model not in networks:
-        raise UserError(
-            "option-unknown",
-            f"{'The PyTorch port' if is_port else 'The reference'} has no network '{model}';"
-            f" --model is one of {', '.join(networks)}.{suggest(model, networks)}",
-        )
+    _check_model(model, is_port)
     encoder = create_encoder(model, seed=0)
     memory = None if bank is None else MemoryBank(*_bank_shape(prefix, is_port))
     with warnings.catch_warnings():
@@ -104,6 +99,16 @@ def import_weights(
         "out": str(out),
         "from": prefix,
     }
+
+
+def _check_model(model: str, is_port: bool) -> None:
+    networks = (torch_port if is_port else tf_variables).NETWORKS
+    if model not in networks:
+        raise UserError(
+            "option-unknown",
+            f"{'The PyTorch port' if is_port else 'The reference'} has no network '{model}';"
+            f" --model is one of {', '.join(networks)}.{suggest(model, networks)}",
+        )
 
 
 def _parameter(encoder: Encoder, name: str) -> str:

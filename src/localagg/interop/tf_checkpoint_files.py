@@ -34,7 +34,7 @@ def find_prefix(path: Path) -> Path:
     Raises:
         UserError: no V2 checkpoint, or several and no state file.
     """
-    prefix = path.with_name(_SUFFIX.sub("", path.name))
+    prefix = path.with_name(_SUFFIX.sub("", path.name)) if path.name else path
     if path.name and index_file(prefix).is_file():
         return prefix
     if path.is_dir():

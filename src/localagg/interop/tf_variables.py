@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import MemoryBank
+from ..config import check_argument_types
 from ..errors import UserError
 from ..models import Encoder
 from ..models.alexnet import AlexNet
@@ -50,6 +51,7 @@ class LoadReport:
     ``/Momentum`` slot is in the file."""
 
 
+@check_argument_types
 def load_tf_checkpoint(
     prefix: str | os.PathLike[str], encoder: Encoder, bank: MemoryBank | None = None
 ) -> LoadReport:

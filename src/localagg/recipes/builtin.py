@@ -13,6 +13,7 @@ from ..config import (
     PretrainConfig,
     TransferConfig,
     ViewConfig,
+    check_argument_types,
     override,
 )
 from ..errors import UserError, suggest
@@ -149,6 +150,7 @@ for _name, _readout in READOUTS.items():
     READOUT_RECIPES[_name] = Recipe(_readout, _about, _cost)
 
 
+@check_argument_types
 def recipe(name: str) -> Recipe[PretrainConfig]:
     """Return the pretraining recipe of a name.
 
@@ -166,6 +168,7 @@ def recipe(name: str) -> Recipe[PretrainConfig]:
     return _find(name, RECIPES)
 
 
+@check_argument_types
 def readout_recipe(name: str) -> Recipe[TransferConfig]:
     """Return the read-out recipe of a name.
 

@@ -83,12 +83,8 @@ def write_embedding_page(
     columns = {"cluster": [str(each) for each in labels.tolist()], **shown.columns}
     if near.shape[1]:
         columns["oddness"] = oddness.tolist()
-    described = []
-    for number, (name, values) in enumerate(columns.items()):
-        found = color_column(name, [values[i] for i in order.tolist()])
-        if found is not None:
-            arrays[f"column-{number}"] = found.pop("values")
-            described.append({**found, "array": f"column-{number}"})
+    described, values = _describe_columns(columns, order.tolist())
+    arrays |= values
     sections = [] if fit is None else [_cluster_section(shown, labels, fit, place)]
     sections += _neighbor_sections(near, similarity, oddness, place)
     data = {
@@ -111,6 +107,19 @@ def write_embedding_page(
         "pictures": 0 if thumbnails is None else int((thumbnails.sizes[:, 0] > 0).sum()),
         "bytes": path.stat().st_size,
     }
+
+
+def _describe_columns(
+    columns: dict[str, list[Any]], order: list[int]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Return the columns that can color the map, and their values by name of array."""
+    described, arrays = [], {}
+    for number, (name, values) in enumerate(columns.items()):
+        found = color_column(name, [values[i] for i in order])
+        if found is not None:
+            arrays[f"column-{number}"] = found.pop("values")
+            described.append({**found, "array": f"column-{number}"})
+    return described, arrays
 
 
 class _Ordered:

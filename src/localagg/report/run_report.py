@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import latest, load_bank, read_progress, read_run
+from ..config import check_argument_types
 from ..data.images.decode import UnreadableImage
 from ..data.sources.open import open_unchanged
 from ..embeddings.map import MOST
@@ -26,6 +27,7 @@ REPORT = "report.html"
 MAP_FILE = "map.safetensors"
 
 
+@check_argument_types
 def write_report(
     places: str | Path | Sequence[str | Path], out: str | Path | None = None, *, workers: int = 2
 ) -> dict[str, Any]:

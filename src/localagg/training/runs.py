@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import checkpoint
-from ..config import PretrainConfig, require_resolved
+from ..config import PretrainConfig, check_argument_types, check_names, require_resolved
 from ..data.images.image_dataset import open_data
 from ..data.images.samples import with_measured_range
 from ..data.loading.own_views import Transform
@@ -46,6 +46,7 @@ from .run_setup import (
 )
 
 
+@check_argument_types
 def pretrain(
     config: PretrainConfig,
     data: Any,
@@ -104,6 +105,8 @@ def pretrain(
         ReportedElsewhere: another process already reported either of them.
     """
     check_logger(logger)
+    typed = frozenset(typed)
+    check_names(config, typed)
     run, callbacks = Path(out), Callbacks(on_epoch, on_metrics, logger)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         if world.rank == 0:
@@ -115,7 +118,7 @@ def pretrain(
             report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:
-            config = settings_of_start(config, Path(start), source, frozenset(typed))
+            config = settings_of_start(config, Path(start), source, typed)
         config = replace(config, views=with_measured_range(config.views, source))
         own = OwnParts(backbone, views)
         config = own.configure(config, source)
@@ -147,6 +150,7 @@ def pretrain(
             return train(run, feed, features, learner, evaluate, floors, START, callbacks)
 
 
+@check_argument_types
 def resume(
     out: str | Path,
     config: PretrainConfig | None = None,
@@ -185,6 +189,7 @@ def resume(
     """
     check_logger(logger)
     run, typed = Path(out), frozenset(typed)
+    check_names(config, typed)
     callbacks = Callbacks(on_epoch, on_metrics, logger)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)

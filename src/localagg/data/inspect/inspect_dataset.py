@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...config import check_argument_types
 from ...io.console import ProgressCallback, show_progress
 from ..loading.workers import map_in_workers
 from ..sources.open import Source, open_images, report_unread, stored_splits
@@ -21,6 +22,7 @@ from .inspect_image import inspect_chunk
 _NAMED = 5  # images of each problem in the printed table; the JSON has all
 
 
+@check_argument_types
 def inspect(
     uri: str,
     *,
@@ -101,13 +103,7 @@ def _inspect_images(
             sizes[image.index] = image.size
             decoded += image.decoded
             if image.levels is not None:
-                kind, low, high = image.levels
-                old = levels.get(kind, {"images": 0, "low": low, "high": high})
-                levels[kind] = {
-                    "images": old["images"] + 1,
-                    "low": min(low, old["low"]),
-                    "high": max(high, old["high"]),
-                }
+                _widen_levels(levels, *image.levels)
             if image.header is None:
                 problems["unreadable"].append({"name": name, "reason": image.error or ""})
                 continue
@@ -141,6 +137,15 @@ def _inspect_images(
         "decoded": decoded,
     }
     return facts, digests, sizes
+
+
+def _widen_levels(levels: dict[str, dict[str, float]], kind: str, low: float, high: float) -> None:
+    old = levels.get(kind, {"images": 0, "low": low, "high": high})
+    levels[kind] = {
+        "images": old["images"] + 1,
+        "low": min(low, old["low"]),
+        "high": max(high, old["high"]),
+    }
 
 
 def _class_sizes(source: Source) -> dict[str, int] | None:

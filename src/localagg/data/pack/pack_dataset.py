@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ...config import check_argument_types
 from ...errors import UserError
 from ...io.console import notify, show_progress
 from ..sources.open import check_outside, open_images, report_unread, stored_splits
@@ -39,6 +40,7 @@ class PlannedSplit(NamedTuple):
     files: list[str]  # their names inside the folder
 
 
+@check_argument_types
 def pack(
     uri: str | os.PathLike[str],
     destination: str | os.PathLike[str],

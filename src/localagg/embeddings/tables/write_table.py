@@ -19,6 +19,7 @@ from ... import __version__
 from ...checkpoint import load_encoder, load_views, weights_digest
 from ...config import (
     ViewConfig,
+    check_argument_types,
     check_options,
     from_dict,
     require_resolved,
@@ -42,6 +43,7 @@ from .table_formats import check_format
 from .table_writer import NameColumns, TableWriter, open_writer
 
 
+@check_argument_types
 def write_embeddings(
     weights: str | Path,
     data: str | Path,
@@ -98,20 +100,14 @@ def write_embeddings(
     """
     weights, data, out = Path(weights), os.fspath(data), Path(out)
     layer = _one_or_several(layer)
-    _check_options(out, layer, dtype, workers, batch)
+    _check_options(out, layer, dtype, workers, batch, append=append, raw_maps=raw_maps)
     check_options(image_size=(1 if image_size is None else image_size, 1))
-    if raw_maps and layer is None:
-        raise UserError("option-missing", "--raw-maps needs the --layer whose maps it writes.")
-    if append and out.suffix.lower() not in (".parquet", ".pq"):
-        raise UserError("option-conflict", f"--append needs --out FILE.parquet, not {out}.")
     check_outside(data, out, "--out")
     start, fabric = time.perf_counter(), make_fabric(device, precision)
     encoder = load_encoder(weights).to(fabric.device)
     source = open_splits(data, split)
     grows = append and out.exists()
-    views = load_views(weights) or ViewConfig()
-    chosen = {"image_size": image_size, "eval_crop": eval_crop}
-    views = replace(views, **{name: v for name, v in chosen.items() if v is not None})
+    views = _chosen_views(weights, image_size, eval_crop)
     views = _table_views(out, views) if grows else resolve_views(views, source)
     facts = _describe_table(weights, encoder, source, out, views, fabric, layer, dtype, raw_maps)
     facts |= {"split": split, "batch": batch}
@@ -201,7 +197,14 @@ def _one_or_several(layer: str | Sequence[str] | None) -> str | list[str] | None
 
 
 def _check_options(
-    out: Path, layer: str | list[str] | None, dtype: str, workers: int, batch: int
+    out: Path,
+    layer: str | list[str] | None,
+    dtype: str,
+    workers: int,
+    batch: int,
+    *,
+    append: bool,
+    raw_maps: bool,
 ) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError("not-found", f"--out {out} is not a new file in an existing folder.")
@@ -209,6 +212,17 @@ def _check_options(
     if dtype not in DTYPES:
         raise UserError("option-invalid", f"--dtype is {dtype}; it must be {' or '.join(DTYPES)}.")
     check_options(batch_size=(batch, 1), workers=(workers, 0))
+    if raw_maps and layer is None:
+        raise UserError("option-missing", "--raw-maps needs the --layer whose maps it writes.")
+    if append and out.suffix.lower() not in (".parquet", ".pq"):
+        raise UserError("option-conflict", f"--append needs --out FILE.parquet, not {out}.")
+
+
+def _chosen_views(weights: Path, image_size: int | None, eval_crop: float | None) -> ViewConfig:
+    """Return the stored view, with what was asked for in its place."""
+    chosen = {"image_size": image_size, "eval_crop": eval_crop}
+    views = load_views(weights) or ViewConfig()
+    return replace(views, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def _describe_table(

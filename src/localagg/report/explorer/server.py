@@ -79,82 +79,106 @@ def _listen(port: int) -> socket.socket:
 def make_app(space: Space, token: str, host: str, *, title: str) -> "Starlette":
     """Return the application, which answers below ``/token/`` for this Host only."""
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import JSONResponse
     from starlette.routing import Mount, Route
 
     page, policy = _page(title)
-
-    def number_of(request: "Request") -> int:
-        number = request.path_params["number"]
-        if number >= len(space):
-            raise _Refused(404, "There is no such image.")
-        return number
-
-    def index(_: "Request") -> "Response":
-        return Response(page, media_type="text/html")
-
-    def data(_: "Request") -> "Response":
-        note = " ".join(space.shown.notes)
-        typed = {"name": LABEL, "names": space.label_column()[0], "array": LABEL}
-        facts = {"count": len(space), "columns": [*space.columns, typed], "map": {"note": note}}
-        return JSONResponse({**facts, "side": SIDES[1], "labels": printable(space.labels.name)})
-
-    def array(request: "Request") -> "Response":
-        name = request.path_params["name"]
-        found = space.label_column()[1] if name == LABEL else space.arrays.get(name)
-        if found is None:
-            raise _Refused(404, "There is no such array.")
-        return Response(found.tobytes(), media_type="application/octet-stream")
-
-    def picture(request: "Request") -> "Response":
-        side = request.path_params["side"]
-        drawn = space.picture(number_of(request), side) if side in SIDES else None
-        if drawn is None:
-            raise _Refused(404, "There is no such picture.")
-        return Response(drawn, media_type="image/webp", headers={"Cache-Control": "max-age=3600"})
-
-    def details(request: "Request") -> "Response":
-        number = number_of(request)
-        near = space.nearest(space.shown.rows[number : number + 1], own=number)
-        return JSONResponse({"path": space.shown.paths[number], "neighbors": near})
-
-    def find(request: "Request") -> "Response":
-        return JSONResponse(space.find(request.query_params.get("text", "")[:1000], _FOUND))
-
-    def search(body: bytes) -> Any:
-        try:
-            decode(body)
-        except READ_ERRORS as error:
-            raise _Refused(400, f"The picture cannot be read: {read_error_reason(error)}") from None
-        return space.nearest(space.embed(body))
-
-    def paths(body: bytes) -> Any:
-        return [space.shown.paths[number] for number in _numbers(json.loads(body), len(space))]
-
-    def label(body: bytes) -> Any:
-        asked = json.loads(body)
-        text = asked["label"].strip()
-        if len(text) > _LONGEST_LABEL or printable(text) != text:
-            raise _Refused(400, f"A label has at most {_LONGEST_LABEL} printable characters.")
-        space.label(_numbers(asked["ids"], len(space)), text)
-        return space.label_column()[0]
-
+    answers = _Answers(space, page)
     routes: list[Any] = [
-        Route("/", index),
-        Route("/data", data),
-        Route("/array/{name}", array),
-        Route("/picture/{number:int}/{side:int}", picture),
-        Route("/details/{number:int}", details),
-        Route("/find", find),
+        Route("/", answers.index),
+        Route("/data", answers.data),
+        Route("/array/{name}", answers.array),
+        Route("/picture/{number:int}/{side:int}", answers.picture),
+        Route("/details/{number:int}", answers.details),
+        Route("/find", answers.find),
         *(
             Route(f"/{action.__name__}", _posted(action), methods=["POST"])
-            for action in (search, paths, label)
+            for action in (answers.search, answers.paths, answers.label)
         ),
     ]
     handlers: Any = {_Refused: lambda _, error: JSONResponse({"error": str(error)}, error.status)}
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], exception_handlers=handlers)
     app.add_middleware(_Guard, host=host, policy=policy)  # pyright: ignore[reportArgumentType]
     return app
+
+
+class _Answers:
+    """What each address answers: those that are read, then those that are posted to."""
+
+    def __init__(self, space: Space, page: str) -> None:
+        self.space, self.page = space, page
+
+    def index(self, _: "Request") -> "Response":
+        return _response(self.page, "text/html")
+
+    def data(self, _: "Request") -> "Response":
+        from starlette.responses import JSONResponse
+
+        space = self.space
+        note = " ".join(space.shown.notes)
+        typed = {"name": LABEL, "names": space.label_column()[0], "array": LABEL}
+        facts = {"count": len(space), "columns": [*space.columns, typed], "map": {"note": note}}
+        return JSONResponse({**facts, "side": SIDES[1], "labels": printable(space.labels.name)})
+
+    def array(self, request: "Request") -> "Response":
+        name = request.path_params["name"]
+        found = self.space.label_column()[1] if name == LABEL else self.space.arrays.get(name)
+        if found is None:
+            raise _Refused(404, "There is no such array.")
+        return _response(found.tobytes(), "application/octet-stream")
+
+    def picture(self, request: "Request") -> "Response":
+        side = request.path_params["side"]
+        drawn = self.space.picture(self._number(request), side) if side in SIDES else None
+        if drawn is None:
+            raise _Refused(404, "There is no such picture.")
+        return _response(drawn, "image/webp", {"Cache-Control": "max-age=3600"})
+
+    def details(self, request: "Request") -> "Response":
+        from starlette.responses import JSONResponse
+
+        number, shown = self._number(request), self.space.shown
+        near = self.space.nearest(shown.rows[number : number + 1], own=number)
+        return JSONResponse({"path": shown.paths[number], "neighbors": near})
+
+    def find(self, request: "Request") -> "Response":
+        from starlette.responses import JSONResponse
+
+        text = request.query_params.get("text", "")[:1000]
+        return JSONResponse(self.space.find(text, _FOUND))
+
+    def search(self, body: bytes) -> Any:
+        try:
+            decode(body)
+        except READ_ERRORS as error:
+            raise _Refused(400, f"The picture cannot be read: {read_error_reason(error)}") from None
+        return self.space.nearest(self.space.embed(body))
+
+    def paths(self, body: bytes) -> Any:
+        numbers = _numbers(json.loads(body), len(self.space))
+        return [self.space.shown.paths[number] for number in numbers]
+
+    def label(self, body: bytes) -> Any:
+        asked = json.loads(body)
+        text = asked["label"].strip()
+        if len(text) > _LONGEST_LABEL or printable(text) != text:
+            raise _Refused(400, f"A label has at most {_LONGEST_LABEL} printable characters.")
+        self.space.label(_numbers(asked["ids"], len(self.space)), text)
+        return self.space.label_column()[0]
+
+    def _number(self, request: "Request") -> int:
+        number = request.path_params["number"]
+        if number >= len(self.space):
+            raise _Refused(404, "There is no such image.")
+        return number
+
+
+def _response(
+    content: str | bytes, media_type: str, headers: dict[str, str] | None = None
+) -> "Response":
+    from starlette.responses import Response
+
+    return Response(content, media_type=media_type, headers=headers)
 
 
 class _Refused(Exception):
