@@ -18,7 +18,6 @@ any moment. Nothing is unpickled: ``optimizer.pt`` is loaded with ``weights_only
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -36,10 +35,10 @@ from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
 from .distributed.collectives import World, raise_on_all_ranks
 from .errors import UserError, first_line
-from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk, write_synced
+from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
-from .io.tensor_files import save_tensors
+from .io.tensor_files import save_pickled, save_tensors
 from .models import Encoder, create_encoder, encoder_of
 
 EXPORTED_NAME = "localagg.safetensors"
@@ -196,7 +195,7 @@ def save(
             beside.mkdir(parents=True, exist_ok=True)
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
-                _save_optimizer(beside / "optimizer.pt", optimizer)
+                save_pickled(beside / "optimizer.pt", optimizer.state_dict())
             _save_rows(beside, bank, clusters, world)
     if world.rank == 0:
         with convert_write_errors(run, None if exists else beside):
@@ -217,13 +216,6 @@ def _save_rows(folder: Path, bank: MemoryBank, clusters: dict[str, Tensor], worl
     if clusters:
         alone = folder / "clusters.safetensors"
         save_tensors(alone if world.size == 1 else shard_path(folder, "clusters", *place), clusters)
-
-
-def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Write through memory: on a full disk torch's own writer hides the system's error."""
-    state = io.BytesIO()
-    torch.save(optimizer.state_dict(), state)
-    write_synced(path, [state.getbuffer()])
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -84,7 +84,7 @@ def _is_first_process() -> bool:
 
 
 def _report(message: str, status: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # its reader left, or its disk is full as well
         print(f"localagg: {printable(message)}", file=sys.stderr, flush=True)
     return status
 

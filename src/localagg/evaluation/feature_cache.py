@@ -36,6 +36,7 @@ from ..data.images.decode import READ_ERRORS, open_image
 from ..data.sources.open import Source
 from ..errors import UserError
 from ..io.console import show_progress
+from ..io.tensor_files import save_array
 from ..models import Compat, Encoder
 from .readout_inputs import evaluation_views
 
@@ -328,7 +329,7 @@ def _compute(
         )
     for layer, folder in made.items():
         maps[layer].flush()  # to the disk
-        np.save(folder / "index.npy", torch.cat(read).numpy())
+        save_array(folder / "index.npy", torch.cat(read).numpy())
 
 
 def rename_entry(unfinished: Path, entry: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import check_new, convert_newer, save_weights, weights_digest, write_json
@@ -32,8 +31,9 @@ from ..distributed.signals import StopRequest, handle_stop_signals
 from ..engine.device import describe_arithmetic
 from ..errors import UserError
 from ..io.console import ProgressLine, notify
-from ..io.files import absolute_place, noted_place
+from ..io.files import absolute_place, atomic_write, noted_place
 from ..io.metrics_log import MetricsLog
+from ..io.tensor_files import save_tensors
 from ..models import Encoder
 from .linear_heads import cross_entropies, read_heads
 from .linear_probe import LinearProbe
@@ -367,7 +367,8 @@ class TransferRecorder:
         }
         if self.run is not None:
             heads = {k: v.cpu().contiguous() for k, v in probe.readout.named_heads().items()}
-            save_file(heads, self.run / "heads.safetensors")
+            with atomic_write(self.run / "heads.safetensors") as beside:
+                save_tensors(beside, heads)
             if config.finetune:
                 path = self.run / "encoder.safetensors"
                 save_weights(path, probe.readout.encoder, config.views)

@@ -17,6 +17,7 @@ from ..engine.device import make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
 from ..io.files import atomic_write
+from ..io.tensor_files import save_pickled
 from ..models import Encoder
 from ..recipes.schedule import Schedule
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor
@@ -206,7 +207,7 @@ class LinearProbe:
             "progress": progress,
         }
         with atomic_write(run / "state.pt") as beside:
-            torch.save(state, beside)
+            save_pickled(beside, state)
 
     def restore(self, run: Path) -> None:
         """Restore the state of a folder, if it has one.

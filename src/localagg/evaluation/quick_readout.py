@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import check_new, weights_digest, write_json
@@ -22,6 +21,8 @@ from ..data.sources.open import Source
 from ..engine.device import describe_arithmetic, make_fabric
 from ..errors import UserError
 from ..io.console import notify, show_progress
+from ..io.files import atomic_write
+from ..io.tensor_files import save_tensors
 from ..models import Encoder
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, hash_images
 from .linear_heads import accuracies
@@ -163,7 +164,8 @@ def quick_readout(
         run.mkdir(parents=True, exist_ok=True)
         tensors = {f"{layer}.weight": head.weight for layer, head in heads.items()}
         tensors |= {f"{layer}.bias": head.bias for layer, head in heads.items()}
-        save_file(tensors, run / "heads.safetensors")
+        with atomic_write(run / "heads.safetensors") as beside:
+            save_tensors(beside, tensors)
         write_json(run / "results.json", results)
     return results
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import EXPORTED_NAME, load_encoder, save_weights, write_json
 from ..config import ViewConfig, require_resolved, to_dict
 from ..errors import UserError
-from ..io.tensor_files import save_tensors
+from ..io.tensor_files import save_pickled, save_tensors
 from ..models import Encoder
 from ..models.torchvision_resnet import torchvision_resnets
 from .hub_folder import write_model_card
@@ -100,7 +100,7 @@ def write_torchvision(network: Network, out: Path) -> None:
     if out.name.endswith(".safetensors"):
         save_tensors(out, state)
     else:
-        torch.save(state, out)
+        save_pickled(out, state)
 
 
 def run_torchvision(network: Network, path: Path, views: Tensor) -> Tensor:

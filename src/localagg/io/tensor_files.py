@@ -4,6 +4,7 @@ The library's own writer passes the whole file to the system at once. The format
 the length of the header; the header as JSON (dtype, shape and place of each tensor); the tensors.
 """
 
+import io
 import json
 import re
 import warnings
@@ -12,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .files import write_synced
+from .files import atomic_write, write_synced
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -54,6 +56,29 @@ def load_pickled(path: Path, allowed: list[Any], fix: str) -> Any:
         raise UserError(
             "unsupported", f"'{path}' cannot be loaded as tensors alone ({holds}); {fix}."
         ) from None
+
+
+def save_pickled(path: Path, value: Any) -> None:
+    """Write as ``torch.save``, through memory: on a full disk its own writer hides the cause.
+
+    Raises:
+        OSError: disk full or no permission.
+    """
+    state = io.BytesIO()
+    torch.save(value, state)
+    write_synced(path, [state.getbuffer()])
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Write as ``numpy.save``, atomically; its own errors of a full disk lack their number.
+
+    Raises:
+        OSError: disk full or no permission.
+    """
+    state = io.BytesIO()
+    np.save(state, values)
+    with atomic_write(path) as beside:
+        write_synced(beside, [state.getbuffer()])
 
 
 def _describe_file(path: Path) -> str:

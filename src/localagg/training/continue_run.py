@@ -30,6 +30,7 @@ from ..engine.search import store_by_row
 from ..errors import UserError
 from ..interop.start_state import load_start_state, read_start_network
 from ..io.console import notify, show_progress
+from ..io.tensor_files import save_array
 from ..recipes.derived_settings import DROPS, resolve_defaults
 from ..recipes.schedule import Schedule
 from .learner import Learner
@@ -171,7 +172,7 @@ def prolong(
 def save_contents(run: Path, source: Source) -> None:
     """Note the content of each image in a run folder, by which a later run knows its rows."""
     with show_progress("noting images") as show:
-        np.save(run / _CONTENTS, content_digests(source, show))
+        save_array(run / _CONTENTS, content_digests(source, show))
 
 
 def _load_contents(run: Path, facts: dict[str, Any]) -> np.ndarray:
