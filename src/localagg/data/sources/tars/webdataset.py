@@ -17,6 +17,7 @@ from typing import Any
 from zlib import crc32
 
 from ....errors import UserError
+from ....io.files import read_at
 from ..file_index import IndexedFiles, damaged
 from ..image_files import EXTENSIONS, files_with_suffix
 from ..source import ImageRecord, Sample, content_hash
@@ -39,9 +40,12 @@ class WebDataset(IndexedFiles):
             UserError: the file was damaged or replaced since the index was built.
         """
         path, start, length = self.position(index)
-        with open(path, "rb") as file:
-            file.seek(start - BLOCK)
-            header, image = file.read(BLOCK), file.read(length)
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            member = read_at(file, BLOCK + length, start - BLOCK)
+        finally:
+            os.close(file)
+        header, image = member[:BLOCK], member[BLOCK:]
         if crc32(header) != self.index["header"][index] or len(image) < length:
             raise damaged(path, start - BLOCK, "it has changed since it was opened")
         return Sample(index, image, self.label(index))
