@@ -6,8 +6,9 @@ Plants copies of eight kinds (resaved, shrunk, cropped, flipped, brightened, gra
 captioned; the last at a random corner) among evenly spread training images of each DATA, embeds
 them by its RUN, and finds them as ``localagg duplicates`` does. Pairs of one group are predicted;
 only a copy and its original are right, so near-duplicates that the data hold already count as
-false. The threshold is that of the rule of ``localagg duplicates``, or, for it and for the hashes
-of imagehash if it is installed, the one of the best F1 on the other DATA: held out.
+false. The threshold is that of the rule of ``localagg duplicates``, or, for it and for imagededup's
+hashes and its CNN where that is installed, the one of the best F1 on the other DATA: held out. Its
+CNN's own weights are a download; it gets EfficientNet-Lite0 of ImageNet.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.util
 import io
 import itertools
 import random
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from efficientnet import MODEL, write_efficientnet
 
 import report
 from localagg.data.sources.open import open_images
@@ -62,8 +68,14 @@ def altered(image: Image.Image, kind: str, draws: random.Random) -> Image.Image:
     return image  # resaved: at low quality
 
 
-HASHES = ("phash", "dhash", "average_hash", "whash")
+HASHES = ("PHash", "DHash", "AHash", "WHash")
 _FARTHEST = 12  # bits of 64
+_LEAST_COSINE = 0.8
+TRIED = {
+    "localagg": np.arange(0.7, 0.99, 0.01),
+    "CNN": np.arange(_LEAST_COSINE, 0.999, 0.005),
+}
+"""Thresholds of methods other than hashes."""
 KINDS = ["resaved", "shrunk", "cropped", "flipped", "brightened", "gray", "blurred", "captioned"]
 
 
@@ -141,15 +153,38 @@ def by_agreement(folder: Path, run: str, work: Path, planted: Pairs) -> tuple[Ca
 
 def by_hash(folder: Path, planted: Pairs, kind: str) -> Candidates:
     """Return the pairs within a Hamming distance of 12; the score is minus the distance."""
-    import imagehash  # pyright: ignore[reportMissingImports]
+    from imagededup import methods  # pyright: ignore[reportMissingImports]
 
-    names = sorted(path.name for path in folder.iterdir())
-    codes = [getattr(imagehash, kind)(Image.open(folder / name)).hash.ravel() for name in names]
-    bits = np.stack(codes).astype(np.float32)
+    codes = getattr(methods, kind)(verbose=False).encode_images(image_dir=folder)
+    names = sorted(codes)
+    digits = [[int(digit, 16) for digit in codes[name]] for name in names]
+    bits = (np.array(digits)[:, :, None] >> np.arange(4) & 1).reshape(len(names), -1)
+    bits = bits.astype(np.float32)
     apart = bits @ (1 - bits).T
     apart = np.rint(apart + apart.T).astype(int)
     pairs = np.argwhere(np.triu(apart <= _FARTHEST, 1))
     return Candidates(names, pairs, -apart[tuple(pairs.T)], planted)
+
+
+def by_cnn(folder: Path, planted: Pairs, weights: Path) -> Candidates:
+    """Return the pairs whose features have a cosine of at least 0.8."""
+    import timm
+    from imagededup.methods import CNN  # pyright: ignore[reportMissingImports]
+    from imagededup.utils import CustomModel  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+
+    model = timm.create_model(MODEL.partition(":")[2], num_classes=0).eval()
+    stored = load_file(weights)
+    model.load_state_dict({k: v for k, v in stored.items() if not k.startswith("classifier")})
+    data = timm.data.resolve_model_data_config(model)
+    network = CustomModel("lite0", model, timm.data.create_transform(**data))
+    encoded = CNN(verbose=False, model_config=network).encode_images(image_dir=folder)
+    names = sorted(encoded)
+    rows = np.stack([encoded[name].ravel() for name in names])
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = rows @ rows.T
+    pairs = np.argwhere(np.triu(cosine >= _LEAST_COSINE, 1))
+    return Candidates(names, pairs, cosine[tuple(pairs.T)], planted)
 
 
 def measure(
@@ -163,8 +198,9 @@ def measure(
         planted = plant(data, folder, options.images, options.copies, options.seed)
         found, rule = by_agreement(folder, run, work, planted)
         methods = {"localagg": found}
-        if importlib.util.find_spec("imagehash"):
+        if importlib.util.find_spec("imagededup"):
             methods |= {kind: by_hash(folder, planted, kind) for kind in HASHES}
+            methods["CNN"] = by_cnn(folder, planted, write_efficientnet(work))
         return methods, rule
 
 
@@ -182,7 +218,7 @@ def main() -> None:
     rows = []
     for (_, data), (methods, rule), (others, _) in zip(pairs, found, found[::-1], strict=True):
         for name, candidates in methods.items():
-            tried = np.arange(0.7, 0.99, 0.01) if name == "localagg" else range(-_FARTHEST, 1)
+            tried = TRIED.get(name, range(-_FARTHEST, 1))
             held_out = others[name].best([float(each) for each in tried])
             chosen = {"the other set": held_out}
             chosen = {"the rule": rule, **chosen} if name == "localagg" else chosen
@@ -197,7 +233,8 @@ def main() -> None:
         f"Near-duplicates: {options.copies} planted copies of eight kinds",
         ["images", "N", "method", "threshold", "chosen by", "precision", "recall", "missed most"],
         rows,
-        "Thresholds: agreement of localagg, Hamming distance of hashes (imagehash). The rule sees"
+        "Thresholds: agreement of localagg; Hamming distance of imagededup's hashes; cosine of its"
+        " CNN, which has EfficientNet-Lite0's weights (ImageNet with labels). The rule sees"
         " no labels; its constants were set on both sets, with other copies. 'The other set': the"
         f" best F1 there. Missed most: of {each} copies of a kind. The runs had learned for eight"
         " epochs at 32 px.",

@@ -271,7 +271,7 @@ def test_unreadable_images_have_no_features(tmp_path, drawn):
     whole = (folder / "050.bmp").read_bytes()
     (folder / "050.bmp").write_bytes(whole[:-30])
     source = open_images(folder)
-    _, failed = hash_images(source)
+    _, failed = hash_images(source, ViewConfig())
     assert list(failed) == [4]  # the other one is found when it is decoded
     kept = FeatureCache(tmp_path / "cache", 1.0).get(extractor(("2",)), source)
     assert sorted(set(range(100)) - set(kept.index.tolist())) == [4, 50]

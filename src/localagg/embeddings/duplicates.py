@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import check_argument_types
 from ..data.images.decode import READ_ERRORS, decode
+from ..data.images.levels import Levels
 from ..data.images.pixel_agreement import THUMBNAIL, agreement, details, gray_thumbnail
 from ..data.loading.workers import map_in_workers
 from ..data.sources.source import Source, encoded_bytes
@@ -71,14 +72,14 @@ def find_duplicates(
         raise UserError("option-invalid", f"--above is {above}; it must be above 0 and at most 1.")
     opened = open_table(table, workers=workers)
     source, index = open_table_images(opened), torch.tensor(opened.images["index"].to_pylist())
-    thumbnails, readable = _read_thumbnails(source, index, workers)
+    thumbnails, readable = _read_thumbnails(source, index, opened.levels, workers)
     pairs_P2, others_P = _candidates(opened.unit_embeddings(), thumbnails, readable)
     agreement_P = _compare(thumbnails, pairs_P2)
     others, views = None, None
     if above is None:
         sample = readable.nonzero().flatten()
         sample = sample[torch.linspace(0, len(sample) - 1, min(_SAMPLE, len(sample))).long()]
-        views = _views_agreement(source, index[sample], thumbnails[sample])
+        views = _views_agreement(source, index[sample], opened.levels, thumbnails[sample])
         others, above = _threshold(agreement_P[others_P], views, int(readable.sum()))
     same = agreement_P >= above
     groups = [
@@ -106,12 +107,16 @@ def find_duplicates(
 _MEASURES = ("agreement", "width", "height", "sharpness", "bytes")
 
 
-def _read_thumbnails(source: Source, index: Tensor, workers: int) -> tuple[Tensor, Tensor]:
+def _read_thumbnails(
+    source: Source, index: Tensor, levels: Levels, workers: int
+) -> tuple[Tensor, Tensor]:
     """Return float16 [n, 48, 48] and whether each image can be read, bool [n]."""
     thumbnails, readable = torch.zeros(len(index), THUMBNAIL, THUMBNAIL).half(), []
     with show_progress("reading images") as show:
         chunks, done = index.split(64), 0
-        for found, fine in map_in_workers(functools.partial(_thumbnails, source), chunks, workers):
+        for found, fine in map_in_workers(
+            functools.partial(_thumbnails, source, levels), chunks, workers
+        ):
             thumbnails[done : done + len(fine)] = found
             readable += fine
             done += len(fine)
@@ -121,11 +126,11 @@ def _read_thumbnails(source: Source, index: Tensor, workers: int) -> tuple[Tenso
     return thumbnails, torch.tensor(readable)
 
 
-def _thumbnails(source: Source, index: Tensor) -> tuple[Tensor, list[bool]]:
+def _thumbnails(source: Source, levels: Levels, index: Tensor) -> tuple[Tensor, list[bool]]:
     found, readable = torch.zeros(len(index), THUMBNAIL, THUMBNAIL).half(), []
     for row, i in enumerate(index.tolist()):
         try:
-            found[row] = gray_thumbnail(decode(source[i].image))
+            found[row] = gray_thumbnail(decode(source[i].image, levels=levels))
             readable.append(True)
         except READ_ERRORS:
             readable.append(False)
@@ -169,11 +174,13 @@ def _compare(thumbnails: Tensor, pairs: Tensor) -> Tensor:
     return found
 
 
-def _views_agreement(source: Source, index: Tensor, thumbnails: Tensor) -> float | None:
+def _views_agreement(
+    source: Source, index: Tensor, levels: Levels, thumbnails: Tensor
+) -> float | None:
     """Return the agreement that 95 % of altered views of images reach with their image."""
     first, second = [], []
     for thumbnail, i in zip(thumbnails, index.tolist(), strict=True):
-        image = Image.fromarray(decode(source[i].image).permute(1, 2, 0).numpy())
+        image = Image.fromarray(decode(source[i].image, levels=levels).permute(1, 2, 0).numpy())
         for view in _altered(image):
             pixels = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8)
             pixels = pixels.view(view.height, view.width, 3).permute(2, 0, 1)
@@ -229,7 +236,7 @@ def _describe_group(
     rows = table.rows(members)
     for row, position in zip(rows, members, strict=True):
         image = source[row["index"]].image
-        pixels = decode(image)
+        pixels = decode(image, levels=table.levels)
         row |= {"width": pixels.shape[2], "height": pixels.shape[1], "row": position}
         row |= {"sharpness": sharpness(pixels), "bytes": len(encoded_bytes(image))}
 

@@ -156,4 +156,6 @@ def encode(
 
 def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:
     """Return views with image_size and eval_crop derived from the images where they are None."""
-    return resolve_defaults(PretrainConfig(views=views), len(source), typical_side(source)).views
+    return resolve_defaults(
+        PretrainConfig(views=views), len(source), typical_side(source, views)
+    ).views

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..checkpoint import load_encoder, read_run, weights_digest
 from ..config import check_argument_types
 from ..data.images.image_list import ImageList
+from ..data.images.levels import STORED
+from ..data.images.pictures import AtLevels
 from ..data.sources.open import Source, open_images
 from ..errors import UserError
 from ..io.console import notify
@@ -104,6 +106,12 @@ def open_table_images(table: EmbeddingTable) -> Source:
             "mismatch", f"'{data}' changed since '{table.path}' was written; embed it again."
         )
     return source
+
+
+def open_table_pictures(table: EmbeddingTable) -> Source:
+    """Open the images of a table as :func:`open_table_images` does, to be looked at."""
+    source = open_table_images(table)
+    return source if table.levels == STORED else AtLevels(source, table.levels)
 
 
 def _open_files(table: EmbeddingTable) -> Source:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import load_encoder, load_views, weights_digest
 from ..config import ViewConfig, check_argument_types, from_dict, to_dict
 from ..data.images.decode import READ_ERRORS, decode, read_error_reason
+from ..data.images.levels import Levels, levels_of
 from ..data.loading.cropping import evaluation_batches
 from ..data.sources.image_files import walk_images
 from ..data.sources.source import Sample
@@ -61,7 +62,7 @@ def search(
     if not images:
         raise UserError("option-missing", "Name at least one image to search for.")
     opened = open_table(table)
-    images, unreadable = _expand_folders(opened, images)
+    images, unreadable = _expand_folders(opened, images, weights)
     positions = [_find_position(opened, image) for image in images]
     files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
     embedded = iter(embed_files(opened, files, weights) if files else ())
@@ -108,7 +109,7 @@ def _nearest(queries_QF: Tensor, bank_NF: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def _expand_folders(
-    table: EmbeddingTable, images: Sequence[str | Path | int]
+    table: EmbeddingTable, images: Sequence[str | Path | int], weights: str | Path | None
 ) -> tuple[list[str | Path | int], int]:
     """Replace folders by the readable image files in them; return how many are not readable.
 
@@ -127,7 +128,8 @@ def _expand_folders(
             found.append(image)
             continue
         files = [folder / name for name, _ in sorted(walk_images(folder))]
-        readable = [file for file in files if _read_error(file) is None]
+        levels = _levels(table, weights)
+        readable = [file for file in files if _read_error(file, levels) is None]
         unreadable += len(files) - len(readable)
         if not readable:
             raise UserError("no-images", f"'{folder}' has no readable image; name another folder.")
@@ -137,9 +139,16 @@ def _expand_folders(
     return found, unreadable
 
 
-def _read_error(file: Path) -> str | None:
+def _levels(table: EmbeddingTable, weights: str | Path | None) -> Levels:
+    """Return how samples of new files become pixels: as the table's, or else as the weights'."""
+    if table.facts or weights is None:
+        return table.levels
+    return levels_of(load_views(Path(weights)) or ViewConfig())
+
+
+def _read_error(file: Path, levels: Levels) -> str | None:
     try:
-        decode(file.read_bytes())
+        decode(file.read_bytes(), levels=levels)
     except READ_ERRORS as error:
         return read_error_reason(error)
     return None
@@ -199,8 +208,9 @@ class _ImageFiles:
 
 def embed_files(table: EmbeddingTable, files: Sequence[Path], weights: str | Path | None) -> Tensor:
     """Return embeddings [files, F] by the table's encoder, layer, view and precision."""
+    levels = _levels(table, weights)
     for path in files:
-        if (reason := _read_error(path)) is not None:
+        if (reason := _read_error(path, levels)) is not None:
             raise UserError(
                 "unreadable-images", f"'{path}' cannot be read: {reason}; name another image."
             )

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import ViewConfig, from_dict
+from ..data.images.levels import STORED, Levels, levels_of
 from ..errors import UserError
 from ..io.console import show_progress
 
@@ -115,6 +117,12 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
+
+    @property
+    def levels(self) -> Levels:
+        """How samples and bands of the images became pixels."""
+        views = self.facts.get("views")
+        return levels_of(from_dict(ViewConfig, views)) if views else STORED
 
     def _find_dim(self) -> int:
         """Return the values of a row; tables that pandas wrote hold lists of any length."""

@@ -33,6 +33,7 @@ from .. import __version__
 from ..checkpoint import weights_digest, write_json
 from ..config import ViewConfig, require_resolved
 from ..data.images.decode import READ_ERRORS, open_image
+from ..data.images.levels import levels_for_sizes
 from ..data.sources.open import Source
 from ..errors import UserError
 from ..io.console import show_progress
@@ -44,12 +45,12 @@ _ABANDONED_SECONDS = 24 * 3600  # age at which an unfinished entry is removed
 _KEY_DIGITS = 40  # hexadecimal
 
 
-def hash_images(source: Source) -> tuple[str, dict[int, str]]:
+def hash_images(source: Source, views: ViewConfig) -> tuple[str, dict[int, str]]:
     """Return the SHA-256 of every byte of every image, and {index: reason} of unreadable headers.
 
     A source's fingerprint covers 64 images only, which is too little to trust cached features.
     """
-    digest, failed = hashlib.sha256(), {}
+    digest, failed, levels = hashlib.sha256(), {}, levels_for_sizes(views)
     with show_progress("reading images") as show:
         for i in range(len(source)):
             data = b"\0unreadable"
@@ -57,7 +58,7 @@ def hash_images(source: Source) -> tuple[str, dict[int, str]]:
                 image = source[i].image
                 data = image if isinstance(image, bytes) else image.numpy().tobytes()
                 if isinstance(image, bytes):
-                    open_image(image)
+                    open_image(image, levels)
             except READ_ERRORS as error:
                 failed[i] = str(error) or type(error).__name__
             digest.update(len(data).to_bytes(8, "little") + data)
@@ -207,7 +208,7 @@ class FeatureCache:
         size = {layer: extractor.feature_bytes(layer, len(source)) for layer in extractor.layers}
         if sum(size.values()) > self.budget:
             return None
-        facts = extractor.facts(digest or hash_images(source)[0], pixels)
+        facts = extractor.facts(digest or hash_images(source, extractor.views)[0], pixels)
         keys = {layer: entry_key(facts[layer]) for layer in extractor.layers}
         wanted = {keys[layer]: size[layer] for layer in keys}
         if sum((self.returned | wanted).values()) > self.budget:

@@ -198,7 +198,7 @@ def _embed_shared(
 ) -> tuple[Tensor, Tensor]:
     """Return (embeddings [n, D] of a source, readable bool [n]); each batch runs on one rank."""
     if world.size == 1:
-        typical_side(source)  # raises with the images' names if none can be read
+        typical_side(source, options["views"])  # raises with the images' names if none can be read
     dtype = torch.promote_types(rows.dtype, torch.float32)
     embedded = rows.new_zeros(len(source), rows.shape[1], dtype=dtype)
     readable = torch.zeros(len(source))

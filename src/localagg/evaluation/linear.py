@@ -366,9 +366,8 @@ class TransferRecorder:
             "classes": splits.classes,
         }
         if self.run is not None:
-            heads = {k: v.cpu().contiguous() for k, v in probe.readout.named_heads().items()}
             with atomic_write(self.run / "heads.safetensors") as beside:
-                save_tensors(beside, heads)
+                save_tensors(beside, probe.readout.named_heads())
             if config.finetune:
                 path = self.run / "encoder.safetensors"
                 save_weights(path, probe.readout.encoder, config.views)

@@ -148,7 +148,7 @@ def _select_and_embed(
     source = open_images(data)
     select_queries(data, source, torch.arange(len(source)))  # fails before hours of embedding
     config = PretrainConfig(views=load_views(run) or ViewConfig(), workers=workers)
-    config = resolve_defaults(config, len(source), typical_side(source))
+    config = resolve_defaults(config, len(source), typical_side(source, config.views))
     if against == "bank":
         bank, valid = _load_own_bank(run, data, source, facts)
     else:

@@ -216,7 +216,7 @@ def _cache_split(
     cache: FeatureCache, extractor: FeatureExtractor, source: Source, policy: str, *, training: bool
 ) -> CachedFeatures:
     """Return the features of a split. Undecodable held-out images are counted, not reported."""
-    digest, failed = hash_images(source)
+    digest, failed = hash_images(source, extractor.views)
     require_readable(source, failed, policy)
     features = cache.get(extractor, source, digest=digest)
     if features is None:

@@ -133,7 +133,7 @@ def resolve_transfer(
     general = resolve_defaults(
         replace(general_options(config), views=views, drops=(), ir_epochs=0),
         len(source),
-        typical_side(source),
+        typical_side(source, views),
     )
     return replace(
         config,

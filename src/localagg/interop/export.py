@@ -102,7 +102,7 @@ def export(
     _check(to, out, normalize, push)
     encoder, source = load_encoder(path), _compared_images(path, data)
     config = PretrainConfig(views=load_views(path) or ViewConfig())
-    views = resolve_defaults(config, len(source), typical_side(source)).views
+    views = resolve_defaults(config, len(source), typical_side(source, config.views)).views
     network = Network(path, encoder, views, normalize)
     kind = EXPORT_FORMATS[to]
     with _beside(out) as beside, torch.no_grad(), warnings.catch_warnings():

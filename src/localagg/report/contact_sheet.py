@@ -43,7 +43,7 @@ def contact_sheet(
     """
     index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
     fitted = PretrainConfig(views=config.views)
-    views = resolve_defaults(fitted, len(source), typical_side(source)).views
+    views = resolve_defaults(fitted, len(source), typical_side(source, fitted.views)).views
     index, columns, failed = _views(source, views, index, seed)
     if not len(index):
         require_readable(source, failed)

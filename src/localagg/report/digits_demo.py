@@ -58,7 +58,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     _prepare_folder(out)
     training, held_out = open_images("digits"), open_images("digits", "val")
     config = override(recipe("digits").config, seed=seed)
-    config = resolve_defaults(config, len(training), typical_side(training))
+    config = resolve_defaults(config, len(training), typical_side(training, config.views))
 
     def embed_both(encoder: Encoder) -> Rows:
         return embed(encoder, training, views).rows, embed(encoder, held_out, views).rows

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.images.levels import STORED, Levels
 from ..embeddings.cluster_count import choose_clusters
 from ..embeddings.clusters import Fit, cluster_rows
 from ..embeddings.map import kept_map, map_rows
@@ -37,6 +38,8 @@ class Pictured:
     """Further values of each image, such as "label": strings, numbers or None."""
     images: Images | None = None
     """Without them the page has no pictures."""
+    levels: Levels = STORED
+    """How samples of further images become pixels, as of these."""
     notes: list[str] = field(default_factory=list)
     """Sentences below the map's heading."""
 

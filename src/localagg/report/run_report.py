@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from ..checkpoint import latest, load_bank, read_progress, read_run
-from ..config import check_argument_types
+from ..config import PretrainConfig, check_argument_types
 from ..data.images.decode import UnreadableImage
+from ..data.images.levels import STORED, Levels, levels_of
+from ..data.images.pictures import AtLevels, picture_at_levels
 from ..data.sources.open import open_unchanged
+from ..data.sources.source import Source
 from ..embeddings.map import MOST
-from ..embeddings.open_table import open_table, open_table_images
+from ..embeddings.open_table import open_table, open_table_pictures
 from ..embeddings.table import UNREAD, EmbeddingTable, path_text
 from ..errors import UserError
 from ..evaluation.floors import floor_rows, floor_title
@@ -78,8 +81,8 @@ def read_pictured(path: Path, workers: int, most: int | None) -> Pictured:
     A run of more than 50,000 images is shown by its memory bank.
     """
     is_run = path.is_dir() and path.suffix.lower() not in UNREAD
-    if is_run and (facts := read_run(path)[1])["size"] > MOST:
-        return _from_bank(path, facts, most)
+    if is_run and (stored := read_run(path))[1]["size"] > MOST:
+        return _from_bank(path, *stored, most)
     opened = open_table(path, workers=workers)
     kept = _sample(len(opened), most)
     images = opened.images.take(kept)
@@ -88,14 +91,15 @@ def read_pictured(path: Path, workers: int, most: int | None) -> Pictured:
         opened.unit_embeddings()[kept],
         [path or "" for path in images["path"].to_pylist()],
         _columns(opened, kept),
+        levels=opened.levels,
         notes=_sample_note(len(kept), len(opened)),
     )
     try:
-        shown.images = SourceImages(open_table_images(opened), index)
+        shown.images = SourceImages(open_table_pictures(opened), index)
     except UserError as error:
         files = [opened.image_file(position) for position in kept]
         if any(files):
-            shown.images = _Files(files)
+            shown.images = _Files(files, opened.levels)
         else:
             shown.notes.append(f"Without pictures: {error}")
             notify(shown.notes[-1])
@@ -105,17 +109,17 @@ def read_pictured(path: Path, workers: int, most: int | None) -> Pictured:
 class _Files:
     """Image files, some of which may be missing."""
 
-    def __init__(self, files: Sequence[Path | None]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path | None], levels: Levels) -> None:
+        self.files, self.levels = files, levels
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, number: int) -> bytes:
+    def __getitem__(self, number: int) -> bytes | torch.Tensor:
         file = self.files[number]
         if file is None:
             raise UnreadableImage("missing")
-        return file.read_bytes()
+        return picture_at_levels(file.read_bytes(), self.levels)
 
 
 def _columns(opened: EmbeddingTable, kept: list[int]) -> dict[str, list[Any]]:
@@ -129,9 +133,13 @@ def _columns(opened: EmbeddingTable, kept: list[int]) -> dict[str, list[Any]]:
     return found
 
 
-def _from_bank(run: Path, facts: dict[str, Any], most: int | None) -> Pictured:
+def _from_bank(
+    run: Path, config: PretrainConfig, facts: dict[str, Any], most: int | None
+) -> Pictured:
     """Return a sample of a large run by its memory bank: embedding all images could take hours."""
-    source = open_unchanged(facts["data"], facts["fingerprint"], run, "embed them again")
+    source: Source = open_unchanged(facts["data"], facts["fingerprint"], run, "embed them again")
+    levels = levels_of(config.views)
+    source = source if levels == STORED else AtLevels(source, levels)
     unreadable = set(read_progress(latest(run)).get("unreadable", ()))
     readable = [i for i in range(len(source)) if i not in unreadable]
     index = [readable[i] for i in _sample(len(readable), most)]
@@ -142,7 +150,7 @@ def _from_bank(run: Path, facts: dict[str, Any], most: int | None) -> Pictured:
         columns["label"] = [path_text(source.classes[n]) if n >= 0 else None for n in codes]
     notes = [*_sample_note(len(index), len(source)), "Embeddings are rows of the memory bank."]
     names = [path_text(source.name(i)) for i in index]
-    return Pictured(rows, names, columns, SourceImages(source, index), notes)
+    return Pictured(rows, names, columns, SourceImages(source, index), levels, notes)
 
 
 def _sample(count: int, most: int | None) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import EncoderConfig, PretrainConfig, override, require_resolved
 from ..data.images.decode import READ_ERRORS, decoded_size
+from ..data.images.levels import levels_for_sizes
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source
 from ..engine.device import make_fabric
@@ -65,7 +66,7 @@ def fit_budget(
             f"--minutes {config.minutes:g} has no effect with backbone=; set epochs instead.",
         )
     minutes = CPU_MINUTES if config.minutes is None else config.minutes
-    side = typical_side(source)
+    side = typical_side(source, config.views)
     candidates = list(_candidates(config, side, typed))
     if len(candidates) == 1 and config.epochs is not None:
         raise UserError(
@@ -148,10 +149,10 @@ def _epoch_seconds(config: PretrainConfig, source: Source, most: float) -> float
 
 def _held_size(config: PretrainConfig, source: Source) -> tuple[int, int] | None:
     """Return (height, width) of the images if a run would hold them in memory."""
-    sizes = set()
+    sizes, levels = set(), levels_for_sizes(config.views)
     for index in range(0, len(source), max(1, len(source) // 16)):
         try:
-            sizes.add(decoded_size(source[index].image))
+            sizes.add(decoded_size(source[index].image, levels=levels))
         except READ_ERRORS:
             continue
     if config.memory == "never" or len(sizes) != 1:

@@ -55,7 +55,7 @@ def epoch_time(
         UserError: the options do not fit the data, or no image is readable.
     """
     source = open_images(data)
-    resolved = resolve_defaults(config, len(source), typical_side(source))
+    resolved = resolve_defaults(config, len(source), typical_side(source, config.views))
     size = len(source) - len(facts["unreadable"])
     held = _size_in_memory(resolved, facts)
     read = 0.0 if held else size * reading_seconds(resolved, source, seconds)

@@ -50,7 +50,7 @@ def forecast(
     source = open_images(data)
     if start is not None:
         config = settings_of_start(config, Path(start), source, frozenset(typed))
-    size, side = len(source), typical_side(source)
+    size, side = len(source), typical_side(source, config.views)
     config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)
     schedule = Schedule(resolved, size)

@@ -126,7 +126,7 @@ def pretrain(
             lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
         )
         config = world.gather_objects(fitted)[0]
-        resolved = resolve_defaults(config, len(source), typical_side(source))
+        resolved = resolve_defaults(config, len(source), typical_side(source, config.views))
         check_ranks(resolved, world)
         for line in explain_defaults(config, resolved, len(source)):
             notify(line)

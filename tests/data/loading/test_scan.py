@@ -3,6 +3,7 @@ import shutil
 import pytest
 from expect import user_error
 
+from localagg.config import ViewConfig
 from localagg.data.images.decode import decode
 from localagg.data.loading.scan import load_or_scan, require_readable, typical_side
 from localagg.data.sources.open import open_images
@@ -17,7 +18,7 @@ def test_a_vanished_file_is_named(pictures, tmp_path):
     shutil.copytree(pictures / "train", tmp_path / "data")
     source = open_images(tmp_path / "data")
     (tmp_path / "data" / "flower" / "00.png").unlink()
-    assert typical_side(source) > 0
+    assert typical_side(source, ViewConfig()) > 0
     unreadable = load_or_scan(source, memory="never").unreadable
     with user_error("unreadable-images", "flower/00.png (No such file or directory);"):
         require_readable(source, unreadable, "error")
@@ -65,4 +66,4 @@ def test_pixels_are_complete_if_every_image_is_readable(one_size, damaged):
 def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):
     source = open_images(pictures)
     sides = sorted(min(decode(source[i].image).shape[1:]) for i in range(48))
-    assert typical_side(source) == sides[24]
+    assert typical_side(source, ViewConfig()) == sides[24]

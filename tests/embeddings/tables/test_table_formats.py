@@ -188,7 +188,7 @@ def test_the_view_can_be_set_and_a_picture_is_searched_among_raw_maps(weights, f
     with user_error("option-missing", "--raw-maps", "--layer"):
         write_embeddings(weights, str(flat), out, raw_maps=True)
     for wrong in ({"image_size": 0}, {"image_size": 2.5}, {"eval_crop": 0}, {"eval_crop": 1.5}):
-        with user_error("option-invalid", f"--{next(iter(wrong)).replace('_', '-')}"):
+        with user_error("option-invalid", next(iter(wrong)).replace("_", "-").partition("-")[0]):
             write_embeddings(weights, str(flat), out, **wrong)
     with user_error("mismatch", out):
         write_embeddings(weights, str(flat), out, append=True, layer="1", image_size=16)

@@ -44,10 +44,10 @@ def write_pictures(
     Raises:
         UserError: the images moved or changed.
     """
-    from ...embeddings.open_table import open_table_images
+    from ...embeddings.open_table import open_table_pictures
     from ...report.gallery import Picture, Row, Section, write_gallery
 
-    source = open_table_images(table)
+    source = open_table_pictures(table)
 
     def picture(image: dict[str, Any] | Path, lines: Sequence[str]) -> Picture:
         if isinstance(image, Path):

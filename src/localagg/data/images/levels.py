@@ -57,6 +57,11 @@ def levels_of(views: ViewConfig) -> Levels:
     return Levels(views.bands, (low, high))
 
 
+def levels_for_sizes(views: ViewConfig) -> Levels:
+    """Return levels with which sizes are read, also before the range ``auto`` is measured."""
+    return Levels(views.bands, None if views.range is None else (0.0, 1.0))
+
+
 def to_rgb_levels(samples: Samples, levels: Levels = STORED) -> np.ndarray:
     """Return samples as uint8 [H, W, 3].
 

@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ...config import ViewConfig
 from ...errors import UserError
 from ...io.console import ProgressCallback
 from ..images.decode import READ_ERRORS, decode, decoded_size, read_error_reason
 from ..images.headers import read_ends, read_header
-from ..images.levels import STORED, Levels
+from ..images.levels import STORED, Levels, levels_for_sizes
 from ..images.samples import count_pages
 from ..sources.source import ImagePage, Source
 from .workers import map_in_workers
@@ -157,15 +158,15 @@ def require_readable(source: Source, unreadable: dict[int, str], policy: str = "
     )
 
 
-def typical_side(source: Source) -> int:
+def typical_side(source: Source, views: ViewConfig) -> int:
     """Return the median shorter side, in pixels, of up to 64 images spread over the source.
 
     Raises UserError if none of them can be read.
     """
-    sides, unreadable = [], {}
+    sides, unreadable, levels = [], {}, levels_for_sizes(views)
     for i in torch.linspace(0, len(source) - 1, min(64, len(source))).long().tolist():
         try:
-            sides.append(min(decoded_size(source[i].image)))
+            sides.append(min(decoded_size(source[i].image, levels=levels)))
         except READ_ERRORS as error:
             unreadable[i] = read_error_reason(error)
     if not sides:

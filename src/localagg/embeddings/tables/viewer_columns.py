@@ -19,7 +19,7 @@ from ...io.console import show_progress
 from ...io.files import atomic_write
 from ..map import map_rows
 from ..neighbors import nearest_others
-from ..open_table import open_table_images
+from ..open_table import open_table_pictures
 from ..table import EmbeddingTable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def add_viewer_columns(path: str | Path, *, map: bool, images: bool) -> None:
 
     check_viewer_columns(path)
     table, start = EmbeddingTable(Path(path)), 0
-    source = open_table_images(table) if images else None
+    source = open_table_pictures(table) if images else None
     added = _map_columns(table) if map else {}
     options: Any = {"use_dictionary": ["label"], "write_page_checksum": True}
     with atomic_write(table.path) as temporary, show_progress("writing the table") as show:

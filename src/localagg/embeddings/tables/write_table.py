@@ -219,7 +219,7 @@ def _check_options(
 
 
 def _chosen_views(weights: Path, image_size: int | None, eval_crop: float | None) -> ViewConfig:
-    """Return the stored view, with what was asked for in its place."""
+    """Return the stored view, with the requested size and crop."""
     chosen = {"image_size": image_size, "eval_crop": eval_crop}
     views = load_views(weights) or ViewConfig()
     return replace(views, **{name: value for name, value in chosen.items() if value is not None})

@@ -17,7 +17,7 @@ def record_knn(run: Path, result: dict[str, Any]) -> None:
     """Record a result of ``measure_run``: the vote, and retrieval and clusters where measured."""
     source, facts = _describe_images(result, held_out=result["held_out"])
     config = PretrainConfig(views=load_views(run) or ViewConfig())
-    views = resolve_defaults(config, len(source), typical_side(source)).views
+    views = resolve_defaults(config, len(source), typical_side(source, config.views)).views
     reference_set = result["against"]
     facts |= {name: result[name] for name in ("asked", "known", "left_out", "capped")}
     protocol = knn_protocol(reference_set, views, held_out=result["held_out"])

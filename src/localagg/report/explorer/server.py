@@ -103,7 +103,7 @@ def make_app(space: Space, token: str, host: str, *, title: str) -> "Starlette":
 
 
 class _Answers:
-    """What each address answers: those that are read, then those that are posted to."""
+    """The answers by address: first those that are read, then those that are posted to."""
 
     def __init__(self, space: Space, page: str) -> None:
         self.space, self.page = space, page
@@ -149,7 +149,7 @@ class _Answers:
 
     def search(self, body: bytes) -> Any:
         try:
-            decode(body)
+            decode(body, levels=self.space.shown.levels)
         except READ_ERRORS as error:
             raise _Refused(400, f"The picture cannot be read: {read_error_reason(error)}") from None
         return self.space.nearest(self.space.embed(body))

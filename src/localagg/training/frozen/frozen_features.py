@@ -144,7 +144,7 @@ def frozen_features(
     source, world, options = feed.source, feed.world, config.adapt
     shape = len(source), 1 + options.feature_views, encoder.backbone.channels
     needed = check_size(encoder, config, len(source))
-    digest = hash_images(source)[0] if world.rank == 0 else ""
+    digest = hash_images(source, config.views)[0] if world.rank == 0 else ""
     facts = {
         "version": __version__,
         "backbone": backbone_digest(encoder),
