@@ -1,6 +1,8 @@
 """The explorer's server: what it answers, and what it refuses."""
 
+import asyncio
 import io
+import socket
 import sys
 
 import numpy as np
@@ -183,3 +185,26 @@ def test_mistakes_of_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with user_error("missing-extra", "uvicorn", "localagg[explore]"):
         server.explore(tmp_path)
+
+
+def test_small_answers_are_not_held_back():
+    """With Nagle's algorithm a client's delayed acknowledgment costs 40 ms an answer."""
+    found = []
+
+    async def serve_once():
+        answered = asyncio.Event()
+
+        async def answer(_, writer):
+            connection = writer.get_extra_info("socket")
+            found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+            answered.set()
+
+        with server._listen(0) as listener:
+            async with await asyncio.start_server(answer, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                await answered.wait()
+                writer.close()
+
+    asyncio.run(serve_once())
+    assert found[0]

@@ -64,7 +64,8 @@ def explore(place: str | Path, *, port: int = 0, workers: int = 2) -> None:
 def _listen(port: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise UserError("option-invalid", f"--port is {port}; it must be 0 to 65535.")
-    listener = socket.socket()
+    # asyncio sends small answers without a delay of 40 ms only where the protocol is named.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
