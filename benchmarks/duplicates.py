@@ -140,12 +140,12 @@ def by_agreement(folder: Path, run: str, work: Path, planted: Pairs) -> tuple[Ca
     write_embeddings(run, folder, out, workers=0)
     table = open_table(out)
     source, index = open_table_images(table), torch.tensor(table.images["index"].to_pylist())
-    thumbnails, readable = duplicates._read_thumbnails(source, index, 0)
+    thumbnails, readable = duplicates._read_thumbnails(source, index, table.levels, 0)
     rows = table.unit_embeddings()
     pairs, others = duplicates._candidates(rows, thumbnails, readable)
     agreement = duplicates._compare(thumbnails, pairs)
     sample = torch.linspace(0, len(index) - 1, duplicates._SAMPLE).long()
-    views = duplicates._views_agreement(source, index[sample], thumbnails[sample])
+    views = duplicates._views_agreement(source, index[sample], table.levels, thumbnails[sample])
     rule = duplicates._threshold(agreement[others], views, len(index))[1]
     names = table.images["path"].to_pylist()
     return Candidates(names, pairs.numpy(), agreement.numpy(), planted), rule

@@ -34,8 +34,8 @@ from localagg.config import PretrainConfig, override
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.models import create_encoder, load_weights
-from localagg.models.inference import inference_copy
-from localagg.training.frozen.frozen_features import _CHUNK, _CPU_BATCH, _extract, _Extractor
+from localagg.models.inference import CPU_BATCH, inference_copy
+from localagg.training.frozen.frozen_features import _CHUNK, _extract, _Extractor
 
 NAME = "tf_efficientnet_lite0"
 WORKERS = 2
@@ -145,10 +145,10 @@ def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
     moved = timm.create_model(NAME, num_classes=0).eval().to(memory_format=last)
     networks = {
         "network, float32, batches of 64": (model, plain_views, 64, False),
-        "+ batches of 16": (model, plain_views, _CPU_BATCH, False),
-        "+ channels last": (moved, views, _CPU_BATCH, False),
-        "+ folded batch-norm": (fast.backbone, views, _CPU_BATCH, False),
-        "+ bfloat16": (fast.backbone, views, _CPU_BATCH, True),
+        "+ batches of 16": (model, plain_views, CPU_BATCH, False),
+        "+ channels last": (moved, views, CPU_BATCH, False),
+        "+ folded batch-norm": (fast.backbone, views, CPU_BATCH, False),
+        "+ bfloat16": (fast.backbone, views, CPU_BATCH, True),
     }
     calls = {name: functools.partial(run_network, *each) for name, each in networks.items()}
     spent: dict[str, list[float]] = {name: [] for name in (*whole, *calls)}

@@ -21,6 +21,7 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import Source
 from ..errors import UserError
 from ..models import Encoder
+from ..models.inference import run_in_parts
 from ..recipes.derived_settings import resolve_defaults
 
 
@@ -90,7 +91,8 @@ def embed(
             if batch_statistics and count == 1:  # batch-norm needs two values of each channel
                 images = images.repeat(2, 1, 1, 1)
             with autocast():
-                found_rows.append(encoder(images)[:count])
+                rows = encoder(images) if batch_statistics else run_in_parts(encoder, images)
+            found_rows.append(rows[:count])
             found_index.append(index)
             done += len(index)
             on_progress(done, len(source))
@@ -145,13 +147,16 @@ def encode(
     Raises:
         UserError: unknown layer, or images of a size that the network does not take.
     """
-    images = images.to(fabric.device)
-    with fabric.autocast():
+
+    def read(part: Tensor) -> Tensor:
         if layer is None:
-            return encoder(images).float().cpu()
-        read = encoder.maps if raw_maps else encoder.features
-        features = read(images, [layer] if isinstance(layer, str) else layer)
-    return torch.cat([each.flatten(1).float().cpu() for each in features.values()], dim=1)
+            return encoder(part).float().cpu()
+        names = [layer] if isinstance(layer, str) else layer
+        found = (encoder.maps if raw_maps else encoder.features)(part, names)
+        return torch.cat([each.flatten(1).float().cpu() for each in found.values()], dim=1)
+
+    with fabric.autocast():
+        return run_in_parts(read, images.to(fabric.device))
 
 
 def resolve_views(views: ViewConfig, source: Source) -> ViewConfig:

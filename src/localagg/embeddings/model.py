@@ -21,6 +21,7 @@ from ..engine.search import nearest, sort_by_similarity
 from ..errors import UserError, first_line
 from ..io.console import show_progress
 from ..models import Encoder
+from ..models.inference import run_in_parts
 from .embed import resolve_views
 
 _BATCH = 64
@@ -92,7 +93,7 @@ class Model:
             UserError: an empty list, a missing or unreadable file, or an object of another kind,
                 shape, dtype or range.
         """
-        return self._map(images, lambda views: {"": self.encoder(views)})[""]
+        return self._map(images, lambda views: {"": run_in_parts(self.encoder, views)})[""]
 
     def features(
         self, images: Any, layers: Iterable[str | int], *, flatten: bool = True

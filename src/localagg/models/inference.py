@@ -4,12 +4,26 @@ import copy
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .encoder import Encoder
+
+CPU_BATCH = 16
+"""Images at a time on a CPU, whose maps stay in a core's cache: up to twice as fast as 64. From 16
+on, oneDNN gave an image the same bits for every number: five networks, torch 2.14."""
+
+
+def run_in_parts(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return what a network in inference mode computes of images; on a CPU part by part."""
+    if images.device.type != "cpu" or len(images) < 2 * CPU_BATCH:
+        return network(images)
+    parts = len(images) // CPU_BATCH
+    sizes = [CPU_BATCH] * (parts - 1) + [len(images) - (parts - 1) * CPU_BATCH]
+    return torch.cat([network(part) for part in images.split(sizes)])
 
 
 @torch.no_grad()

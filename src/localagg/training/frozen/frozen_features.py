@@ -47,10 +47,9 @@ from ...io.files import atomic_write
 from ...io.machine import cores
 from ...io.run_lock import lock_run
 from ...models import Encoder
-from ...models.inference import backbone_digest, inference_copy
+from ...models.inference import CPU_BATCH, backbone_digest, inference_copy
 
 _CHUNK = 16  # images
-_CPU_BATCH = 16  # views at a time, whose maps stay in a core's cache
 _SAVE_SECONDS = 5.0  # between marks of finished chunks
 
 
@@ -115,7 +114,7 @@ class _Extractor:
         random = (self.augment(images[:, 1 + n], n, index) for n in range(self.count))
         views = torch.stack([images[:, 0].float() / 255, *random], dim=1)
         flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        step = _CPU_BATCH if self.device.type == "cpu" else len(flat)
+        step = CPU_BATCH if self.device.type == "cpu" else len(flat)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = [self.encoder.pooled(part).float() for part in flat.split(max(1, step))]
         features = torch.cat(found).view(len(index), 1 + self.count, -1)
