@@ -18,6 +18,7 @@ from typing import IO
 from .. import __version__
 from ..errors import Interrupted, ReportedElsewhere, UserError, printable, suggest
 from .commands import COMMANDS
+from .outputs import check_outputs
 from .parse import parse
 
 _QUICK = ("recipes", "results", "inspect")  # print their own first line at once, or end
@@ -60,12 +61,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+_MEMORY = (
+    "There is not enough memory for this; choose a smaller --image-size, --batch-size or network."
+)
+
+
 @contextlib.contextmanager
 def _convert_worker_death() -> Iterator[None]:
     """Import torch only for an error; see :func:`~localagg.data.loading.workers`."""
     try:
         yield
-    except RuntimeError:
+    except MemoryError:
+        raise UserError("too-large", _MEMORY) from None
+    except RuntimeError as error:
+        if any(text in str(error) for text in ("can't allocate memory", "out of memory")):
+            raise UserError("too-large", _MEMORY) from None
         from ..data.loading.workers import convert_worker_death
 
         with convert_worker_death():
@@ -107,6 +117,7 @@ def _run_command(words: list[str]) -> None:
     options, file = parse(kind, name, rest)
     if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
         raise UserError("not-found", f"--json {file} is not a file in an existing folder.")
+    check_outputs(options, file)
     if name not in _QUICK and "torch" not in sys.modules and _is_first_process():
         print(f"localagg {name}: starting", file=sys.stderr, flush=True)  # torch takes seconds
     result = run(options)

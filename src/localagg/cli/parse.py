@@ -83,6 +83,10 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
         hint = suggest(unknown, parser.flags)
         raise UserError("option-unknown", f"{prog} has no option or argument '{unknown}'.{hint}")
     wants_help, json = values.pop("help", False), values.pop("json", None)
+    for name, value in [("json", json), *values.items()]:
+        if value == "" or (isinstance(value, list) and "" in value):
+            shown = parser.arguments.get(name, flag(name))
+            raise UserError("option-invalid", f"{shown} is empty; give it a value, or omit it.")
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = None if value == [None] else tuple(value)
@@ -117,6 +121,7 @@ class _Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.flags = ["--help", "--json"]
+        self.arguments: dict[str, str] = {}  # name of the field: that of the argument
         self.required: dict[str, str] = {}  # name of the field: text for the message
         self.add_argument("-h", "--help", action="store_true", help="Show this help.")
         self.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
@@ -161,6 +166,7 @@ def _add_options(
         if required:
             parser.required[f.name] = name or flag(f.name)
         if name:
+            parser.arguments[f.name] = name
             arguments |= {"metavar": name, "nargs": arguments.get("nargs", "?")}
             group.add_argument(f.name, **arguments)
         else:

@@ -66,6 +66,8 @@ def _check_argument(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, str | os.PathLike) or Path not in (kind, *get_args(kind)):
         return
     path = os.fspath(value)
+    if not path:
+        raise UserError("option-invalid", f"{name} is empty; it must be {_rule(kind)}.")
     if "\0" in path:
         raise UserError("option-invalid", f"{name} is {path!r}; a path has no zero character.")
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):

@@ -45,6 +45,12 @@ def launch(words: list[str], processes: int, run: str, command: str = "pretrain"
         raise UserError(
             "unsupported", "--processes needs Linux or macOS; on Windows remove the option."
         )
+    most = max(8, 4 * cores())
+    if processes > most:
+        raise UserError(
+            "too-large",
+            f"--processes is {processes}; this machine has {cores()} cores, use at most {most}.",
+        )
     server = loopback_store()
     children: list[subprocess.Popen] = []
     with _forward_signals(children) as forwarded:

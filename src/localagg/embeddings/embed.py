@@ -70,7 +70,9 @@ def embed(
     """
     source, _ = open_data(source)
     check_arguments(batch=(batch, 1), workers=(workers, 0))
-    _check_types(encoder, views, on_progress)
+    _check_types(encoder, views, on_progress=on_progress, autocast=autocast)
+    if not isinstance(part, slice):
+        raise UserError("option-invalid", f"part is {part!r}; pass a slice of the batches.")
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
     batch = int(batch)
@@ -111,7 +113,7 @@ def embed(
     return ImageEmbeddings(index, torch.cat(found_rows), labels)
 
 
-def _check_types(encoder: Any, views: Any, on_progress: Any) -> None:
+def _check_types(encoder: Any, views: Any, **functions: Any) -> None:
     if not isinstance(encoder, Encoder):
         raise UserError(
             "option-invalid",
@@ -120,8 +122,9 @@ def _check_types(encoder: Any, views: Any, on_progress: Any) -> None:
         )
     if not isinstance(views, ViewConfig):
         raise UserError("option-invalid", f"views is {views!r}; pass a ViewConfig.")
-    if not callable(on_progress):
-        raise UserError("option-invalid", f"on_progress is {on_progress!r}; pass a function.")
+    for name, function in functions.items():
+        if not callable(function):
+            raise UserError("option-invalid", f"{name} is {function!r}; pass a function.")
 
 
 @torch.no_grad()

@@ -113,10 +113,10 @@ def read_heads(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, a damaged one, or other tensors.
     """
+    if not path.is_file():
+        raise UserError("not-found", f"There is no file of heads '{path}'.")
     try:
         found = load_file(path)
-    except FileNotFoundError:
-        raise UserError("not-found", f"There is no file of heads '{path}'.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError("damaged", f"'{path}' holds no heads ({error}).") from None
     layers = {name.rpartition(".")[0] for name in found}

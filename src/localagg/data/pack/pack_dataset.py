@@ -93,6 +93,8 @@ def pack(
     start, uri = time.monotonic(), os.fspath(uri)
     format = format or ("arrow" if like is None else "tfrecord")
     destination = Path(os.path.abspath(Path(destination).expanduser()))
+    if not 0 <= seed < 2**32:
+        raise UserError("option-invalid", f"--seed is {seed}; it must be from 0 to 2**32 - 1.")
     shrink = _check_options(format, size, quality, shard_bytes)
     check_destination(destination)
     check_outside(uri, destination, "DST")

@@ -152,7 +152,8 @@ def check_outside(uri: str | os.PathLike[str], output: str | os.PathLike[str], o
         UserError: it does.
     """
     place = Path(parse_uri(uri)[0]).expanduser()
-    if place.is_dir() and Path(output).expanduser().resolve().is_relative_to(place.resolve()):
+    written = Path(os.path.realpath(Path(output).expanduser()))
+    if place.is_dir() and written.is_relative_to(os.path.realpath(place)):
         raise UserError(
             "option-conflict",
             f"{option} {output} lies inside the images' folder '{place}'; write it elsewhere.",

@@ -1,0 +1,43 @@
+"""Check, before any work, that what a command writes replaces nothing that it or a run needs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+_OUTPUTS = ("out", "html")
+_RUN_FILES = ("config.json", "results.json", "metrics.jsonl")
+
+
+def check_outputs(options: Any, json: str | None) -> None:
+    """Raise a UserError if an output is a device, an input, a run's own file, or named twice."""
+    values = vars(options)
+    outputs = {f"--{name}": values[name] for name in _OUTPUTS if values.get(name)}
+    outputs |= {"--json": json} if json else {}
+    inputs = [
+        str(each)
+        for name, value in values.items()
+        if name not in (*_OUTPUTS, "words", "typed")
+        for each in (value if isinstance(value, tuple | list) else [value])
+        if isinstance(each, str | Path)
+    ]
+    written: dict[str, str] = {}
+    for option, value in outputs.items():
+        path = Path(str(value)).expanduser()
+        place = os.path.realpath(path)
+        if place in written:
+            raise UserError(
+                "option-conflict", f"{written[place]} and {option} both name {value}; name two."
+            )
+        written[place] = option
+        if not path.exists() or path.is_dir():
+            continue
+        if not path.is_file():
+            raise UserError("option-invalid", f"{option} {value} is no plain file; name another.")
+        if any(os.path.isfile(each) and os.path.samefile(each, path) for each in inputs):
+            raise UserError("option-conflict", f"{option} {value} is also read; name another file.")
+        if path.name in _RUN_FILES and (path.parent / "config.json").is_file():
+            raise UserError(
+                "option-conflict", f"{option} {value} is a file of the run itself; name another."
+            )
