@@ -106,8 +106,9 @@ def run(options: Pretrain) -> dict[str, Any] | None:
     from ..io.console import console
 
     if not console.quiet and not options.dry_run:  # only the first rank prints
-        _print(result, options.data)
+        _print(result)
         _write_page(result["run"])
+        _print_next(result["run"])
     return None if console.quiet else result
 
 
@@ -189,7 +190,7 @@ def _suggest_adapt(config: PretrainConfig) -> None:
     )
 
 
-def _print(result: dict[str, Any], data: str | None) -> None:
+def _print(result: dict[str, Any]) -> None:
     from ..io.console import print_table
 
     shares = result["shares"].items()
@@ -204,12 +205,14 @@ def _print(result: dict[str, Any], data: str | None) -> None:
         print(floors["verdict"])
     measured = ", ".join(f"{name} {value:.1%}" for name, value in result["final"].items())
     print(f"{result['seconds']:.0f} s{measured and f'. At the end: {measured}'}.")
-    print(f"The run is in {result['run']}. Next:")
-    run = shlex.quote(result["run"])
-    images = "IMAGES" if data is None else shlex.quote(data)
-    print(f"  localagg clusters {run}")
-    print(f"  localagg embed {run} --data {images} --out embeddings.parquet")
-    print("  localagg search embeddings.parquet IMAGE")
+    print(f"The run is in {result['run']}.", flush=True)
+
+
+def _print_next(run: str) -> None:
+    """Say what can be done with a run; last, as the commands need its page's embeddings."""
+    name = shlex.quote(run)
+    print(f"Next: localagg clusters {name} --html clusters.html")
+    print(f"      localagg search {name} IMAGE")
 
 
 def _write_page(run: str) -> None:

