@@ -11,7 +11,7 @@ _RUN_FILES = ("config.json", "results.json", "metrics.jsonl")
 
 
 def check_outputs(options: Any, json: str | None) -> None:
-    """Raise a UserError if an output is a device, an input, a run's own file, or named twice."""
+    """Raise a UserError if an output is a device, an input, among the images, or named twice."""
     values = vars(options)
     outputs = {f"--{name}": values[name] for name in _OUTPUTS if values.get(name)}
     outputs |= {"--json": json} if json else {}
@@ -31,6 +31,11 @@ def check_outputs(options: Any, json: str | None) -> None:
                 "option-conflict", f"{written[place]} and {option} both name {value}; name two."
             )
         written[place] = option
+        data = str(values.get("data"))
+        if os.path.isdir(data) and Path(place).is_relative_to(os.path.realpath(data)):
+            raise UserError(
+                "option-conflict", f"{option} {value} lies in the images' folder; name another."
+            )
         if not path.exists() or path.is_dir():
             continue
         if not path.is_file():

@@ -93,6 +93,9 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
             if None in value and len(value) > 1:
                 raise UserError("option-invalid", f"{flag(name)}: None stands alone.")
     own = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in own & values.keys():
+        if values[name] == ():
+            raise UserError("option-missing", f"{flag(name)} needs a value; see {prog} --help.")
     typed = {name: value for name, value in values.items() if name not in own}
     options = {name: value for name, value in values.items() if name in own}
     if hasattr(kind, "base"):

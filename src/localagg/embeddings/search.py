@@ -65,6 +65,10 @@ def search(
     images, unreadable = _expand_folders(opened, images, weights)
     positions = [_find_position(opened, image) for image in images]
     files = [Path(str(image)) for image, row in zip(images, positions, strict=True) if row is None]
+    if weights is not None and not files:
+        raise UserError(
+            "option-conflict", f"All of these images are in '{opened.path}'; omit --run."
+        )
     embedded = iter(embed_files(opened, files, weights) if files else ())
     bank_NF = opened.unit_embeddings()
     queries_QF = torch.stack(

@@ -58,10 +58,10 @@ def write_report(
     start = time.perf_counter()
     paths = [Path(place) for place in places]
     file = _out_file(paths) if out is None else Path(out)
-    if file.suffix.lower() not in (".html", ".htm"):
-        raise UserError("option-invalid", f"--out {file} must end in .html.")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise UserError("option-invalid", f"--out {file} must end in .html.")
     runs = {str(p): p for p in paths if p.is_dir() and p.suffix.lower() not in UNREAD}
     head, foot = _results(runs), _curves(runs)
     shown = read_pictured(paths[0], workers, MOST)
