@@ -367,22 +367,20 @@ def _exported_file(path: str | Path) -> Path:
     return file if file.is_file() else Path(path)
 
 
-_OTHER_FILES = (".json", ".jsonl", ".html", ".parquet", ".csv", ".png", ".jpg", ".jpeg", ".npy")
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a weights file; UserError if there is none or it is damaged."""
     if not path.is_file():
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
-    if path.suffix.lower() in _OTHER_FILES:
-        raise UserError("unsupported", f"'{path}' is no weights file; name a run folder or one.")
     with open(path, "rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save, today and before 1.6
+        head = file.read(9)
+        if head[:2] in (b"PK", b"\x80\x02"):  # torch.save, today and before 1.6
             raise UserError(
                 "unsupported",
                 f"'{path}' holds weights of another program; start a run from them with"
                 f" localagg pretrain --weights {path}.",
             )
+    if head[8:] != b"{" and path.suffix != ".safetensors":  # there its JSON header begins
+        raise UserError("unsupported", f"'{path}' is no weights file; name one, or a run folder.")
     with _convert_damage(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

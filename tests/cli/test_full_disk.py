@@ -6,7 +6,7 @@ A limit on the size of files stands for the disk: the system refuses the bytes b
 import resource
 
 import pytest
-from small_commands import run_small
+from small_commands import run_and_table
 
 from localagg import cli
 
@@ -39,11 +39,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    run = run_small(folder / "run")
-    table = folder / "table.parquet"
-    assert cli.main(["embed", str(run), "--data", "digits", "--out", str(table)]) == 0
-    return run, table
+    return run_and_table(tmp_path_factory.mktemp("made"))
 
 
 @pytest.mark.slow

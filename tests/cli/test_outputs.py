@@ -4,7 +4,7 @@ import os
 
 import pytest
 from expect import user_error
-from small_commands import run_small
+from small_commands import run_and_table
 
 import localagg
 from localagg import cli
@@ -14,9 +14,7 @@ from localagg.data.loading.workers import map_in_workers
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    run = run_small(folder / "run")
-    table = folder / "table.parquet"
-    assert cli.main(["embed", str(run), "--data", "digits", "--out", str(table)]) == 0
+    run_and_table(folder)
     (folder / "photo.png").write_bytes(b"a photo")
     os.mkfifo(folder / "fifo")
     (folder / "loop").symlink_to(folder / "loop")
@@ -34,6 +32,7 @@ def made(tmp_path_factory):
         "inspect photos --json photos/x.json",
         "transfer run --data photos --quick --out photos/t",
         "clusters table.parquet --out x.json --json x.json",
+        "import-tf nothing --model resnet18 --out w.safetensors --bank w.safetensors",
         "report run --out photo.png",
         "report run --out fifo.html --json fifo",
         "embed fifo --data digits --out x.parquet",

@@ -16,3 +16,10 @@ def run_small(folder: Path) -> Path:
     words = ["pretrain", "digits", "--data", "digits", "--out", str(folder), *SMALL]
     assert cli.main([*words, "--json", str(folder.parent / "pretrain.json")]) == 0
     return folder
+
+
+def run_and_table(folder: Path) -> tuple[Path, Path]:
+    """Learn the digits for two epochs, and embed them."""
+    run, table = run_small(folder / "run"), folder / "table.parquet"
+    assert cli.main(["embed", str(run), "--data", "digits", "--out", str(table)]) == 0
+    return run, table

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the shell, as in ``localagg results RUN >&-``
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
-        with _convert_worker_death():
+        with _convert_resource_errors():
             _run_command(list(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()
     except UserError as error:
@@ -67,8 +67,8 @@ _MEMORY = (
 
 
 @contextlib.contextmanager
-def _convert_worker_death() -> Iterator[None]:
-    """Import torch only for an error; see :func:`~localagg.data.loading.workers`."""
+def _convert_resource_errors() -> Iterator[None]:
+    """Name a worker's death and missing memory; torch is imported only for an error."""
     try:
         yield
     except MemoryError:
@@ -115,8 +115,6 @@ def _run_command(words: list[str]) -> None:
         )
     kind, run = COMMANDS[name]
     options, file = parse(kind, name, rest)
-    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-        raise UserError("not-found", f"--json {file} is not a file in an existing folder.")
     check_outputs(options, file)
     if name not in _QUICK and "torch" not in sys.modules and _is_first_process():
         print(f"localagg {name}: starting", file=sys.stderr, flush=True)  # torch takes seconds

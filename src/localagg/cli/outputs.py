@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..io.files import is_inside
 
 _OUTPUTS = ("out", "html")
 _RUN_FILES = ("config.json", "results.json", "metrics.jsonl")
@@ -22,6 +23,8 @@ def check_outputs(options: Any, json: str | None) -> None:
         for each in (value if isinstance(value, tuple | list) else [value])
         if isinstance(each, str | Path)
     ]
+    if json and (os.path.isdir(json) or not Path(json).absolute().parent.is_dir()):
+        raise UserError("not-found", f"--json {json} is not a file in an existing folder.")
     written: dict[str, str] = {}
     for option, value in outputs.items():
         path = Path(str(value)).expanduser()
@@ -31,8 +34,8 @@ def check_outputs(options: Any, json: str | None) -> None:
                 "option-conflict", f"{written[place]} and {option} both name {value}; name two."
             )
         written[place] = option
-        data = str(values.get("data"))
-        if os.path.isdir(data) and Path(place).is_relative_to(os.path.realpath(data)):
+        data = values.get("data")
+        if isinstance(data, str) and is_inside(path, data):
             raise UserError(
                 "option-conflict", f"{option} {value} lies in the images' folder; name another."
             )

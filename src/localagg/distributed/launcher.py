@@ -17,7 +17,7 @@ from types import FrameType
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore
 
 from ..errors import ReportedElsewhere, UserError
-from ..io.machine import cores
+from ..io.machine import check_process_count, cores
 from .process_group import JOB_PREFIX
 from .rank_failure import post_exit_status, posted_exit_status
 from .signals import EXIT_STATUS
@@ -45,12 +45,7 @@ def launch(words: list[str], processes: int, run: str, command: str = "pretrain"
         raise UserError(
             "unsupported", "--processes needs Linux or macOS; on Windows remove the option."
         )
-    most = max(8, 4 * cores())
-    if processes > most:
-        raise UserError(
-            "too-large",
-            f"--processes is {processes}; this machine has {cores()} cores, use at most {most}.",
-        )
+    check_process_count("--processes", processes, 8)
     server = loopback_store()
     children: list[subprocess.Popen] = []
     with _forward_signals(children) as forwarded:

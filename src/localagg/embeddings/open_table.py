@@ -9,8 +9,7 @@ from torch import Tensor
 from ..checkpoint import load_encoder, read_run, weights_digest
 from ..config import check_argument_types
 from ..data.images.image_list import ImageList
-from ..data.images.levels import STORED
-from ..data.images.pictures import AtLevels
+from ..data.images.pictures import at_levels
 from ..data.sources.open import Source, open_images
 from ..errors import UserError
 from ..io.console import notify
@@ -110,8 +109,7 @@ def open_table_images(table: EmbeddingTable) -> Source:
 
 def open_table_pictures(table: EmbeddingTable) -> Source:
     """Open the images of a table as :func:`open_table_images` does, to be looked at."""
-    source = open_table_images(table)
-    return source if table.levels == STORED else AtLevels(source, table.levels)
+    return at_levels(open_table_images(table), table.levels)
 
 
 def _open_files(table: EmbeddingTable) -> Source:

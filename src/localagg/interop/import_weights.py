@@ -61,6 +61,8 @@ def import_weights(
     for option, file in (("--out", out), ("--bank", bank), ("--heads", heads)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
+    if len({out, bank, heads} - {None}) < 1 + (bank is not None) + (heads is not None):
+        raise UserError("option-conflict", "--out, --bank and --heads must name different files.")
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
     _check_model(model, is_port)
     encoder = create_encoder(model, seed=0)

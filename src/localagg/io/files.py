@@ -43,6 +43,12 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Return whether a path, which need not exist, lies in an existing folder."""
+    place = Path(os.path.realpath(Path(path).expanduser()))
+    return os.path.isdir(folder) and place.is_relative_to(os.path.realpath(folder))
+
+
 def absolute_place(place: str) -> str | None:
     """Return a data URI of paths (PATH, or FILE.csv:ROOT) with absolute paths; None for others."""
     parts = [place] if os.path.exists(place) else place.split(":")

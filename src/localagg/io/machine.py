@@ -2,7 +2,21 @@
 
 import os
 
+from ..errors import UserError
+
 _LARGEST = 31 * 2**20  # bytes; glibc's threshold for blocks of their own grows up to 32 MiB
+
+
+def check_process_count(option: str, count: int, always: int) -> None:
+    """Raise a UserError above four processes a core, where ``always`` is fewer.
+
+    500 workers on two cores ended in the system's out-of-memory killer.
+    """
+    if count > (most := max(always, 4 * cores())):
+        raise UserError(
+            "too-large",
+            f"{option} is {count}; this machine has {cores()} cores, use at most {most}.",
+        )
 
 
 def cores() -> int:

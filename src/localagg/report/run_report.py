@@ -10,10 +10,9 @@ import torch
 from ..checkpoint import latest, load_bank, read_progress, read_run
 from ..config import PretrainConfig, check_argument_types
 from ..data.images.decode import UnreadableImage
-from ..data.images.levels import STORED, Levels, levels_of
-from ..data.images.pictures import AtLevels, picture_at_levels
+from ..data.images.levels import Levels, levels_of
+from ..data.images.pictures import at_levels, picture_at_levels
 from ..data.sources.open import open_unchanged
-from ..data.sources.source import Source
 from ..embeddings.map import MOST
 from ..embeddings.open_table import open_table, open_table_pictures
 from ..embeddings.table import UNREAD, EmbeddingTable, path_text
@@ -139,9 +138,9 @@ def _from_bank(
     run: Path, config: PretrainConfig, facts: dict[str, Any], most: int | None
 ) -> Pictured:
     """Return a sample of a large run by its memory bank: embedding all images could take hours."""
-    source: Source = open_unchanged(facts["data"], facts["fingerprint"], run, "embed them again")
     levels = levels_of(config.views)
-    source = source if levels == STORED else AtLevels(source, levels)
+    stored = open_unchanged(facts["data"], facts["fingerprint"], run, "embed them again")
+    source = at_levels(stored, levels)
     unreadable = set(read_progress(latest(run)).get("unreadable", ()))
     readable = [i for i in range(len(source)) if i not in unreadable]
     index = [readable[i] for i in _sample(len(readable), most)]

@@ -97,9 +97,9 @@ def train(
             if learner.step < schedule.total_steps:
                 recorder.stop_if_asked()
         # --- The end: floors, summary, table ---
-        recorder.line.update(note="measuring")
         head_only = features if schedule.network_start >= schedule.total_steps else None
         if config.eval_every:
+            recorder.line.update(note="measuring")
             with recorder.timer("measuring", once=True):
                 recorder.floors |= floors.measure_end(
                     learner.encoder,

@@ -22,6 +22,11 @@ def picture_at_levels(image: bytes | Tensor, levels: Levels) -> bytes | Tensor:
     return decode(image, upright=True, levels=levels)
 
 
+def at_levels(source: Source, levels: Levels) -> Source:
+    """Return a source whose images are to be looked at."""
+    return source if levels == STORED else AtLevels(source, levels)
+
+
 class AtLevels(SourceSubset):
     """All images of a source, to be looked at: samples and bands are mapped as for training."""
 

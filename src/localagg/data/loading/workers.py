@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import Code, UserError
-from ...io.machine import cores, keep_freed_memory
+from ...io.machine import check_process_count, keep_freed_memory
 
 _TORCH_MESSAGES = ("DataLoader worker", "Pin memory thread exited")
 _CANNOT_SEND = 71  # EX_OSERR of sysexits.h
@@ -121,11 +121,7 @@ def map_in_workers(
     """
     if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError("worker-died", _GUARD)  # a worker runs the user's script at its start
-    if workers > (most := max(32, 4 * cores())):
-        raise UserError(
-            "too-large",
-            f"--workers is {workers}; this machine has {cores()} cores, use at most {most}.",
-        )
+    check_process_count("--workers", workers, 32)
     workers = min(workers, len(inputs))
     keep_freed_memory()  # workers inherit the setting
     with warnings.catch_warnings():

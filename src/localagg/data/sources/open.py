@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...errors import UserError
 from ...io.console import notify
+from ...io.files import is_inside
 from .combined import CombinedSplits, Pages
 from .find_data import find_splits, notify_once
 from .source import Sample, Source
@@ -152,8 +153,7 @@ def check_outside(uri: str | os.PathLike[str], output: str | os.PathLike[str], o
         UserError: it does.
     """
     place = Path(parse_uri(uri)[0]).expanduser()
-    written = Path(os.path.realpath(Path(output).expanduser()))
-    if place.is_dir() and written.is_relative_to(os.path.realpath(place)):
+    if is_inside(output, place):
         raise UserError(
             "option-conflict",
             f"{option} {output} lies inside the images' folder '{place}'; write it elsewhere.",
