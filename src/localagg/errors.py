@@ -76,6 +76,11 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200].rstrip(".")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 image``, ``2,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """Return ``" Did you mean 'X'?"`` for the closest of ``words``, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from altered_images import texture
 from expect import user_error
 from small_commands import run_and_table
 
@@ -16,6 +17,11 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     run_and_table(folder)
     (folder / "photo.png").write_bytes(b"a photo")
+    (folder / "textures").mkdir()
+    for seed in range(24):
+        texture(seed).save(folder / "textures" / f"{seed}.png")
+    own = ["--data", str(folder / "textures"), "--out", str(folder / "textures.parquet")]
+    assert cli.main(["embed", str(folder / "run"), *own]) == 0
     os.mkfifo(folder / "fifo")
     (folder / "loop").symlink_to(folder / "loop")
     return folder
@@ -33,6 +39,12 @@ def made(tmp_path_factory):
         "transfer run --data photos --quick --out photos/t",
         "clusters table.parquet --out x.json --json x.json",
         "import-tf nothing --model resnet18 --out w.safetensors --bank w.safetensors",
+        "report textures.parquet --out textures/x.html",
+        "clusters textures.parquet --k 2 --html textures/x.html",
+        "clusters textures.parquet --k 2 --json textures/x.json",
+        "inspect textures --image-column left",
+        "embed run --data textures --image-column left --out x.parquet",
+        "pretrain digits --data digits --image-column left --out x",
         "report run --out photo.png",
         "report run --out fifo.html --json fifo",
         "embed fifo --data digits --out x.parquet",
@@ -76,6 +88,8 @@ def test_python_refuses_the_same(made):
             function("")
     with user_error("option-invalid", ".html"):
         localagg.write_report(made / "run", made / "run" / "config.json")
+    with user_error("option-conflict", "--out"):
+        localagg.write_report(made / "textures.parquet", made / "textures" / "x.html")
     with user_error("not-found"):
         localagg.load(made / "fifo")
 

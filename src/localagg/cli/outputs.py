@@ -39,6 +39,9 @@ def check_outputs(options: Any, json: str | None) -> None:
             raise UserError(
                 "option-conflict", f"{option} {value} lies in the images' folder; name another."
             )
+        for each in inputs:
+            if (Path(each) / "config.json").is_file() or each.endswith(".parquet"):
+                _check_outside_images(each, path, option)
         if not path.exists() or path.is_dir():
             continue
         if not path.is_file():
@@ -49,3 +52,13 @@ def check_outputs(options: Any, json: str | None) -> None:
             raise UserError(
                 "option-conflict", f"{option} {value} is a file of the run itself; name another."
             )
+
+
+def _check_outside_images(place: str, output: Path, option: str) -> None:
+    from ..embeddings.open_table import check_outside_images
+
+    try:
+        check_outside_images(place, output, option)
+    except UserError as error:  # the command itself says that it cannot read its input
+        if error.code == "option-conflict":
+            raise

@@ -29,6 +29,13 @@ from ..config import (
 from ..errors import UserError, suggest
 
 T = TypeVar("T")
+_METAVARS = {
+    **dict.fromkeys(("config", "bank", "heads", "html", "sheet"), "FILE"),
+    **dict.fromkeys(("out", "weights"), "PATH"),
+    **dict.fromkeys(("run", "start", "resume"), "RUN"),
+    **{"cache": "FOLDER", "data": "URI", "push": "USER/NAME", "k": "N", "train": "PART"},
+}
+"""What the value of an option of text is; others are NAME."""
 _GROUPS = {
     PretrainConfig: "training",
     TransferConfig: "read-outs",
@@ -173,6 +180,8 @@ def _add_options(
             arguments |= {"metavar": name, "nargs": arguments.get("nargs", "?")}
             group.add_argument(f.name, **arguments)
         else:
+            if arguments.get("metavar") == "STR":
+                arguments["metavar"] = _METAVARS.get(f.name, "NAME")
             parser.flags.append(flag(f.name))
             group.add_argument(flag(f.name), dest=f.name, **arguments)
 

@@ -16,7 +16,7 @@ from ..data.images.levels import Levels
 from ..data.images.pixel_agreement import THUMBNAIL, agreement, details, gray_thumbnail
 from ..data.loading.workers import map_in_workers
 from ..data.sources.source import Source, encoded_bytes
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..io.console import notify, show_progress
 from ..io.result_file import check_result_file, write_result
 from .neighbors import nearest_others
@@ -122,7 +122,7 @@ def _read_thumbnails(
             done += len(fine)
             show(done, len(index))
     if missing := readable.count(False):
-        notify(f"Excluded {missing:,} images that can no longer be read.")
+        notify(f"Excluded {counted(missing, 'image')} that can no longer be read.")
     return thumbnails, torch.tensor(readable)
 
 

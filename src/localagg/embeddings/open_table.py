@@ -10,7 +10,7 @@ from ..checkpoint import load_encoder, read_run, weights_digest
 from ..config import check_argument_types
 from ..data.images.image_list import ImageList
 from ..data.images.pictures import at_levels
-from ..data.sources.open import Source, open_images
+from ..data.sources.open import Source, check_outside, open_images
 from ..errors import UserError
 from ..io.console import notify
 from ..io.files import noted_place
@@ -87,6 +87,22 @@ def _open_unless_stale(file: Path, digest: str) -> EmbeddingTable | None:
     except UserError:  # missing, damaged or of another version
         return None
     return table if table.facts["weights_digest"] == digest else None
+
+
+def check_outside_images(place: str | Path, output: str | Path, option: str) -> None:
+    """Check that an output does not lie in the folder of a run's or table's images.
+
+    Raises:
+        UserError: it does, or the run or table cannot be read.
+    """
+    path = Path(place)
+    data: str | None
+    if path.is_dir() and path.suffix.lower() not in UNREAD:
+        data = read_run(path)[1]["data"]
+    else:
+        data = EmbeddingTable(path).facts.get("root")
+    if data is not None:
+        check_outside(data, output, option)
 
 
 def open_table_images(table: EmbeddingTable) -> Source:

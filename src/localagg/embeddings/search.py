@@ -19,7 +19,7 @@ from ..data.sources.image_files import walk_images
 from ..data.sources.source import Sample
 from ..engine.device import make_fabric
 from ..engine.search import sort_by_similarity
-from ..errors import UserError, suggest
+from ..errors import UserError, counted, suggest
 from ..io.console import notify
 from .embed import encode
 from .open_table import open_table
@@ -139,7 +139,7 @@ def _expand_folders(
             raise UserError("no-images", f"'{folder}' has no readable image; name another folder.")
         found += readable
     if unreadable:
-        notify(f"Skipped {unreadable:,} files that cannot be read.")
+        notify(f"Skipped {counted(unreadable, 'file')} that cannot be read.")
     return found, unreadable
 
 

@@ -29,7 +29,7 @@ from ..distributed.collectives import World
 from ..distributed.process_group import join_process_group
 from ..distributed.signals import StopRequest, handle_stop_signals
 from ..engine.device import describe_arithmetic
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..io.console import ProgressLine, notify
 from ..io.files import absolute_place, atomic_write, noted_place
 from ..io.metrics_log import MetricsLog
@@ -195,7 +195,7 @@ def _resume(
 ) -> dict[str, Any]:
     config, facts = _read_transfer(run)
     if (run / "results.json").exists():
-        notify(f"'{run}' has already finished its {config.epochs} epochs.")
+        notify(f"'{run}' has already finished its {counted(config.epochs, 'epoch')}.")
         finished = json.loads((run / "results.json").read_text())
         own = {"device": config.device, "precision": config.precision}  # of earlier versions
         return {"weights_digest": facts["weights_digest"], **own, **finished}

@@ -3,7 +3,8 @@
 Measured on one thread against our own L-BFGS over torch, which this replaces, with the same search
 of the strength: 10,000 rows x 512 features, 10 classes: 1.1 s of CPU time against 2.8 s; 20,000 x
 1,024, 100 classes: 10.7 s against 14.1 s; the same strength and accuracy in both cases. All
-standardized features are held in memory, 4 n F bytes. Shapes: n rows, F features, C classes.
+standardized features are held in memory, 4 n F bytes; with fewer rows than features, twice.
+Shapes: n rows, F features, C classes.
 """
 
 import math
@@ -62,7 +63,8 @@ def fit_logistic_head(
         classes: C; classes without rows get a bias that no feature outweighs.
         seed: random seed of the folds.
     """
-    x, mean, scale = _standardize(features)
+    standardized, mean, scale = _standardize(features)
+    x, basis = _rotate(standardized)
     y = labels.numpy()
     folds = _split_folds(labels, index, seed)
     trials = [_solver(_TRIAL_GRADIENT, warm_start=True) for _ in folds]
@@ -80,11 +82,13 @@ def fit_logistic_head(
         l2, least = strength, loss
     solver = _solver(_FINAL_GRADIENT)
     _fit(solver, x, y, l2, np.ones(len(y), dtype=bool))
-    weight, bias = (values.astype(np.float64) for values in _softmax_weights(solver))
-    weight /= scale
+    weight, bias = _softmax_weights(solver)
+    if basis is not None:
+        weight = weight @ basis.T
+    weight, bias = weight.astype(np.float64) / scale, bias.astype(np.float64)
     bias -= weight @ mean
     head = LogisticHead(
-        torch.zeros(classes, x.shape[1]), torch.full((classes,), _ABSENT), l2, bool(folds)
+        torch.zeros(classes, features.shape[1]), torch.full((classes,), _ABSENT), l2, bool(folds)
     )
     head.weight[solver.classes_] = torch.from_numpy(weight).float()
     head.bias[solver.classes_] = torch.from_numpy(bias).float()
@@ -102,6 +106,18 @@ def _standardize(features: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mean, scale = np.asarray(scaler.mean_), np.asarray(scaler.scale_)
     scale[scale <= _CONSTANT * np.abs(mean)] = 1.0
     return np.asarray(scaler.transform(x)), mean, scale
+
+
+def _rotate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the rows in an orthonormal basis [F, n] of their span, and it; the same if n >= F.
+
+    The optimal weights of an L2 penalty lie in the span of the rows, and a rotation changes
+    neither the penalty nor the logits: the fit is the same, and costs n / F of the time.
+    """
+    if len(x) >= x.shape[1]:
+        return x, None
+    basis, coordinates = torch.linalg.qr(torch.from_numpy(x).T)
+    return np.ascontiguousarray(coordinates.T.numpy()), basis.numpy()
 
 
 def _solver(gradient: float, *, warm_start: bool = False) -> Any:

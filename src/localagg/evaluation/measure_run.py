@@ -27,7 +27,7 @@ from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..embeddings.embed import embed
 from ..engine.device import describe_arithmetic, make_fabric
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..io.console import notify, show_progress
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
@@ -173,7 +173,7 @@ def _select_and_embed(
 def _count_notes(selection: QuerySelection, k: Sequence[int], available: int) -> list[str]:
     """Return sentences about unreadable images and a k above the number of images."""
     notes = [
-        f"{count:,} unreadable {name} images are left out."
+        f"Left out: {counted(count, f'unreadable {name} image')}."
         for side, name in (("known", "training"), ("asking", "held-out"))
         if (count := selection.left_out[side]["unreadable"])
     ]

@@ -1,6 +1,7 @@
 """Print messages, tables and progress for people. Results go to stdout, the rest to stderr."""
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ _FIRST_SECONDS = 1.0  # before the first line of progress without a terminal
 _LINE_SECONDS = 10.0  # between such lines
 _LINE_WIDTH = 100  # columns of such a line
 _BAR_WIDTH = 16
+_PIPE_WIDTH = 10_000  # of a table without a terminal
 _PER_SECOND = 5  # updates of a live line
 _SAMPLE_SECONDS, _WINDOW = 2.0, 30  # the rate is that of the last minute
 
@@ -42,13 +44,22 @@ def notify(message: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout, the first column aligned left, the others right."""
+    """Print a table on stdout, the first column aligned left, the others right.
+
+    A column without any value is left out. Lines fold at the width of a terminal, else nowhere: a
+    file or a program wants whole names.
+    """
+    rows = list(rows)
+    shown = [n for n in range(len(columns)) if not n or not rows or any(row[n] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(_escaped(column), justify="right" if number else "left", overflow="fold")
+    for n in shown:
+        table.add_column(_escaped(columns[n]), justify="right" if n else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(_escaped, row))
-    _Console().print(table)
+        table.add_row(*(_escaped(row[n]) for n in shown))
+    out = _Console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = _PIPE_WIDTH
+    out.print(table)
 
 
 def _escaped(text: str) -> str:

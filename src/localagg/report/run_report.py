@@ -14,7 +14,7 @@ from ..data.images.levels import Levels, levels_of
 from ..data.images.pictures import at_levels, picture_at_levels
 from ..data.sources.open import open_unchanged
 from ..embeddings.map import MOST
-from ..embeddings.open_table import open_table, open_table_pictures
+from ..embeddings.open_table import check_outside_images, open_table, open_table_pictures
 from ..embeddings.table import UNREAD, EmbeddingTable, path_text
 from ..errors import UserError
 from ..evaluation.floors import floor_rows, floor_title
@@ -48,7 +48,7 @@ def write_report(
         {"out", "images", "clusters", "pictures": images that could be drawn, "bytes", "seconds"}.
 
     Raises:
-        UserError: no such run or table, or it cannot be read.
+        UserError: no such run or table, it cannot be read, or ``out`` lies among its images.
     """
     if isinstance(places, str | Path):
         places = [places]
@@ -61,6 +61,8 @@ def write_report(
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError("option-invalid", f"--out {file} must end in .html.")
+    for path in paths:
+        check_outside_images(path, file, "--out")
     runs = {str(p): p for p in paths if p.is_dir() and p.suffix.lower() not in UNREAD}
     head, foot = _results(runs), _curves(runs)
     shown = read_pictured(paths[0], workers, MOST)

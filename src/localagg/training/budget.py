@@ -15,7 +15,7 @@ from ..data.images.levels import levels_for_sizes
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source
 from ..engine.device import make_fabric
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..io.console import notify, show_progress
 from ..models.encoder import GIVEN
 from ..recipes.derived_settings import resolve_defaults
@@ -172,8 +172,11 @@ def _report(
         network += f" (width {encoder.width}, blocks {' '.join(map(str, encoder.blocks))})"
     notify(
         f"Forecast: about {expected:.2g} minutes on this {device.upper()}, at most --minutes"
-        f" {minutes:g}: {fitted.epochs} epochs of {network}, views of"
+        f" {minutes:g}: {counted(require_resolved(fitted.epochs), 'epoch')} of {network}, views of"
         f" {fitted.views.image_size} pixels."
     )
     if require_resolved(fitted.epochs) < rule:
-        notify(f"The budget is short: the rule is {rule} epochs; use more --minutes or a GPU.")
+        notify(
+            f"The budget is short: the rule is {counted(rule, 'epoch')}; use more --minutes or a"
+            " GPU."
+        )

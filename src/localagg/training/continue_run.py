@@ -27,7 +27,7 @@ from ..data.loading.loader import Feed
 from ..data.loading.workers import map_in_workers
 from ..data.sources.open import Source, open_unchanged
 from ..engine.search import store_by_row
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..interop.start_state import load_start_state, read_start_network
 from ..io.console import notify, show_progress
 from ..io.tensor_files import save_array
@@ -127,7 +127,9 @@ def _settings_after_la(
     again = min(round(_IR_AGAIN * new), new - 1)
     if again and images_changed and "ir_epochs" not in changed:
         defaults["ir_epochs"] = done + again
-        notify(f"On changed images '{start}' learns for {again} epochs by IR, then by LA.")
+        notify(
+            f"On changed images '{start}' learns for {counted(again, 'epoch')} by IR, then by LA."
+        )
     return override(before, **{**defaults, **changed, "epochs": epochs})
 
 

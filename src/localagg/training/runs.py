@@ -19,7 +19,7 @@ from ..data.loading.own_views import Transform
 from ..data.loading.scan import typical_side
 from ..data.sources.open import check_outside, report_unread
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..evaluation.online_knn import OnlineKnn
 from ..evaluation.run_floors import RunFloors
 from ..io.console import notify
@@ -217,8 +217,9 @@ def resume(
             newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
             progress = START if newest is None else checkpoint.read_progress(newest)
             summary = progress.get("summary")
-            if summary and summary["epochs"] >= require_resolved(settings.epochs):
-                notify(f"'{run}' has already finished its {settings.epochs} epochs.")
+            asked = require_resolved(settings.epochs)
+            if summary and summary["epochs"] >= asked:
+                notify(f"'{run}' has already finished its {counted(asked, 'epoch')}.")
                 return summary
             feed = open_feed(source, settings, world, progress, views)
             learner = Learner(settings, len(source), world, backbone)

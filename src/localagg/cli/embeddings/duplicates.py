@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import counted
 from ..parse import positional
 from .pictures import check_page, write_pictures
 
@@ -50,10 +51,10 @@ def run(options: Duplicates) -> dict[str, Any]:
     if rows:
         print_table(["group", "", "agreement", "pixels", "sharpness"], rows)
     if len(groups) > _SHOWN:
-        print(f"{len(groups) - _SHOWN:,} more groups; --out or --json FILE writes all.")
+        print(f"{counted(len(groups) - _SHOWN, 'more group')}; --out or --json FILE writes all.")
     summary = (
-        f"{len(groups):,} groups of near-duplicates among {result['images']:,} images;"
-        f" {result['redundant']:,} are redundant."
+        f"{counted(len(groups), 'group')} of near-duplicates among {result['images']:,} images;"
+        f" redundant: {result['redundant']:,}."
     )
     rule = f"Near-duplicates agree by at least {result['above']:.3f}."
     print(summary)

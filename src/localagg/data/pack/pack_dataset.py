@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ...config import check_argument_types
-from ...errors import UserError
+from ...errors import UserError, counted
 from ...io.console import notify, show_progress
 from ..sources.open import check_outside, open_images, report_unread, stored_splits
 from ..sources.source import Source
@@ -194,7 +194,7 @@ def _fill_folder(
     if partial.finished:
         remaining = sum(split.size for split in splits) - partial.written_bytes()
         check_free_space(partial.folder, remaining)
-        notify(f"Continuing a pack: {len(partial.finished):,} files are finished.")
+        notify(f"Continuing a pack: {counted(len(partial.finished), 'file')} finished.")
     for split in splits:
         with show_progress(f"packing {split.target}") as show:
             pack_images(split.source, split.files, split.format, shrink, workers, partial, show)

@@ -27,6 +27,8 @@ from .unread_files import count_unread, describe_unread
 _LEVELS = 2  # of folders in which data are looked for
 _LISTED = 5  # folders in a message
 
+_TABLES = ("a saved dataset", "Parquet")  # kinds with columns
+
 # Each returns the splits of a file or folder, None if it is not of this kind, or an error. To add a
 # kind, write its module and add its function here; by_name takes URIs that are no paths.
 _PLACES: dict[str, Callable[[str, Path, str | None], Splits | None]] = {
@@ -47,15 +49,17 @@ def find_splits(uri: str, column: str | None = None) -> Splits:
         column: the column of images, if the data are a table.
 
     Raises:
-        UserError: no such place, no images there, or images of two kinds.
+        UserError: no such place, no images there, images of two kinds, or a column of no table.
     """
     try:
         root = Path(uri).expanduser()
     except RuntimeError:
         raise UserError("not-found", f"'{uri}' names no user's home; correct --data.") from None
-    by_name = (find_digits, functools.partial(find_hub_dataset, column=column), find_csv_listing)
-    for find in (*by_name, find_tar_pattern):
+    if (hub := find_hub_dataset(uri, column)) is not None:
+        return hub
+    for find in (find_digits, find_csv_listing, find_tar_pattern):
         if (splits := find(uri)) is not None:
+            _refuse_column(uri, column, "")
             return splits
     if not os.path.lexists(root):
         raise UserError(
@@ -77,8 +81,9 @@ def find_splits(uri: str, column: str | None = None) -> Splits:
             "mismatch",
             f"'{uri}' holds images as {names}; name one of them as --data, or move one elsewhere.",
         )
-    if found:
-        return next(iter(found.values()))
+    for kind, splits in found.items():
+        _refuse_column(uri, column, kind)
+        return splits
     raise errors[0] if errors else _no_images(uri, root)
 
 
@@ -100,6 +105,15 @@ def _kinds_at(
     if "a listing" in found and "image files" in found and _lists_all(found["a listing"], root):
         del found["image files"]
     return found, errors
+
+
+def _refuse_column(uri: str, column: str | None, kind: str) -> None:
+    if column is not None and kind not in _TABLES:
+        raise UserError(
+            "option-conflict",
+            f"--image-column {column} has no effect: the images of '{uri}' are in no table; omit"
+            " it.",
+        )
 
 
 def _lists_all(listing: Splits, root: Path) -> bool:
