@@ -95,8 +95,8 @@ def test_shell_blocks_run(page, tmp_path, flat, monkeypatch, capsys):
     for program, command, *words in commands:
         assert Path(program).name == "localagg"
         small = SMALL if command == "pretrain" and "--resume" not in words else []
-        if "--start" in words:  # which sets the network and the epochs
-            small = SMALL[-4:]
+        if "--start" in words:  # which sets the network
+            small = ["--epochs", "3", *SMALL[-4:]]
         status = cli.main([command, *words, *small])
         shown = capsys.readouterr()
         assert "Traceback" not in shown.err
