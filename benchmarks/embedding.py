@@ -17,9 +17,9 @@ from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.evaluation.cluster_metrics import cluster_scores
 from localagg.evaluation.knn import knn_accuracy
-from localagg.evaluation.linear import transfer
-from localagg.evaluation.logistic_regression import fit_logistic_head
-from localagg.evaluation.quick_readout import quick_readout
+from localagg.evaluation.readouts.linear import transfer
+from localagg.evaluation.readouts.logistic_regression import fit_logistic_head
+from localagg.evaluation.readouts.quick_readout import quick_readout
 from localagg.evaluation.results.protocols import describe_protocol
 from localagg.training.learner import make_encoder
 

@@ -51,7 +51,7 @@ def minutes(run: Path) -> float:
 
 def percent(values: Sequence[float]) -> str:
     """The mean of shares in percent, with its 95 % interval (Student's t) where it has one."""
-    from localagg.evaluation.low_shot import half_width
+    from localagg.evaluation.readouts.low_shot import half_width
 
     half = half_width(values)
     spread = "" if half is None else f" ± {100 * half:.1f}"

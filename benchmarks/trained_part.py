@@ -12,7 +12,7 @@ from pathlib import Path
 import report
 from localagg import pretrain, recipe
 from localagg.config import override
-from localagg.evaluation.low_shot import half_width
+from localagg.evaluation.readouts.low_shot import half_width
 
 MEASURES = {"knn200": "200-NN", "nmi": "NMI", "cluster_accuracy": "accuracy"}
 

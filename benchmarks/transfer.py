@@ -22,7 +22,7 @@ from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
 from localagg.data.sources.source import encoded_bytes
-from localagg.evaluation.linear import transfer
+from localagg.evaluation.readouts.linear import transfer
 from localagg.io import console as logbook
 from localagg.models import Encoder, create_encoder
 

@@ -23,8 +23,8 @@ from localagg.embeddings.open_table import open_table
 from localagg.embeddings.outliers import find_outliers
 from localagg.embeddings.search import search
 from localagg.embeddings.tables.write_table import write_embeddings
-from localagg.evaluation.linear import resume_transfer
 from localagg.evaluation.measure_run import measure_run
+from localagg.evaluation.readouts.linear import resume_transfer
 from localagg.interop.export import export
 from localagg.interop.import_weights import import_weights
 from localagg.interop.tf_variables import load_tf_checkpoint

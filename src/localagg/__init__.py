@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .embeddings.model import Model, load
     from .errors import UserError
     from .evaluation.knn import knn_accuracy
-    from .evaluation.linear import transfer
+    from .evaluation.readouts.linear import transfer
     from .models import create_encoder
     from .recipes.builtin import RECIPES, recipe
     from .report.run_report import write_report
@@ -46,7 +46,7 @@ _MODULES = {
     "pretrain": "training.runs",
     "recipe": "recipes",
     "resume": "training.runs",
-    "transfer": "evaluation.linear",
+    "transfer": "evaluation.readouts.linear",
     "write_report": "report.run_report",
 }
 

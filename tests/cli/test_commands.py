@@ -204,7 +204,7 @@ def test_search_finds_images_in_a_table_of_embed(run, pictures, tmp_path, result
 
 
 def test_resumed_readouts_are_recorded_once_when_they_end(run, tmp_path, monkeypatch):
-    from localagg.evaluation.linear_probe import LinearProbe
+    from localagg.evaluation.readouts.linear_probe import LinearProbe
 
     def stop(self, **options):
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from localagg.cli.commands import COMMANDS
 from localagg.cli.parse import _parser
 
 LOOP, FORECAST = "training.runs.", "training.forecast.forecast"
-READ_OUT, QUICK = "evaluation.linear.", "evaluation.quick_readout.quick_readout"
+READ_OUT, QUICK = "evaluation.readouts.linear.", "evaluation.readouts.quick_readout.quick_readout"
 UNUSED = "--noise --warm-iterations --warm-tolerance --cache --cache-gb"
 OF_A_RUN = "--start --config --dry-run --split --pages --image-column"
 QUICK_USES = (
@@ -54,7 +54,7 @@ MODES = [
     ("transfer x --data x", READ_OUT + "transfer", "--seeds", f"{ALONE} --config"),
     (
         "transfer x --data x --dry-run",
-        "evaluation.readout_inputs.forecast_transfer",
+        "evaluation.readouts.readout_inputs.forecast_transfer",
         "--seeds --processes --quick --few --per-class --heads",
         "--config --recipe --dry-run --out",
     ),
@@ -78,7 +78,7 @@ MODES = [
     ),
     (
         "transfer x --data x --few 0.1",
-        "evaluation.low_shot.low_shot_accuracy",
+        "evaluation.readouts.low_shot.low_shot_accuracy",
         f"--quick --heads --dry-run --processes {ALL_BUT} --finetune"
         f" {QUICK_USES.replace('--ten-crop ', '')}",
         "--config --recipe --few",

@@ -3,6 +3,7 @@
 LevelDB's doc/table_format.md, TensorFlow's tensor_bundle.proto and protobuf.dev's "Encoding".
 """
 
+import gzip
 import io
 import struct
 import tarfile
@@ -151,14 +152,14 @@ def checkpoint(variables, shards: int = 1, prefix: str = "model.ckpt-10") -> dic
 
 
 def archive(members: dict[str, bytes], compression: str = "") -> bytes:
-    """A tar of members; ``compression`` "gz" or none."""
+    """A tar of members; ``compression`` "gz" or none. The same bytes at any time."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=f"w:{compression}") as tar:
+    with tarfile.open(fileobj=out, mode="w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
+    return gzip.compress(out.getvalue(), mtime=0) if compression else out.getvalue()
 
 
 # --- Small checkpoints ---

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
-from localagg.evaluation.feature_cache import FeatureExtractor
-from localagg.evaluation.linear import TransferRecorder, transfer
+from localagg.evaluation.readouts.feature_cache import FeatureExtractor
+from localagg.evaluation.readouts.linear import TransferRecorder, transfer
 from localagg.io.metrics_log import read_metrics
 from localagg.models import create_encoder
 

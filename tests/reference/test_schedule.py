@@ -5,7 +5,7 @@ import json
 import pytest
 
 from localagg.config import PretrainConfig, override
-from localagg.evaluation.readout_inputs import general_options
+from localagg.evaluation.readouts.readout_inputs import general_options
 from localagg.recipes.builtin import READOUT_RECIPES, RECIPES, REFERENCE
 from localagg.recipes.paper import IMAGENET, PLACES
 from localagg.recipes.schedule import Schedule

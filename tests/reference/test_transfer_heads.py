@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from localagg.evaluation.linear_heads import (
+from localagg.evaluation.readouts.linear_heads import (
     LinearHeads,
     accuracies,
     cross_entropies,

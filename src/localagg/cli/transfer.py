@@ -122,7 +122,7 @@ def _launch(options: Transfer) -> None:
 
 def _forecast(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     from ..checkpoint import check_new
-    from ..evaluation.readout_inputs import forecast_transfer
+    from ..evaluation.readouts.readout_inputs import forecast_transfer
     from ..io.console import print_table
     from .pretrain import shown
 
@@ -145,15 +145,15 @@ def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
     config = options.options
     check_effects(config, options.typed)
     if options.quick:
-        from ..evaluation.quick_readout import OPTIONS, quick_readout
+        from ..evaluation.readouts.quick_readout import OPTIONS, quick_readout
 
         _check_used(options.typed - OPTIONS, "with --quick")
         ten_crop = config.ten_crop and "ten_crop" in options.typed
         return quick_readout(config, weights, data, options.out, ten_crop=ten_crop)
-    from ..evaluation.linear import transfer
+    from ..evaluation.readouts.linear import transfer
 
     if options.heads is not None:
-        from ..evaluation.quick_readout import OPTIONS
+        from ..evaluation.readouts.quick_readout import OPTIONS
 
         _check_used(options.typed - OPTIONS, "with --heads")
     parent = weights if weights.is_dir() else weights.with_suffix("")
@@ -163,7 +163,7 @@ def _read_out(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
 
 
 def _resume(options: Transfer) -> dict[str, Any]:
-    from ..evaluation.linear import resume_transfer
+    from ..evaluation.readouts.linear import resume_transfer
 
     folder, config = check_resume(options.resume, options.out), options.options
     if fixed := sorted(options.typed - {"workers", "device"}):
@@ -199,7 +199,7 @@ def _weights_and_data(options: Transfer) -> tuple[Path, str]:
 
 
 def _few_labels(options: Transfer, weights: Path, data: str) -> dict[str, Any]:
-    from ..evaluation.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
+    from ..evaluation.readouts.low_shot import NOT_TUNING, OPTIONS, low_shot_accuracy
     from ..evaluation.results.record_results import record_low_shot, subset_name
     from ..io.console import print_table
 

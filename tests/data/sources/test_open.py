@@ -10,7 +10,7 @@ from localagg.data.images.decode import decode
 from localagg.data.sources.open import stored_splits
 from localagg.data.sources.splits import split_in_name
 from localagg.evaluation.knn_queries import select_queries
-from localagg.evaluation.readout_inputs import open_labeled
+from localagg.evaluation.readouts.readout_inputs import open_labeled
 
 
 @pytest.fixture(scope="module")

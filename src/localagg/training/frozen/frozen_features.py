@@ -1,6 +1,6 @@
 """Features of a frozen backbone for a few views of each image: computed once, cached, resumable.
 
-An entry of the cache (the folder that read-outs use too, see ``evaluation.feature_cache``)::
+An entry of the cache (read-outs use the folder too, see ``evaluation.readouts.feature_cache``)::
 
     CACHE/KEY/features.npy    float16 [N, 1 + V, C], memory-mapped; view 0 is the measured one
     CACHE/KEY/facts.json      the key is the hash of these facts; also the unreadable images
@@ -41,7 +41,7 @@ from ...distributed.collectives import World
 from ...distributed.signals import handle_stop_signals
 from ...engine.counter_rng import CACHED_VIEW, integers
 from ...errors import UserError
-from ...evaluation.feature_cache import FeatureCache, entry_key, hash_images, rename_entry
+from ...evaluation.readouts.feature_cache import FeatureCache, entry_key, hash_images, rename_entry
 from ...io.console import notify, show_progress
 from ...io.files import atomic_write
 from ...io.machine import cores

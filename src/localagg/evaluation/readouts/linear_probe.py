@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TransferConfig, require_resolved
-from ..data.images.augment import Augment
-from ..data.images.levels import levels_of
-from ..data.loading.loader import Feed, on_device
-from ..data.loading.scan import ScannedImages, load_or_scan, require_readable
-from ..distributed.collectives import World
-from ..engine.device import make_fabric
-from ..errors import UserError
-from ..io.console import notify, show_progress
-from ..io.files import atomic_write
-from ..io.tensor_files import save_pickled
-from ..models import Encoder
-from ..recipes.schedule import Schedule
+from ...config import TransferConfig, require_resolved
+from ...data.images.augment import Augment
+from ...data.images.levels import levels_of
+from ...data.loading.loader import Feed, on_device
+from ...data.loading.scan import ScannedImages, load_or_scan, require_readable
+from ...distributed.collectives import World
+from ...engine.device import make_fabric
+from ...errors import UserError
+from ...io.console import notify, show_progress
+from ...io.files import atomic_write
+from ...io.tensor_files import save_pickled
+from ...models import Encoder
+from ...recipes.schedule import Schedule
+from ..results.protocols import is_fixed
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor
 from .linear_heads import LinearHeads, accuracies, make_optimizer
 from .readout_inputs import LabeledSplits, check_classes, evaluation_views, general_options
-from .results.protocols import is_fixed
 
 
 class LinearProbe:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from localagg.evaluation.linear_heads import (
+from localagg.evaluation.readouts.linear_heads import (
     LinearHeads,
     accuracies,
     linear_head,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from localagg.checkpoint import save_weights
 from localagg.config import override
 from localagg.errors import Interrupted
-from localagg.evaluation.linear import TransferRecorder, resume_transfer, transfer
+from localagg.evaluation.readouts.linear import TransferRecorder, resume_transfer, transfer
 from localagg.io.metrics_log import read_metrics
 
 

@@ -15,9 +15,9 @@ from sklearn.preprocessing import StandardScaler
 
 from localagg.checkpoint import save_weights
 from localagg.config import TransferConfig, ViewConfig, override
-from localagg.evaluation.logistic_regression import DEFAULT_L2, L2_GRID
-from localagg.evaluation.quick_readout import cache_features, quick_readout
-from localagg.evaluation.readout_inputs import open_labeled
+from localagg.evaluation.readouts.logistic_regression import DEFAULT_L2, L2_GRID
+from localagg.evaluation.readouts.quick_readout import cache_features, quick_readout
+from localagg.evaluation.readouts.readout_inputs import open_labeled
 
 QUICK = override(TransferConfig(), image_size=8, device="cpu", precision="32-true", workers=0)
 

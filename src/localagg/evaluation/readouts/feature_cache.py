@@ -29,16 +29,16 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from .. import __version__
-from ..checkpoint import weights_digest, write_json
-from ..config import ViewConfig, require_resolved
-from ..data.images.decode import READ_ERRORS, open_image
-from ..data.images.levels import levels_for_sizes
-from ..data.sources.open import Source
-from ..errors import UserError
-from ..io.console import show_progress
-from ..io.tensor_files import save_array
-from ..models import Compat, Encoder
+from ... import __version__
+from ...checkpoint import weights_digest, write_json
+from ...config import ViewConfig, require_resolved
+from ...data.images.decode import READ_ERRORS, open_image
+from ...data.images.levels import levels_for_sizes
+from ...data.sources.open import Source
+from ...errors import UserError
+from ...io.console import show_progress
+from ...io.tensor_files import save_array
+from ...models import Compat, Encoder
 from .readout_inputs import evaluation_views
 
 _ABANDONED_SECONDS = 24 * 3600  # age at which an unfinished entry is removed

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..engine.counter_rng import bits
-from ..errors import UserError
-from ..models import Compat, Encoder
+from ...engine.counter_rng import bits
+from ...errors import UserError
+from ...models import Compat, Encoder
 
 
 class LinearHeads(nn.Module):

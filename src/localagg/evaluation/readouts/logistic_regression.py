@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..engine.counter_rng import SPLIT, bits
+from ...engine.counter_rng import SPLIT, bits
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Strengths of the L2 penalty that are tried, strongest first."""

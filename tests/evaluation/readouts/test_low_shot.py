@@ -11,8 +11,8 @@ from scipy import stats
 
 from localagg.config import TransferConfig, override
 from localagg.data.sources.open import open_images
-from localagg.evaluation.logistic_regression import fit_logistic_head
-from localagg.evaluation.low_shot import (
+from localagg.evaluation.readouts.logistic_regression import fit_logistic_head
+from localagg.evaluation.readouts.low_shot import (
     SourceSubset,
     draw_fraction,
     draw_per_class,

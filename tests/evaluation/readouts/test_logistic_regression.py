@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from localagg.evaluation.logistic_regression import (
+from localagg.evaluation.readouts.logistic_regression import (
     DEFAULT_L2,
     L2_GRID,
     fit_logistic_head,

@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_encoder, load_views
-from ..config import PretrainConfig, TransferConfig, ViewConfig, require_resolved, to_dict
-from ..data.images.augment import evaluation_view, ten_crop_views
-from ..data.images.samples import with_measured_range
-from ..data.loading.cropping import evaluation_batches
-from ..data.loading.scan import typical_side
-from ..data.sources.combined import SourceSubset
-from ..data.sources.labels import held_out_to_training_labels
-from ..data.sources.open import Source, open_evaluation, open_images
-from ..errors import UserError
-from ..io.console import notify
-from ..models import Encoder
-from ..recipes.derived_settings import resolve_defaults
-from ..recipes.schedule import Schedule
-from .results.protocols import default_drops
+from ...checkpoint import load_encoder, load_views
+from ...config import PretrainConfig, TransferConfig, ViewConfig, require_resolved, to_dict
+from ...data.images.augment import evaluation_view, ten_crop_views
+from ...data.images.samples import with_measured_range
+from ...data.loading.cropping import evaluation_batches
+from ...data.loading.scan import typical_side
+from ...data.sources.combined import SourceSubset
+from ...data.sources.labels import held_out_to_training_labels
+from ...data.sources.open import Source, open_evaluation, open_images
+from ...errors import UserError
+from ...io.console import notify
+from ...models import Encoder
+from ...recipes.derived_settings import resolve_defaults
+from ...recipes.schedule import Schedule
+from ..results.protocols import default_drops
 
 _BATCH = 256  # views at a time
 

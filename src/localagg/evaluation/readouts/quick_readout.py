@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import check_new, weights_digest, write_json
-from ..config import TransferConfig, require_resolved
-from ..data.loading.scan import require_readable
-from ..data.sources.open import Source
-from ..engine.device import describe_arithmetic, make_fabric
-from ..errors import UserError
-from ..io.console import notify, show_progress
-from ..io.files import atomic_write
-from ..io.tensor_files import save_tensors
-from ..models import Encoder
+from ...checkpoint import check_new, weights_digest, write_json
+from ...config import TransferConfig, require_resolved
+from ...data.loading.scan import require_readable
+from ...data.sources.open import Source
+from ...engine.device import describe_arithmetic, make_fabric
+from ...errors import UserError
+from ...io.console import notify, show_progress
+from ...io.files import atomic_write
+from ...io.tensor_files import save_tensors
+from ...models import Encoder
+from ..results.protocols import logistic_protocol
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, hash_images
 from .linear_heads import accuracies
 from .logistic_regression import LogisticHead, fit_logistic_head
@@ -35,7 +36,6 @@ from .readout_inputs import (
     resolve_transfer,
     take_encoder,
 )
-from .results.protocols import logistic_protocol
 
 OPTIONS = frozenset(
     {

@@ -16,19 +16,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import check_new, weights_digest, write_json
-from ..config import TransferConfig, require_resolved
-from ..data.sources.combined import SourceSubset
-from ..engine.device import describe_arithmetic
-from ..errors import UserError
-from ..io.console import notify
-from ..models import Encoder
+from ...checkpoint import check_new, weights_digest, write_json
+from ...config import TransferConfig, require_resolved
+from ...data.sources.combined import SourceSubset
+from ...engine.device import describe_arithmetic
+from ...errors import UserError
+from ...io.console import notify
+from ...models import Encoder
+from ..results.protocols import linear_protocol, logistic_protocol
 from .linear import read_out
 from .logistic_regression import shuffle_within_classes
 from .quick_readout import OPTIONS as QUICK_OPTIONS
 from .quick_readout import FrozenFeatures, cache_features
 from .readout_inputs import open_labeled, take_encoder
-from .results.protocols import linear_protocol, logistic_protocol
 
 OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
 """Names of the options of :class:`TransferConfig` and its views that have an effect here."""

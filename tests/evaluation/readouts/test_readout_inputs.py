@@ -7,7 +7,7 @@ from expect import user_error
 from readouts import saved_dataset
 
 from localagg.data import open_images
-from localagg.evaluation.readout_inputs import open_labeled
+from localagg.evaluation.readouts.readout_inputs import open_labeled
 
 
 def test_missing_splits_and_labels_are_reported(tmp_path, pictures):

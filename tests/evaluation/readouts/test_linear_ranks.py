@@ -17,8 +17,8 @@ from localagg.checkpoint import save_weights
 from localagg.cli.main import main
 from localagg.config import TransferConfig, ViewConfig, override
 from localagg.distributed.collectives import World
-from localagg.evaluation.linear import read_out
-from localagg.evaluation.readout_inputs import open_labeled
+from localagg.evaluation.readouts.linear import read_out
+from localagg.evaluation.readouts.readout_inputs import open_labeled
 
 OPTIONS = shlex.split("--epochs 8 --batch-size 175 --workers 0 --layers 0 2 --device cpu")
 PATIENCE = 300  # seconds

@@ -24,8 +24,8 @@ from sklearn.linear_model import LogisticRegression
 
 from localagg.checkpoint import load_encoder
 from localagg.config import TransferConfig, override
-from localagg.evaluation.linear import resume_transfer, transfer
-from localagg.evaluation.linear_heads import linear_head
+from localagg.evaluation.readouts.linear import resume_transfer, transfer
+from localagg.evaluation.readouts.linear_heads import linear_head
 from localagg.models import create_encoder
 
 
