@@ -17,7 +17,7 @@ from localagg.data.images.augment import evaluation_view
 from localagg.data.images.decode import decode
 from localagg.data.sources.open import open_images
 from localagg.engine.device import make_fabric
-from localagg.evaluation import feature_cache as features
+from localagg.evaluation.readouts import feature_cache as features
 from localagg.evaluation.readouts.feature_cache import FeatureCache, FeatureExtractor, hash_images
 
 VIEWS = ViewConfig(image_size=12, eval_crop=0.75, crop="center")
