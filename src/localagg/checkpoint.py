@@ -20,22 +20,29 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .bank import MemoryBank
 from .config import PretrainConfig, ViewConfig, from_dict, removed_options, to_dict
 from .distributed.collectives import World, raise_on_all_ranks
-from .errors import UserError, first_line
-from .io.files import absolute_place, atomic_write, noted_place, sync_to_disk
+from .errors import UserError
+from .io.files import (
+    absolute_place,
+    atomic_write,
+    check_unicode,
+    disk_advice,
+    noted_place,
+    sync_to_disk,
+)
+from .io.read_errors import RESTORE, convert_damage, convert_newer
 from .io.run_lock import LOCK_NAME
 from .io.sharded_tensors import find_shards, read_shards, shard_path
 from .io.tensor_files import save_pickled, save_tensors
@@ -56,6 +63,7 @@ def check_new(run: Path) -> None:
 
     A run that failed before its first checkpoint has nothing to lose: it can be begun anew.
     """
+    check_unicode(run)
     if (run / "config.json").exists():
         if not has_checkpoint(run):
             return
@@ -95,45 +103,18 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, dict[str, Any]]:
     Raises UserError if it is not a run folder or its configuration is damaged.
     """
     run = Path(run)
+    check_unicode(run)
     path = run / "config.json"
     if not path.exists():
         problem = "is not a run folder (no config.json)" if run.exists() else "does not exist"
         raise UserError("not-found", f"'{run}' {problem}; pass the --out of an earlier pretrain.")
-    with _convert_damage(path):
+    with convert_damage(path):
         facts = json.loads(path.read_text())
         stored = facts.pop("config")
         if "data" in facts:
             facts["data"] = noted_place(facts["data"], facts.get("data_absolute"))
         with convert_newer(path):
             return from_dict(PretrainConfig, stored), {**facts, "removed": removed_options(stored)}
-
-
-@contextlib.contextmanager
-def _convert_damage(
-    path: Path, fix: str = "restore it from a copy, or train again"
-) -> Iterator[None]:
-    """Convert errors of reading a file or checkpoint to UserError with a way out."""
-    try:
-        yield
-    except (
-        *(OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError),
-        *(EOFError, pickle.UnpicklingError),
-    ) as error:
-        named = error.filename if isinstance(error, OSError) and error.filename else path
-        problem = f"is damaged ({first_line(error)})"
-        if isinstance(error, FileNotFoundError) and named == error.filename:
-            problem = "is missing"
-        raise UserError("damaged", f"'{named}' {problem}; {fix}.") from None
-
-
-@contextlib.contextmanager
-def convert_newer(path: Path) -> Iterator[None]:
-    """Convert an unknown option to a UserError that names its file."""
-    try:
-        yield
-    except UserError as error:
-        text = f"'{path}' is from a newer version ({first_line(error)}); upgrade localagg."
-        raise UserError("unsupported", text) from None
 
 
 @contextlib.contextmanager
@@ -149,8 +130,8 @@ def convert_write_errors(run: Path, unfinished: Path | None = None) -> Iterator[
             newest = f"the last checkpoint, '{latest(run)}', is complete"
         raise UserError(
             "environment",
-            f"Writing '{run}' failed ({error.strerror or error}); {newest}. Fix the disk, then run"
-            f" localagg pretrain --resume {run}",
+            f"Writing '{run}' failed ({error.strerror or error}); {newest}. Then, once you"
+            f" {disk_advice(error)}: localagg pretrain --resume {run}",
         ) from None
 
 
@@ -192,6 +173,8 @@ def save(
             shutil.rmtree(beside, ignore_errors=True)
         world.barrier()
         with raise_on_all_ranks(world, beside), convert_write_errors(run):
+            if world.rank == 0:
+                _check_in_place(run)
             beside.mkdir(parents=True, exist_ok=True)
             if world.rank == 0:
                 save_weights(beside / "model.safetensors", encoder, views)
@@ -208,6 +191,16 @@ def save(
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _check_in_place(run: Path) -> None:
+    """Raise UserError if a run folder that was begun is gone: a new one would lack its start."""
+    if not (run / "config.json").exists():
+        raise UserError(
+            "not-found",
+            f"The run folder '{run}' was moved or deleted during the training; move it back, then"
+            f" go on from its last checkpoint with localagg pretrain --resume {run}",
+        )
 
 
 def _save_rows(folder: Path, bank: MemoryBank, clusters: dict[str, Tensor], world: World) -> None:
@@ -238,18 +231,18 @@ def restore(
     Returns (clusters of these rows, progress) as they were saved. Raises UserError if a file is
     missing or damaged.
     """
-    with _convert_damage(folder / "model.safetensors"):
+    with convert_damage(folder / "model.safetensors"):
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
-    with _convert_damage(folder / "optimizer.pt"):
+    with convert_damage(folder / "optimizer.pt"):
         optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         )
     if bank is None:  # its rows are of other images
         return {}, read_progress(folder)
-    with _convert_damage(folder / "bank-*.safetensors"):
+    with convert_damage(folder / "bank-*.safetensors"):
         bank.rows.copy_(_load_bank_rows(folder, bank.part))
     progress = read_progress(folder)
-    with _convert_damage(folder / "clusters*.safetensors"):
+    with convert_damage(folder / "clusters*.safetensors"):
         clusters = _load_clusters(folder, bank)
         if progress.get("clustered") and not clusters:
             raise FileNotFoundError(errno.ENOENT, "", str(folder / "clusters.safetensors"))
@@ -258,7 +251,7 @@ def restore(
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's step, seconds, unreadable images, and summary of the end."""
-    with _convert_damage(folder / "progress.json"):
+    with convert_damage(folder / "progress.json"):
         return json.loads((folder / "progress.json").read_text())
 
 
@@ -266,7 +259,7 @@ def load_bank(run: Path) -> Tensor:
     """Return the memory bank [N, D] of a run's latest checkpoint; UserError if it is damaged."""
     folder = latest(run)
     fix = "localagg knn --against embeddings does not need the bank"
-    with _convert_damage(folder, fix):
+    with convert_damage(folder, fix):
         return _load_bank_rows(folder)
 
 
@@ -319,12 +312,14 @@ def load_encoder(path: str | Path, backbone: nn.Module | None = None) -> Encoder
     if path.is_dir():
         read_run(path)
         path = latest(path) / "model.safetensors"
+        if not path.exists():
+            raise UserError("damaged", f"'{path}' is missing; {RESTORE}.")
     metadata = read_metadata(path)
     if "localagg" not in metadata:
         raise UserError(
             "unsupported", f"'{path}' was not written by localagg: it names no architecture."
         )
-    with _convert_damage(path):
+    with convert_damage(path):
         spec = json.loads(metadata["localagg"])
         if backbone is None:
             encoder = create_encoder(**spec)
@@ -357,7 +352,7 @@ def load_views(path: str | Path) -> ViewConfig | None:
     if path.is_dir():
         return read_run(path)[0].views
     views = read_metadata(path).get("views")
-    with _convert_damage(path), convert_newer(path):
+    with convert_damage(path), convert_newer(path):
         return None if views is None else from_dict(ViewConfig, json.loads(views))
 
 
@@ -369,6 +364,7 @@ def _exported_file(path: str | Path) -> Path:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a weights file; UserError if there is none or it is damaged."""
+    check_unicode(path)
     if not path.is_file():
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
     with open(path, "rb") as file:
@@ -381,7 +377,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             )
     if head[8:] != b"{" and path.suffix != ".safetensors":  # there its JSON header begins
         raise UserError("unsupported", f"'{path}' is no weights file; name one, or a run folder.")
-    with _convert_damage(path), safe_open(path, framework="pt") as file:
+    with convert_damage(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 

@@ -124,7 +124,11 @@ def test_a_mistake_in_a_process_of_its_own_ends_with_status_2():
     ("error", "status", "named"),
     [
         (KeyboardInterrupt(), 130, "stopped"),
-        (PermissionError(13, "Permission denied", "a\nb"), 2, r"a\nb: Permission denied"),
+        (
+            PermissionError(13, "Permission denied", "a\nb"),
+            2,
+            r"a\nb': Permission denied; change its permissions",
+        ),
         (Interrupted("saved", status=75), 75, "saved"),
         (ReportedElsewhere(3), 3, ""),
         (OSError("internal"), None, ""),

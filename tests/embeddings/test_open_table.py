@@ -38,7 +38,7 @@ def test_a_run_is_embedded_once_until_its_images_change(run, flat):
 
 def test_a_run_whose_images_moved_uses_its_table(run, flat, tmp_path):
     flat.rename(tmp_path / "moved")
-    with user_error("not-found", run, flat, "localagg embed"):
+    with user_error("not-found", run, flat, "--resume"):
         open_table(run)
     (tmp_path / "moved").rename(flat)
     open_table(run)

@@ -75,6 +75,7 @@ def save_with_little_room(world: World, run: str, rank: int) -> None:
             world=world,
         )
 
+    (Path(run) / "config.json").write_text("{}")
     save(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == rank:

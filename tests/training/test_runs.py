@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from small_runs import QUICK, assert_same, state
 
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override
+from localagg.embeddings.open_table import open_table
 from localagg.errors import Interrupted, UserError
 from localagg.io.metrics_log import read_metrics
 from localagg.recipes.builtin import recipe
@@ -362,6 +364,7 @@ def test_ir_may_have_a_batch_of_its_own_and_la_then_starts_inside_an_epoch(tmp_p
 
 def test_a_run_is_resumed_and_measured_from_another_folder(tmp_path, pictures, monkeypatch):
     """Relative paths of the data are noted absolute, too."""
+    pictures = shutil.copytree(pictures, tmp_path / "home" / "pictures")
     monkeypatch.chdir(pictures.parent)
     config = override(QUICK, epochs=1, ir_epochs=1, image_size=16, batch_size=8, neighbors=8)
     config = override(config, clusters=(4,), workers=0, augmentation="reference", eval_crop=1.0)
@@ -371,5 +374,13 @@ def test_a_run_is_resumed_and_measured_from_another_folder(tmp_path, pictures, m
     newest = checkpoint.latest(tmp_path / "run") / "progress.json"
     newest.write_text(json.dumps(json.loads(newest.read_text()) | {"summary": None}))
     assert resume("run")["images"] == 48
-    with user_error("not-found", "elsewhere", "--data"):
+    with user_error("not-found", "elsewhere"):
         resume("run", data="elsewhere")
+    images = pictures.rename(pictures.with_name("moved"))
+    with user_error("not-found", pictures, "--data"):
+        resume("run")
+    resume("run", data=images)  # finished: only the place is noted
+    assert Path(checkpoint.read_run("run")[1]["data"]) == images
+    assert len(open_table("run")) == 48
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    assert resume("renamed")["run"] == "renamed"

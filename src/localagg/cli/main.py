@@ -2,13 +2,14 @@
 
 Results go to stdout and to ``--json FILE``, progress and messages to stderr. Exit statuses: 0 done;
 1 internal error, please report it; 2 invalid use or environment error (disk full, no permission),
-one sentence with the fix; 75 saved and stopped by SIGTERM or SIGUSR1; 130 stopped by Ctrl-C; 141
-the reader of a pipe left. In a job of several processes one reports the error, and all exit with
-its status.
+one sentence with the fix; 75 saved and stopped by SIGTERM, SIGUSR1 or SIGHUP; 130 stopped by
+Ctrl-C; 141 the reader of a pipe left. In a job of several processes one reports the error, and all
+exit with its status.
 """
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import IO
 
 from .. import __version__
-from ..errors import Interrupted, ReportedElsewhere, UserError, printable, suggest
+from ..errors import (
+    Interrupted,
+    ReportedElsewhere,
+    UserError,
+    first_line,
+    printable,
+    suggest,
+)
+from ..io.files import disk_advice
 from .commands import COMMANDS
 from .outputs import check_outputs
 from .parse import parse
@@ -34,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell, as in ``localagg results RUN >&-``
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ``localagg results RUN >&-``
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # of a terminal that cannot show every name
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _convert_resource_errors():
             _run_command(list(sys.argv[1:] if argv is None else argv))
@@ -57,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             return _report("The disk of the output is full; free some space.", 2)
         if error.filename is None:
             raise
-        return _report(f"{error.filename}: {error.strerror}.", 2)
+        return _report(f"'{error.filename}': {error.strerror}; {disk_advice(error)}.", 2)
     return 0
 
 
@@ -73,6 +85,14 @@ def _convert_resource_errors() -> Iterator[None]:
         yield
     except MemoryError:
         raise UserError("too-large", _MEMORY) from None
+    except ImportError as error:
+        if not any(text in str(error) for text in ("failed to map", "cannot allocate memory")):
+            raise
+        raise UserError(
+            "too-large",
+            f"A library does not fit the memory that this process may have ({first_line(error)});"
+            " raise its limit (ulimit -v).",
+        ) from None
     except RuntimeError as error:
         if any(text in str(error) for text in ("can't allocate memory", "out of memory")):
             raise UserError("too-large", _MEMORY) from None

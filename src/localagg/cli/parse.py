@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import os
 import textwrap
 import types
 from collections.abc import Callable
@@ -88,6 +89,8 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
     if rest:
         unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
         hint = suggest(unknown, parser.flags)
+        if os.path.exists(unknown):
+            hint = f" For the file, write ./{unknown}."
         raise UserError("option-unknown", f"{prog} has no option or argument '{unknown}'.{hint}")
     wants_help, json = values.pop("help", False), values.pop("json", None)
     for name, value in [("json", json), *values.items()]:

@@ -210,7 +210,7 @@ def _print(result: dict[str, Any]) -> None:
 
 def _print_next(run: str) -> None:
     """Say what can be done with a run; last, as the commands need its page's embeddings."""
-    name = shlex.quote(run)
+    name = printable(shlex.quote(run))
     print(f"Next: localagg clusters {name} --html clusters.html")
     print(f"      localagg search {name} IMAGE")
 

@@ -29,7 +29,7 @@ _END_SECONDS = 15.0  # for the other processes to end in, after the first one ha
 def launch(words: list[str], processes: int, run: str, command: str = "pretrain") -> None:
     """Run ``localagg COMMAND`` in several processes and wait for them.
 
-    SIGINT, SIGTERM and SIGUSR1 are forwarded to all of them.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are forwarded to all of them.
 
     Args:
         words: command-line words after the command.
@@ -136,7 +136,8 @@ def _forward_signals(children: list[subprocess.Popen]) -> Iterator[set[int]]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in EXIT_STATUS}
+    heard = [number for number in EXIT_STATUS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     try:
         yield arrived
     finally:

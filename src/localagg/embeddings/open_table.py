@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..io.console import notify
 from ..io.files import noted_place
 from .all_splits import open_splits
-from .table import UNREAD, EmbeddingTable
+from .table import UNREAD, EmbeddingTable, describe_root
 from .tables.write_table import write_embeddings, write_rows
 
 RUN_TABLE = "embeddings.parquet"
@@ -54,15 +54,22 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
     except UserError as error:
         if known is not None:  # the table needs no images
             return known
-        raise UserError(
-            error.code,
-            f"The images of '{run}' cannot be opened: {error} If they moved, run localagg embed"
-            f" {run} --data URI --out FILE.parquet, and name that file instead of the run.",
-        ) from None
+        raise _moved_images(file, error) from None
     if known is None or known.facts["fingerprint"] != source.fingerprint():
         notify(f"Embedding the {len(source):,} images of '{run}' once, into '{file}'.")
-        write_embeddings(run, data, file, split="train", workers=workers)
+        try:
+            write_embeddings(run, data, file, split="train", workers=workers)
+        except OSError as error:
+            raise UserError(
+                "environment",
+                f"'{file}' cannot be written ({error.strerror}); write it elsewhere with localagg"
+                f" embed {run} --data {data} --out FILE.parquet, and name that file instead of the"
+                " run.",
+            ) from None
         known = EmbeddingTable(file)
+    if known.facts["data"] != data:  # the images moved since
+        root = open_splits(data, "train").root
+        known.facts |= {"data": data, **describe_root(root, file)}
     return known
 
 
@@ -115,12 +122,26 @@ def open_table_images(table: EmbeddingTable) -> Source:
     if facts.get("data") is None:
         return _open_files(table)
     data = noted_place(facts["data"], facts.get("data_absolute"))
-    source = open_splits(data, facts.get("split", "train"))
+    try:
+        source = open_splits(data, facts.get("split", "train"))
+    except UserError as error:
+        raise _moved_images(table.path, error) from None
     if source.fingerprint() != facts.get("fingerprint"):
         raise UserError(
             "mismatch", f"'{data}' changed since '{table.path}' was written; embed it again."
         )
     return source
+
+
+def _moved_images(table: Path, error: UserError) -> UserError:
+    """Return the error that says how to go on without the images' earlier place."""
+    run, way = table.parent, f"embed them again: localagg embed RUN --data URI --out {table}"
+    if table.name == RUN_TABLE and (run / "config.json").exists():
+        way = f"note their place: localagg pretrain --resume {run} --data URI"
+    return UserError(
+        error.code,
+        f"The images of '{table}' cannot be opened: {error} If they moved, {way}",
+    )
 
 
 def open_table_pictures(table: EmbeddingTable) -> Source:

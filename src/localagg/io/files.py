@@ -1,9 +1,44 @@
 """Write files atomically: to a temporary name, synced to disk, then renamed."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from ..errors import UserError
+
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
+_ADVICE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def disk_advice(error: OSError) -> str:
+    """Return what a user can do about an error of the file system."""
+    return f"{_ADVICE.get(error.errno or 0, 'check the disk')}, or name another place"
+
+
+def hidden_beside(path: Path, suffix: str) -> Path:
+    """Return ``.NAME.SUFFIX`` beside a file, shortened where that is too long for a name."""
+    name = os.fsencode(path.name)[: _LONGEST_NAME - len(suffix) - 1]
+    return path.with_name(f".{os.fsdecode(name)}{suffix}")
+
+
+def check_unicode(path: Path) -> None:
+    """Check that a path is UTF-8: safetensors opens no other.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "unsupported", f"The name '{path}' is not valid UTF-8; rename it, or choose another."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -17,14 +52,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: disk full or no permission; its ``filename`` is set.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = hidden_beside(path, ".tmp")
     try:
         yield temporary
         sync_to_disk(temporary)
         os.replace(temporary, path)
         sync_to_disk(path.parent)
     except OSError as error:
-        if error.filename is None:  # raised by a write to an open file
+        if error.filename in (None, str(temporary)):  # None: by a write to an open file
             error.filename = str(path)
         raise
     finally:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError, first_line
+from .console import notify
 from .loggers import close_logger
 
 MetricsCallback = Callable[[int, dict[str, Any]], None]
@@ -39,9 +41,18 @@ class MetricsLog:
         logger: Any = None,
     ) -> None:
         self._on_write, self._logger = on_write, logger
-        self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by close()
-        self._file.truncate(keep)
+        self._file = open(run / "metrics.jsonl", "a+b")  # noqa: SIM115 - closed by close()
+        self._file.truncate(self._complete_bytes(keep))
         self._curves = _TensorBoardFile(run / "tensorboard", step)
+
+    def _complete_bytes(self, keep: int) -> int:
+        """Return ``keep``, or the end of the last complete line of a file that is shorter."""
+        if self._file.seek(0, os.SEEK_END) >= keep:
+            return keep
+        self._file.seek(0)
+        kept = self._file.read().rfind(b"\n") + 1
+        notify(f"'{self._file.name}' was cut or lost; the metrics after byte {kept:,} are missing.")
+        return kept
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one line and one point on each curve.
@@ -120,5 +131,16 @@ class _TensorBoardFile:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return all lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return all lines of a run's metrics.jsonl.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        reason = first_line(error)
+        raise UserError(
+            "damaged", f"'{path}' is damaged ({reason}); restore it from a copy, or delete it."
+        ) from None

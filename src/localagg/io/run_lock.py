@@ -1,6 +1,7 @@
 """Lock a run folder, so that one process at a time writes it."""
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -46,10 +47,10 @@ def lock_run(run: Path, name: str = LOCK_NAME, timeout: float = 0) -> Iterator[N
             "busy", f"{process} is writing '{run}'; wait until it has ended, or stop it."
         ) from None
     except (NotImplementedError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            "environment", f"Cannot lock '{run}' ({reason}); use a file system with locks."
-        ) from None
+        reason, advice = getattr(error, "strerror", None) or error, "use a file system with locks"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "its folder must be writable: change its permissions, or copy it"
+        raise UserError("environment", f"Cannot lock '{run}' ({reason}); {advice}.") from None
     try:
         if not isinstance(lock, SoftFileLock):
             with contextlib.suppress(OSError):  # a full disk does not affect the lock

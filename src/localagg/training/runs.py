@@ -18,6 +18,7 @@ from ..data.images.samples import with_measured_range
 from ..data.loading.own_views import Transform
 from ..data.loading.scan import typical_side
 from ..data.sources.open import check_outside, report_unread
+from ..data.sources.source import Source
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..errors import UserError, counted
 from ..evaluation.online_knn import OnlineKnn
@@ -101,7 +102,7 @@ def pretrain(
 
     Raises:
         UserError: options, data and folder do not fit together; a process died.
-        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
+        Interrupted: Ctrl-C or a signal to stop; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
     check_logger(logger)
@@ -184,7 +185,7 @@ def resume(
 
     Raises:
         UserError: not a run, other options, other images, or a damaged checkpoint; a process died.
-        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; a checkpoint was written.
+        Interrupted: Ctrl-C or a signal to stop; a checkpoint was written.
         ReportedElsewhere: another process already reported either of them.
     """
     check_logger(logger)
@@ -196,8 +197,7 @@ def resume(
         settings = continue_settings(run, stored, config, typed, facts["removed"])
         own = OwnParts(backbone, views)
         own.check_given(run, facts)
-        given = facts["data"] if data is None else data
-        source, place = world.rank_zero_first(lambda: open_data(given))
+        source, place = world.rank_zero_first(lambda: _open_again(run, facts, data))
         if source.fingerprint() != facts["fingerprint"]:
             raise UserError(
                 "mismatch",
@@ -210,9 +210,11 @@ def resume(
             drops = config.drops if config is not None and "drops" in typed else None
             settings = prolong(settings, require_resolved(epochs), drops, source, run)
         with lock_run_for_all(run, world):
-            if prolonged and world.rank == 0:
+            moved = data is not None and place != facts["data"]
+            if (prolonged or moved) and world.rank == 0:
                 kept = {name: value for name, value in facts.items() if name != "removed"}
-                checkpoint.begin_run(run, settings, kept)
+                noted = settings if prolonged else stored
+                checkpoint.begin_run(run, noted, {**kept, "data": place})
             newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
             newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
             progress = START if newest is None else checkpoint.read_progress(newest)
@@ -220,10 +222,11 @@ def resume(
             asked = require_resolved(settings.epochs)
             if summary and summary["epochs"] >= asked:
                 notify(f"'{run}' has already finished its {counted(asked, 'epoch')}.")
-                return summary
+                return {**summary, "run": str(run)}  # which may have been renamed
             feed = open_feed(source, settings, world, progress, views)
             learner = Learner(settings, len(source), world, backbone)
             if newest is None:  # killed before its first checkpoint
+                notify(f"'{run}' has no checkpoint; it begins anew.")
                 load_start_weights(learner.encoder, settings, world)
             own.check_same(facts, source, learner, values=newest is None)
             evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
@@ -233,8 +236,22 @@ def resume(
             else:
                 learner.restore(newest)
                 features = open_features(learner, feed)
-            notify(f"Resuming '{run}' after step {learner.step:,}.")
+                notify(f"Resuming '{run}' after step {learner.step:,}.")
             return train(run, feed, features, learner, evaluate, floors, progress, callbacks)
+
+
+def _open_again(run: Path, facts: dict[str, Any], data: Any) -> tuple[Source, str]:
+    """Open the images that a run noted, or the same ones at another place."""
+    try:
+        return open_data(facts["data"] if data is None else data)
+    except UserError as error:
+        if data is not None:
+            raise
+        raise UserError(
+            error.code,
+            f"The images of '{run}' cannot be opened: {error} If they moved, name their place with"
+            " --data.",
+        ) from None
 
 
 def _how_to_resume(run: Path) -> str:

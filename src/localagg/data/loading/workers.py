@@ -33,6 +33,11 @@ _GUARD = (
     "A worker process ended while it started. On this system each worker runs the script again:"
     ' put the calls below if __name__ == "__main__":, or use workers=0.'
 )
+_NO_FILE = (
+    "A program without a file of its own (read from stdin) cannot start workers on this system;"
+    " save it as a file, or use workers=0."
+)
+_DAEMONIC = "This process is daemonic and may start no workers; use workers=0, or daemon=False."
 T = TypeVar("T")
 
 
@@ -103,6 +108,21 @@ def _received(value: Any) -> Any:
     return torch.from_numpy(value.array) if isinstance(value, _Unshared) else value
 
 
+def check_workers(workers: int) -> None:
+    """Raise a UserError if this process cannot start so many workers."""
+    check_process_count("--workers", workers, 32)
+    process = multiprocessing.current_process()
+    if not workers:
+        return
+    if getattr(process, "_inheriting", False):  # a worker runs the user's script at its start
+        raise UserError("worker-died", _GUARD)
+    if process.daemon:
+        raise UserError("environment", _DAEMONIC)
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if multiprocessing.get_start_method() != "fork" and file and not os.path.exists(file):
+        raise UserError("environment", _NO_FILE)
+
+
 def map_in_workers(
     function: Callable[[Any], T], inputs: Sequence[Any], workers: int, *, pin: bool = False
 ) -> Iterator[T]:
@@ -119,9 +139,7 @@ def map_in_workers(
     Raises:
         UserError: the function raised an exception in a worker, or a worker has died.
     """
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError("worker-died", _GUARD)  # a worker runs the user's script at its start
-    check_process_count("--workers", workers, 32)
+    check_workers(workers)
     workers = min(workers, len(inputs))
     keep_freed_memory()  # workers inherit the setting
     with warnings.catch_warnings():
@@ -220,8 +238,8 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 def _initialize_worker(_: int) -> None:
     """Leave Ctrl-C and a scheduler's signals to the parent process, and end with it."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks the last two
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = _skip_lost_connections
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # pyright: ignore

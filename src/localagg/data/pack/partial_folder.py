@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import Interrupted, UserError
-from ...io.files import atomic_write, sync_to_disk
+from ...io.files import atomic_write, disk_advice, sync_to_disk
 from ...io.run_lock import LOCK_NAME, lock_run
 from ..inspect.identical_images import group_identical
 
@@ -147,8 +147,8 @@ class PartialFolder:
         except OSError as error:
             raise UserError(
                 "environment",
-                f"Packing '{self._key['data']}' into '{self.destination}' failed: {error};"
-                f" {self.next_step}",
+                f"Packing '{self._key['data']}' into '{self.destination}' failed"
+                f" ({error.strerror or error}); {disk_advice(error)}; {self.next_step}",
             ) from None
 
     def _load(self) -> None:

@@ -64,8 +64,8 @@ def find_splits(uri: str, column: str | None = None) -> Splits:
     if not os.path.lexists(root):
         raise UserError(
             "not-found",
-            f"No file or folder '{uri}'; pass the images' place with --data: a path, FILE.csv:ROOT,"
-            f" hf:NAME, or 'digits'.{suggest(uri, ['digits'])}",
+            f"No file or folder '{uri}'; the images' place is a path, FILE.csv:ROOT, hf:NAME, or"
+            f" 'digits'.{suggest(uri, ['digits'])}",
         )
     try:
         if root.is_dir():

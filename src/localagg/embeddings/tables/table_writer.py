@@ -22,7 +22,7 @@ from ...checkpoint import write_json
 from ...errors import Interrupted, UserError
 from ...io.console import notify
 from ...io.crc32c import crc32c
-from ...io.files import atomic_write
+from ...io.files import atomic_write, hidden_beside
 from ...io.run_lock import lock_run
 from ..table import table_schema
 from .table_formats import TABLE_FORMATS, publish_images_file
@@ -46,7 +46,12 @@ def open_writer(out: Path, facts: dict[str, Any]) -> Iterator["TableWriter"]:
         UserError: another process writes the same file.
         Interrupted: Ctrl-C; finished batches are kept.
     """
-    folder = out.with_name(f".{out.name}.parts")
+    folder = hidden_beside(out, ".parts")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        error.filename = str(out)
+        raise
     with lock_run(folder):
         writer = TableWriter(out, folder, facts)
         try:

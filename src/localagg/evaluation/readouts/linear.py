@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import check_new, convert_newer, weights_digest, write_json
+from ...checkpoint import check_new, weights_digest, write_json
 from ...config import TransferConfig, check_argument_types, from_dict, to_dict
 from ...data.loading.workers import convert_worker_death
 from ...distributed.collectives import World
@@ -28,6 +28,7 @@ from ...distributed.signals import StopRequest, handle_stop_signals
 from ...errors import UserError, counted
 from ...io.console import notify
 from ...io.files import absolute_place, noted_place
+from ...io.read_errors import convert_newer
 from ...models import Encoder
 from ..results.protocols import describe_protocol
 from .linear_heads import cross_entropies, read_heads

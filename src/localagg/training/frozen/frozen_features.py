@@ -138,7 +138,7 @@ def frozen_features(
     Raises:
         UserError: the features exceed ``--cache-gb`` or the disk, or no image can be read, or one
             cannot with the policy "error".
-        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; finished images are kept.
+        Interrupted: Ctrl-C or a signal to stop; finished images are kept.
     """
     source, world, options = feed.source, feed.world, config.adapt
     shape = len(source), 1 + options.feature_views, encoder.backbone.channels
