@@ -36,7 +36,7 @@ _METAVARS = {
     **dict.fromkeys(("run", "start", "resume"), "RUN"),
     **{"cache": "FOLDER", "data": "URI", "push": "USER/NAME", "k": "N", "train": "PART"},
 }
-"""What the value of an option of text is; others are NAME."""
+"""Words for the value of an option of text; others are NAME."""
 _GROUPS = {
     PretrainConfig: "training",
     TransferConfig: "read-outs",

@@ -59,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_to_disk(path.parent)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # None: by a write to an open file
+        if error.filename in (None, str(temporary)):  # no name: by a write to an open file
             error.filename = str(path)
         raise
     finally:

@@ -66,8 +66,8 @@ def settings_of_start(
     if config.adapt.feature_views:
         raise UserError(
             "option-conflict",
-            f"--start '{start}' continues a run, and --feature-views begins with a frozen network;"
-            " use --weights instead of --start.",
+            f"--start '{start}' continues a whole network, and adapt learns a head in seconds; omit"
+            f" --start, and learn the head anew on all images with --weights {start} or another.",
         )
     if start.is_file():
         return _settings_of_import(config, start, source)
@@ -93,8 +93,8 @@ def settings_of_start(
     if before.adapt.feature_views:
         raise UserError(
             "unsupported",
-            f"--start '{start}' learned a head on frozen features; start from its weights by"
-            f" --weights {start}.",
+            f"--start '{start}' learned a head on frozen features, which takes minutes: learn it"
+            f" anew on all images by localagg pretrain adapt --weights {start}",
         )
     usual = PretrainConfig()
     names = typed or {

@@ -68,42 +68,65 @@ def load_or_scan(
     Raises:
         UserError: ``memory="always"`` with images of different sizes.
     """
-    total, unreadable, sizes, done, pages = len(source), {}, set(), 0, 0
-    load = memory != "never"
-    pixels: Tensor | None = None
-    while load and done < total:
-        try:
-            stored = source[done].image
-            pages += _further_pages(stored)
-            image = decode(stored, upright=upright, levels=levels)
-            sizes.add(tuple(image.shape[1:]))
-            fits = memory == "always" or total * image.numel() <= memory_gb * 2**30
-            load = fits and len(sizes) == 1
-            if load and pixels is None:
-                pixels = torch.zeros(total, *image.shape, dtype=torch.uint8)
-            if load and pixels is not None:
-                pixels[done] = image
-        except READ_ERRORS as error:
-            unreadable[done] = read_error_reason(error)
-        if not load and memory == "always":
-            raise UserError(
-                "option-conflict",
-                f"--memory always needs images of one size, but the size of {source.name(done)}"
-                " differs from those before it; use --memory auto.",
-            )
-        done += 1
-        on_progress(done, total)
-    if load:
-        return ScannedImages(pixels, unreadable, sizes, pages)
+    found, done = ScannedImages(None, {}, set()), 0
+    if memory != "never":
+        load = functools.partial(_load, upright=upright, levels=levels, on_progress=on_progress)
+        found, done = load(source, None if memory == "always" else memory_gb * 2**30)
+    total, unreadable, pages = len(source), found.unreadable, found.pages
+    if total and done == total:
+        return found
     workers = 0 if total - done < serial_below else workers
     chunks = [range(first, min(first + chunk, total)) for first in range(done, total, chunk)]
     scan = functools.partial(scan_headers, source, levels=levels)
     for indices, scanned in zip(chunks, map_in_workers(scan, chunks, workers), strict=True):
         unreadable |= scanned.unreadable
-        sizes |= scanned.sizes
+        found.sizes.update(scanned.sizes)
         pages += scanned.pages
         on_progress(indices.stop, total)
-    return ScannedImages(None, unreadable, sizes, pages)
+    return ScannedImages(None, unreadable, found.sizes, pages)
+
+
+def _load(
+    source: Source,
+    most: float | None,
+    *,
+    upright: bool,
+    levels: Levels,
+    on_progress: ProgressCallback,
+) -> tuple[ScannedImages, int]:
+    """Decode images as long as they have one size and fit ``most`` bytes (None: any number).
+
+    Returns:
+        What was found, with pixels if these are all images; and the number of images done.
+
+    Raises:
+        UserError: different sizes, with ``most`` None.
+    """
+    total, found, pages = len(source), ScannedImages(None, {}, set()), 0
+    pixels: Tensor | None = None
+    for done in range(total):
+        try:
+            stored = source[done].image
+            pages += _further_pages(stored)
+            image = decode(stored, upright=upright, levels=levels)
+        except READ_ERRORS as error:
+            found.unreadable[done] = read_error_reason(error)
+            on_progress(done + 1, total)
+            continue
+        found.sizes.add((image.shape[1], image.shape[2]))
+        if len(found.sizes) > 1 and most is None:
+            raise UserError(
+                "option-conflict",
+                f"--memory always needs images of one size, but the size of {source.name(done)}"
+                " differs from those before it; use --memory auto.",
+            )
+        on_progress(done + 1, total)
+        if len(found.sizes) > 1 or (most is not None and total * image.numel() > most):
+            return found._replace(pages=pages), done + 1
+        if pixels is None:
+            pixels = torch.zeros(total, *image.shape, dtype=torch.uint8)
+        pixels[done] = image
+    return found._replace(pixels=pixels, pages=pages), total
 
 
 def scan_headers(source: Source, indices: range, levels: Levels = STORED) -> ScannedImages:
