@@ -6,6 +6,7 @@ returns its output for views uint8 [B, 3, S, S].
 
 import contextlib
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint import EXPORTED_NAME, load_encoder, save_weights, write_json
 from ..config import ViewConfig, require_resolved, to_dict
 from ..errors import UserError
+from ..io.console import notify
 from ..io.tensor_files import save_pickled, save_tensors
 from ..models import Encoder
 from ..models.torchvision_resnet import torchvision_resnets
@@ -147,7 +149,14 @@ def write_timm(network: Network, out: Path) -> None:
 
 def run_timm(network: Network, path: Path, views: Tensor) -> Tensor:
     """Return the pooled features of views by timm's network."""
-    model = _timm().create_model(f"local-dir:{path}", pretrained=True).eval()
+    timm, source = _timm(), f"local-dir:{path}"
+    try:
+        model = timm.create_model(source, pretrained=True)
+    except pickle.UnpicklingError:  # timm loads by torch.load, which took no safetensors once
+        notify(f"timm loads this folder only with a torch newer than {torch.__version__}.")
+        model = timm.create_model(source, pretrained=False)
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    model.eval()
     return model((views / 255 - network.encoder.mean) / network.encoder.std)
 
 
