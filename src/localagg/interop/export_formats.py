@@ -152,8 +152,12 @@ def run_timm(network: Network, path: Path, views: Tensor) -> Tensor:
     timm, source = _timm(), f"local-dir:{path}"
     try:
         model = timm.create_model(source, pretrained=True)
-    except pickle.UnpicklingError:  # timm loads by torch.load, which took no safetensors once
-        notify(f"timm loads this folder only with a torch newer than {torch.__version__}.")
+    # timm loads by torch.load, which took no safetensors once; and stumbled over two such files.
+    except (pickle.UnpicklingError, NameError):
+        notify(
+            f"timm {timm.__version__} with torch {torch.__version__} cannot load this folder; newer"
+            " ones can. It was compared without their loader."
+        )
         model = timm.create_model(source, pretrained=False)
         model.load_state_dict(load_file(path / "model.safetensors"))
     model.eval()
