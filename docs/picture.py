@@ -1,7 +1,7 @@
 """Take a picture of the map on a report page: python docs/picture.py PAGE PICTURE.png [COLUMN].
 
-COLUMN colors the points. docs/photos.png is of ``pretrain adapt`` on clothing photos without labels,
-by cluster.
+COLUMN colors the points. docs/photos.png is of ``pretrain adapt`` on clothing photos without
+labels, by cluster.
 """
 
 import shutil

@@ -94,10 +94,10 @@ def _load(
     levels: Levels,
     on_progress: ProgressCallback,
 ) -> tuple[ScannedImages, int]:
-    """Decode images as long as they have one size and fit ``most`` bytes (None: any number).
+    """Decode images while they have one size and fit ``most`` bytes; None: any number.
 
     Returns:
-        What was found, with pixels if these are all images; and the number of images done.
+        The scan, with pixels if all images are loaded; and the number of images done.
 
     Raises:
         UserError: different sizes, with ``most`` None.
