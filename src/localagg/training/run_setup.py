@@ -10,7 +10,6 @@ import torch
 from ..config import PretrainConfig, flag, option_value, override, require_resolved
 from ..data.loading.loader import Feed
 from ..data.loading.own_views import Transform
-from ..data.loading.workers import check_workers
 from ..data.sources.open import Source
 from ..distributed.batch_norm import per_rank_batch_norm
 from ..distributed.collectives import World
@@ -169,7 +168,6 @@ def open_feed(
     transform: Transform | None = None,
 ) -> Feed:
     """Return the batches of a run; with the progress of a checkpoint, those that come next."""
-    check_workers(config.workers)
     before = progress if progress and "left_out" in progress else None
     with show_progress("reading images") as show:
         feed = Feed(
