@@ -196,7 +196,8 @@ import localagg, multiprocessing, sys
 from localagg.config import override
 
 def learn():
-    config = override(localagg.recipe("digits").config, epochs=1, ir_epochs=1, workers=2)
+    options = {"epochs": 1, "ir_epochs": 1, "workers": 2, "memory": "never"}
+    config = override(localagg.recipe("digits").config, **options)
     try:
         localagg.pretrain(config, "digits", sys.argv[1])
     except localagg.UserError as error:
