@@ -130,8 +130,8 @@ def convert_write_errors(run: Path, unfinished: Path | None = None) -> Iterator[
             newest = f"the last checkpoint, '{latest(run)}', is complete"
         raise UserError(
             "environment",
-            f"Writing '{run}' failed ({error.strerror or error}); {newest}. Then, once you"
-            f" {disk_advice(error)}: localagg pretrain --resume {run}",
+            f"Writing '{run}' failed ({error.strerror or error}); {newest}."
+            f" {disk_advice(error).capitalize()}, then run localagg pretrain --resume {run}",
         ) from None
 
 

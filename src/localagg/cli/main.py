@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             return _report("The disk of the output is full; free some space.", 2)
         if error.filename is None:
             raise
-        return _report(f"'{error.filename}': {error.strerror}; {disk_advice(error)}.", 2)
+        return _report(
+            f"'{error.filename}': {error.strerror}; {disk_advice(error)}, or name another.", 2
+        )
     return 0
 
 

@@ -18,7 +18,7 @@ _ADVICE = {
 
 def disk_advice(error: OSError) -> str:
     """Return what a user can do about an error of the file system."""
-    return f"{_ADVICE.get(error.errno or 0, 'check the disk')}, or name another place"
+    return _ADVICE.get(error.errno or 0, "check the disk")
 
 
 def hidden_beside(path: Path, suffix: str) -> Path:

@@ -81,7 +81,8 @@ def find_splits(uri: str, column: str | None = None) -> Splits:
             "mismatch",
             f"'{uri}' holds images as {names}; name one of them as --data, or move one elsewhere.",
         )
-    for kind, splits in found.items():
+    if found:
+        ((kind, splits),) = found.items()
         _refuse_column(uri, column, kind)
         return splits
     raise errors[0] if errors else _no_images(uri, root)
