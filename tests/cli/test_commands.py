@@ -120,6 +120,16 @@ def test_folder_suggests_a_pretrained_network_where_there_may_be_one(
     assert ("localagg pretrain adapt" in capsys.readouterr().err) == (timm and applies)
 
 
+@pytest.mark.parametrize(
+    ("model", "named"), [("resnet18", "resnet18"), ("resnet18_small", "timm:NAME")]
+)
+def test_folder_suggests_only_networks_with_pretrained_weights(model, named, monkeypatch, capsys):
+    monkeypatch.setattr("localagg.cli.pretrain.find_spec", lambda name: True)
+    words = ["folder", "--data", "digits", "--model", model, "--epochs", "2", "--dry-run"]
+    cli.main(["pretrain", *words])
+    assert f"--model {named} --weights pretrained" in capsys.readouterr().err
+
+
 def test_typed_clusters_are_not_scaled_to_the_number_of_images(pictures, result):
     words = ["pretrain", "res18_LA", "--data", pictures, "--dry-run", "--batch-size", 8]
     words += ["--ir-batch-size", 8, "--neighbors", 20]

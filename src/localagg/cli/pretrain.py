@@ -178,11 +178,14 @@ def _start(options: Pretrain) -> dict[str, Any]:
 def _suggest_adapt(config: PretrainConfig) -> None:
     """Name the recipe for pretrained networks where one is given, or can be had from timm."""
     from ..io.console import notify
+    from ..models import offers_weights
 
     model, weights = config.encoder.model, config.encoder.weights
     if weights is None and find_spec("timm") is None:
         return
-    words = ["--model", model or "timm:NAME"] if model or weights is None else []
+    if weights is None and (model is None or not offers_weights(model)):
+        model = "timm:NAME"
+    words = ["--model", model] if model else []
     words += ["--weights", weights or "pretrained"]
     notify(
         "A head on a pretrained network's frozen features is usually better, and takes minutes:"

@@ -287,3 +287,8 @@ def _create_backbone(model: str, options: dict[str, Any]) -> Backbone:
 def available_models() -> list[str]:
     """Return the names that :func:`create_encoder` takes, besides "timm:NAME"."""
     return sorted(BACKBONES)
+
+
+def offers_weights(model: str) -> bool:
+    """Return whether a library offers pretrained weights for a model (of timm: perhaps)."""
+    return model.startswith("timm:") or model in torchvision_resnets()

@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from localagg.evaluation.readouts.logistic_regression import (
     DEFAULT_L2,
     L2_GRID,
+    MOST_FITS,
     fit_logistic_head,
     shuffle_within_classes,
 )
@@ -58,6 +59,18 @@ def test_strength_has_the_least_loss_over_the_folds():
             losses[l2] -= np.log(p[np.arange(scored.sum()), y[scored]]).sum()
     assert head.l2 == min(losses, key=losses.get)
     assert head.l2 not in (L2_GRID[0], L2_GRID[-1])
+
+
+def test_each_fit_of_a_head_is_reported_before_it_begins():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 5, generator=random)
+    fits: list[int] = []
+    fit_logistic_head(
+        features, (features[:, 0] > 0).long(), torch.arange(60), 2, on_fit=fits.append
+    )
+    assert fits[:3] == [0, 1, 2]
+    assert fits == sorted(set(fits))
+    assert fits[-1] == MOST_FITS - 1
 
 
 def test_shuffles_are_within_classes_and_do_not_depend_on_order():

@@ -10,6 +10,7 @@ Shapes: n rows, F features, C classes.
 import math
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from ...engine.counter_rng import SPLIT, bits
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Strengths of the L2 penalty that are tried, strongest first."""
+MOST_FITS = len(L2_GRID) + 1
+"""Most fits of a head, its last included; one of many wide features may take a minute."""
 DEFAULT_L2 = 1e-2
 """The strength where no row can be held out to choose it."""
 _FOLDS = 5
@@ -46,7 +49,13 @@ class LogisticHead(NamedTuple):
 
 
 def fit_logistic_head(
-    features: Tensor, labels: Tensor, index: Tensor, classes: int, *, seed: int = 0
+    features: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: int,
+    *,
+    seed: int = 0,
+    on_fit: Callable[[int], object] = lambda fits: None,
 ) -> LogisticHead:
     """Fit a head whose L2 strength is chosen by cross-validation within the rows.
 
@@ -62,6 +71,7 @@ def fit_logistic_head(
         index: int64 [n], the images, which determine the folds with the seed.
         classes: C; classes without rows get a bias that no feature outweighs.
         seed: random seed of the folds.
+        on_fit: called before each fit with the number of fits done, at most :data:`MOST_FITS`.
     """
     standardized, mean, scale = _standardize(features)
     x, basis = _rotate(standardized)
@@ -69,7 +79,8 @@ def fit_logistic_head(
     folds = _split_folds(labels, index, seed)
     trials = [_solver(_TRIAL_GRADIENT, warm_start=True) for _ in folds]
     l2, least = DEFAULT_L2, math.inf
-    for strength in L2_GRID if folds else ():
+    for fits, strength in enumerate(L2_GRID if folds else ()):
+        on_fit(fits)
         loss = 0.0
         for solver, scored in zip(trials, folds, strict=True):
             _fit(solver, x, y, strength, ~scored)
@@ -80,6 +91,7 @@ def fit_logistic_head(
         if loss >= least:
             break
         l2, least = strength, loss
+    on_fit(MOST_FITS - 1)
     solver = _solver(_FINAL_GRADIENT)
     _fit(solver, x, y, l2, np.ones(len(y), dtype=bool))
     weight, bias = _softmax_weights(solver)

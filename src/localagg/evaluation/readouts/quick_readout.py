@@ -27,7 +27,7 @@ from ...models import Encoder
 from ..results.protocols import logistic_protocol
 from .feature_cache import CachedFeatures, FeatureCache, FeatureExtractor, hash_images
 from .linear_heads import accuracies
-from .logistic_regression import LogisticHead, fit_logistic_head
+from .logistic_regression import MOST_FITS, LogisticHead, fit_logistic_head
 from .readout_inputs import (
     LabeledSplits,
     check_classes,
@@ -68,11 +68,20 @@ class FrozenFeatures(NamedTuple):
         """Fit a head a layer to training images ``index``, int64 [n]."""
         labels, classes = self.splits.labels[index], self.splits.classes
         heads: dict[str, LogisticHead] = {}
+        total = MOST_FITS * len(self.extractor.layers)
         with show_progress("fitting heads") as show:
             for layer in self.extractor.layers:
                 rows = self.training.rows(layer, index)
-                heads[layer] = fit_logistic_head(rows, labels, index, classes, seed=seed)
-                show(len(heads), len(self.extractor.layers))
+                before = MOST_FITS * len(heads)
+                heads[layer] = fit_logistic_head(
+                    rows,
+                    labels,
+                    index,
+                    classes,
+                    seed=seed,
+                    on_fit=lambda fits, before=before: show(before + fits, total),
+                )
+            show(total, total)
         return heads
 
     def measure(
