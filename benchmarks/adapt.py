@@ -27,8 +27,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from peer_heads import (
+    Found,
+    Method,
+    measured,
+    scan_head,
+    simclr_head,
+    spectral,
+    spectral_rows,
+    temi_head,
+    umap_kmeans,
+    umap_rows,
+    whitened_head,
+)
 from scipy.stats import t as student
-from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
@@ -44,16 +57,12 @@ from localagg.recipes.builtin import recipe
 from localagg.recipes.derived_settings import resolve_defaults
 from localagg.recipes.schedule import Schedule
 from localagg.training.frozen.frozen_features import FrozenFeatures
-from localagg.training.frozen.trained_part import start_from_features, whitening
+from localagg.training.frozen.trained_part import start_from_features
 from localagg.training.learner import Learner
 from localagg.training.step import take_step
 from localagg.training.time_shares import TimeShares
 
 METRICS = ("200-NN", "NMI", "accuracy", "CPU seconds")
-Found = Tensor | np.ndarray
-"""Rows float32 [N, D], or clusters int [N]."""
-Method = Callable[[FrozenFeatures, int, int], Found]
-"""Called with the features, the number of classes and the seed."""
 
 
 def main() -> None:
@@ -199,26 +208,12 @@ def localagg_head(*, aggregate: bool = True, **options: Any) -> Method:
     return learn
 
 
-def measured(features: FrozenFeatures) -> Tensor:
-    """Return the central views' frozen features as unit rows [N, C]."""
-    return F.normalize(features.measured(torch.arange(len(features.values))), dim=1)
-
-
 def frozen(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
     return measured(features)
 
 
 def whitened(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
     return whitened_head(features)(features.measured(torch.arange(len(features.values)))).detach()
-
-
-def whitened_head(features: FrozenFeatures) -> nn.Linear:
-    """Return the head that localagg's starts from: 128 whitened principal components."""
-    everything = torch.arange(len(features.values))
-    head = nn.Linear(features.values.shape[2], 128)
-    weight, bias = whitening(features, everything, 128)
-    head.weight.data, head.bias.data = weight.float(), bias.float()
-    return head
 
 
 def scaled_head(neighbors: int | None = None, clusters: int | None = None) -> Method:
@@ -246,79 +241,6 @@ def clustered_head(cluster: Callable[[Tensor, int, int], np.ndarray]) -> Method:
     return learn
 
 
-def umap_rows(rows: Tensor, classes: int, seed: int) -> np.ndarray:
-    import umap
-
-    options = {"n_neighbors": 20, "n_components": 10, "min_dist": 0.0, "metric": "cosine"}
-    reduced = umap.UMAP(**options, random_state=seed).fit_transform(rows.numpy())
-    return KMeans(classes, n_init=4, random_state=seed).fit_predict(reduced)
-
-
-def spectral_rows(rows: Tensor, classes: int, seed: int) -> np.ndarray:
-    near = {"affinity": "nearest_neighbors", "n_neighbors": 20}
-    return SpectralClustering(classes, **near, random_state=seed).fit_predict(rows)
-
-
-def umap_kmeans(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
-    return umap_rows(measured(features), classes, seed)
-
-
-def spectral(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
-    return spectral_rows(measured(features), classes, seed)
-
-
-def simclr_head(temperature: float, batch: int = 256) -> Method:
-    """Return SimCLR's loss (Chen et al. 2020, eq. 1) on a head with localagg's start and rate."""
-
-    def learn(features: FrozenFeatures, classes: int, seed: int) -> Tensor:
-        size, epochs = len(features.values), 20
-        head = whitened_head(features)
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (size // batch))
-        positives = torch.arange(2 * batch).roll(batch)
-        for epoch in range(epochs):
-            order = permutation(size, seed, ORDER, epoch)
-            for index in order[: size // batch * batch].split(batch):
-                views = [features.random(2 * epoch + n, index) for n in range(2)]
-                rows = F.normalize(head(torch.cat(views)), dim=1)
-                similar = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
-                optimizer.zero_grad()
-                F.cross_entropy(similar, positives).backward()
-                optimizer.step()
-                cosine.step()
-        with torch.no_grad():
-            return head(features.measured(torch.arange(size)))
-
-    return learn
-
-
-def scan_head(entropy: float, rate: float, batch: int = 128, epochs: int = 50) -> Method:
-    """Return SCAN's clusters (Van Gansbeke et al. 2020, eq. 2), of 20 neighbors an image."""
-
-    def learn(features: FrozenFeatures, classes: int, seed: int) -> np.ndarray:
-        torch.manual_seed(seed)
-        size, x = len(features.values), measured(features)
-        near = torch.cat([(part @ x.T).topk(21).indices[:, 1:] for part in x.split(512)])
-        head = nn.Linear(x.shape[1], classes)
-        optimizer = torch.optim.Adam(head.parameters(), lr=rate, weight_decay=1e-4)
-        for epoch in range(epochs):
-            for index in torch.randperm(size)[: size // batch * batch].split(batch):
-                others = near[index, torch.randint(20, (batch,))]
-                p, q = (
-                    F.softmax(head(features.random(2 * epoch + n, each)), dim=1)
-                    for n, each in enumerate((index, others))
-                )
-                agreement = (p * q).sum(dim=1).clamp(min=1e-8).log().mean()
-                used = torch.special.entr(p.mean(dim=0)).sum()
-                optimizer.zero_grad()
-                (-agreement - entropy * used).backward()
-                optimizer.step()
-        with torch.no_grad():
-            return head(features.measured(torch.arange(size))).argmax(dim=1).numpy()
-
-    return learn
-
-
 METHODS: dict[str, Method] = {
     "frozen features": frozen,
     "whitened components": whitened,
@@ -330,6 +252,7 @@ METHODS: dict[str, Method] = {
     "SimCLR head, temperature 0.5": simclr_head(0.5),
     "SCAN head, entropy 5, rate 1e-4": scan_head(5.0, 1e-4),
     "SCAN head, entropy 2, rate 1e-4": scan_head(2.0, 1e-4),
+    "TEMI, 4 heads": temi_head(4),
 }
 TRIALS: dict[str, Method] = {
     "defaults": localagg_head(),

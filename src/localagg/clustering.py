@@ -80,19 +80,24 @@ def kmeans(
     if start is None:
         first = initial_centroids(rows, clusters, seed)
         return lloyd(rows, first, iterations=iterations, tolerance=tolerance)
-    if isinstance(start, Tensor) and start.is_floating_point():
-        check_rows(start=start)
-        if not start.isfinite().all():
-            raise not_finite_error()
-        if start.shape != (clusters, rows.dim):
-            raise UserError(
-                "option-invalid",
-                f"start is of shape {list(start.shape)}; pass centroids [{clusters}, {rows.dim}].",
-            )
-    else:
+    first = _starting_centroids(rows, start, clusters)
+    return lloyd(rows, first, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
+
+
+def _starting_centroids(rows: Points, start: Tensor, clusters: int) -> Tensor:
+    """Return the centroids [k, D] of a warm start: those given, or the means of labels [N]."""
+    if not (isinstance(start, Tensor) and start.is_floating_point()):
         check_integers("start", start, (len(rows.rows),), clusters)
-        start = mean_centroids(rows.cluster_totals(start.to(rows.device, torch.int64), clusters))
-    return lloyd(rows, start, iterations=iterations, tolerance=tolerance, overshoot=OVERSHOOT)
+        return mean_centroids(rows.cluster_totals(start.to(rows.device, torch.int64), clusters))
+    check_rows(start=start)
+    if not start.isfinite().all():
+        raise not_finite_error()
+    if start.shape != (clusters, rows.dim):
+        raise UserError(
+            "option-invalid",
+            f"start is of shape {list(start.shape)}; pass centroids [{clusters}, {rows.dim}].",
+        )
+    return start
 
 
 def cluster(

@@ -58,6 +58,13 @@ def compare_tables(
     overlap = shared_neighbors(*near) / k
     change = (_drop(rows[0], *near) + _drop(rows[1], *near[::-1])) / 2
     order = (overlap.double() - change.double() / 10 / k).argsort(stable=True)
+
+    def describe(row: int) -> dict[str, Any]:
+        before, after = (tables[0].rows(places[0][each[row, :_SHOWN]].tolist()) for each in near)
+        measured = {"overlap": overlap[row].item(), "change": change[row].item()}
+        image = tables[0].rows([int(places[0][row])])[0]
+        return {**image, **measured, "before": before, "after": after}
+
     if out is not None:
         images = tables[0].images.take(places[0][order].numpy())
         columns = {name: images[name] for name in images.column_names}
@@ -70,16 +77,7 @@ def compare_tables(
         "k": k,
         "overlap": overlap.mean().item(),
         "chance": k / (size - 1),
-        "changed": [
-            {
-                **tables[0].rows([int(places[0][row])])[0],
-                "overlap": overlap[row].item(),
-                "change": change[row].item(),
-                "before": tables[0].rows(places[0][near[0][row, :_SHOWN]].tolist()),
-                "after": tables[0].rows(places[0][near[1][row, :_SHOWN]].tolist()),
-            }
-            for row in order[:top].tolist()
-        ],
+        "changed": [describe(row) for row in order[:top].tolist()],
     }
 
 

@@ -44,15 +44,9 @@ def find_duplicates(
     candidates are near-duplicates if their agreement is at least S; see
     :mod:`~localagg.data.images.pixel_agreement`. Pairs that share an image are in one group.
 
-    S is midway between two agreements. A thousandth of the images reach the first with a different
-    image: it is extrapolated from the 90 and 99 % quantiles over neighbors ranked sixth to tenth,
-    linearly in Fisher's z, so that single copies among them have no effect. 95 % of altered views
-    (cropped, flipped, brightened, halved, saved at low quality) of 100 images reach the second with
-    their image. If the first is larger, S is the first. S is at least 0.8.
-
     Args:
         table: run folder, or table written by ``localagg embed``; the images must still exist.
-        above: S, 0-1. Default: by the rule.
+        above: S, 0-1. Default: by the rule of :func:`choose_threshold`.
         out: file to write: group, path, index, label, keep, agreement with the kept image, width,
             height, sharpness, bytes.
         workers: processes that decode.
@@ -77,10 +71,11 @@ def find_duplicates(
     agreement_P = _compare(thumbnails, pairs_P2)
     others, views = None, None
     if above is None:
+        count = int(readable.sum())
         sample = readable.nonzero().flatten()
-        sample = sample[torch.linspace(0, len(sample) - 1, min(_SAMPLE, len(sample))).long()]
+        sample = sample[torch.linspace(0, count - 1, min(_SAMPLE, count)).long()]
         views = _views_agreement(source, index[sample], opened.levels, thumbnails[sample])
-        others, above = _threshold(agreement_P[others_P], views, int(readable.sum()))
+        others, above = choose_threshold(agreement_P[others_P], views, count)
     same = agreement_P >= above
     groups = [
         _describe_group(opened, source, members, thumbnails)
@@ -88,10 +83,7 @@ def find_duplicates(
     ]
     groups.sort(key=lambda group: (-len(group), -min(each["agreement"] for each in group)))
     if out is not None:
-        rows = [{"group": n, **each} for n, group in enumerate(groups) for each in group]
-        names = ["group", "path", "index", "label", "keep", *_MEASURES]
-        kept = [name for name in names if name != "label" or "label" in opened.images.column_names]
-        write_result(out, {name: [row[name] for row in rows] for name in kept})
+        _write_groups(out, groups, labeled="label" in opened.images.column_names)
     return {
         "table": str(opened.path),
         "images": len(index),
@@ -105,6 +97,13 @@ def find_duplicates(
 
 
 _MEASURES = ("agreement", "width", "height", "sharpness", "bytes")
+
+
+def _write_groups(out: str | Path, groups: list[list[dict[str, Any]]], *, labeled: bool) -> None:
+    rows = [{"group": n, **each} for n, group in enumerate(groups) for each in group]
+    label = ["label"] if labeled else []
+    names = ["group", "path", "index", *label, "keep", *_MEASURES]
+    write_result(out, {name: [row[name] for row in rows] for name in names})
 
 
 def _read_thumbnails(
@@ -204,8 +203,22 @@ def _altered(image: Image.Image) -> list[Image.Image]:
     ]
 
 
-def _threshold(others: Tensor, views: float | None, images: int) -> tuple[float | None, float]:
-    """Return (agreement that a thousandth of the images reach with a different image, S)."""
+def choose_threshold(
+    others: Tensor, views: float | None, images: int
+) -> tuple[float | None, float]:
+    """Return the first of two agreements, and S, midway between them.
+
+    A thousandth of the images reach the first with a different image: it is extrapolated from the
+    90 and 99 % quantiles, linearly in Fisher's z. If it is the larger, S is the first. S is at
+    least 0.8.
+
+    Args:
+        others: agreements [n] with the neighbors ranked sixth to tenth, so that single copies
+            among them have no effect.
+        views: the second: what 95 % of altered views (cropped, flipped, brightened, halved, saved
+            at low quality) of 100 images reach with their image; None if none can be read.
+        images: number of readable images.
+    """
     if views is None or not len(others):
         return None, _DEFAULT
     most, few = others.quantile(torch.tensor([0.9, 0.99])).clamp(-0.99, 0.99).atanh().tolist()

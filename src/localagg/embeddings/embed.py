@@ -70,21 +70,19 @@ def embed(
     """
     source, _ = open_data(source)
     check_arguments(batch=(batch, 1), workers=(workers, 0))
-    _check_types(encoder, views, on_progress=on_progress, autocast=autocast)
-    if not isinstance(part, slice):
-        raise UserError("option-invalid", f"part is {part!r}; pass a slice of the batches.")
+    _check_types(encoder, views, part, on_progress=on_progress, autocast=autocast)
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
     batch = int(batch)
-    device = next(encoder.parameters()).device
     found_index, found_rows, done = [], [], 0
-    if pixels is not None:
+    device = next(encoder.parameters()).device
+    if pixels is None:
+        loaded = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
+        batches = ((index, images.to(device)) for index, images in loaded)
+    else:
         check_integers("pixels", pixels, (len(source), 3, "H", "W"))
         chunks = torch.arange(len(pixels)).split(batch)[part]
         batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in chunks)
-    else:
-        loaded = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
-        batches = ((index, images.to(device)) for index, images in loaded)
     training = encoder.training
     encoder.train(batch_statistics)
     try:
@@ -100,20 +98,20 @@ def embed(
             on_progress(done, len(source))
     finally:
         encoder.train(training)
-    if not found_index and part != slice(None):  # a part may have no readable image
-        found_index, found_rows = [torch.empty(0).long()], [torch.empty(0, encoder.spec["dim"])]
-    if not found_index:
+    if not found_index and part == slice(None):  # a part may have no readable image
         raise UserError(
             "unreadable-images",
             f"None of the {len(source):,} images of '{source.uri}' can be read; check them by"
             " localagg inspect.",
         )
-    index = torch.cat(found_index)
-    labels = None if source.labels is None else source.labels[index]
-    return ImageEmbeddings(index, torch.cat(found_rows), labels)
+    index = torch.cat([torch.empty(0).long(), *found_index])
+    rows = torch.cat(found_rows) if found_rows else torch.empty(0, encoder.spec["dim"])
+    return ImageEmbeddings(index, rows, None if source.labels is None else source.labels[index])
 
 
-def _check_types(encoder: Any, views: Any, **functions: Any) -> None:
+def _check_types(encoder: Any, views: Any, part: Any, **functions: Any) -> None:
+    if not isinstance(part, slice):
+        raise UserError("option-invalid", f"part is {part!r}; pass a slice of the batches.")
     if not isinstance(encoder, Encoder):
         raise UserError(
             "option-invalid",

@@ -57,10 +57,7 @@ def search(
             table's.
     """
     start = time.perf_counter()
-    if k < 1:
-        raise UserError("option-invalid", f"--k is {k}; it must be at least 1.")
-    if not images:
-        raise UserError("option-missing", "Name at least one image to search for.")
+    _check_request(images, k)
     opened = open_table(table)
     images, unreadable = _expand_folders(opened, images, weights)
     positions = [_find_position(opened, image) for image in images]
@@ -89,6 +86,13 @@ def search(
         "queries": queries,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _check_request(images: Sequence[str | Path | int], k: int) -> None:
+    if k < 1:
+        raise UserError("option-invalid", f"--k is {k}; it must be at least 1.")
+    if not images:
+        raise UserError("option-missing", "Name at least one image to search for.")
 
 
 def _describe_neighbors(

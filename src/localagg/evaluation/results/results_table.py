@@ -20,7 +20,7 @@ _COLUMN_FIELDS = (*_SHARED, "data", "fingerprint")
 class _RowKey(NamedTuple):
     """A run, one of its weights, or a published number."""
 
-    name: str
+    run: str
     weights: str | None
     source: str | None
 
@@ -74,17 +74,13 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
                 f" {number.number:.1%} on {number.dataset} ({number.source}:"
                 f" {describe_protocol(number.protocol)})."
             )
-    rows = [
-        {
-            "run": row.name,
-            "weights": row.weights,
-            "published": row not in measured,
-            "source": row.source,
-            "values": [found.get(key, (None, None))[0] for key in columns],
-            "intervals": [found.get(key, (None, None))[1] for key in columns],
-        }
-        for row, found in cells.items()
-    ]
+    rows = []
+    for row, found in cells.items():
+        values, intervals = zip(*(found.get(key, (None, None)) for key in columns), strict=True)
+        rows.append(
+            {**row._asdict(), "published": row not in measured}
+            | {"values": [*values], "intervals": [*intervals]}
+        )
     return {"columns": [*columns.values()], "rows": rows, "notes": notes}
 
 
