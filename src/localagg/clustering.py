@@ -54,8 +54,7 @@ def kmeans(
         A :class:`~localagg.engine.kmeans.KMeans`; of this rank's rows if they are split.
 
     Raises:
-        UserError: more clusters than rows, rows that are not finite, ``faiss`` for split rows, or
-            an argument of another kind, shape or range.
+        UserError: more clusters than rows, rows that are not finite, or an invalid argument.
     """
     if not isinstance(rows, Points):
         check_rows(rows=rows)

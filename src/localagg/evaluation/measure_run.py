@@ -87,10 +87,7 @@ def measure_run(
     encoder = load_encoder(run)
     digest = weights_digest(encoder)
     facts = read_run(run)[1] if run.is_dir() else {}
-    data = data or facts.get("data")
-    if data is None:
-        raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
-    data = str(data)
+    data = _place_of_images(run, data, facts)
     fabric = make_fabric(device, precision)
     options = EmbeddingOptions(fabric, workers, batch)
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, options)
@@ -98,8 +95,8 @@ def measure_run(
     notes = [*selection.notes, *_count_notes(selection, k, available)]
     for note in notes:
         notify(note)
-    requested = {"accuracy": True, "retrieval": retrieval, "clusters": clusters}
-    scores = {name: MEASUREMENTS[name](embedded, k) for name, wanted in requested.items() if wanted}
+    requested = ["accuracy"] + ["retrieval"] * retrieval + ["clusters"] * clusters
+    scores = {name: MEASUREMENTS[name](embedded, k) for name in requested}
     for name in scores.keys() - {"clusters"}:
         scores[name] = selection.prefixed(scores[name])
     return {
@@ -116,6 +113,13 @@ def measure_run(
         "weights_digest": digest,
         **describe_arithmetic(fabric),
     }
+
+
+def _place_of_images(run: Path, data: str | None, facts: dict[str, Any]) -> str:
+    place = data or facts.get("data")
+    if place is None:
+        raise UserError("option-missing", f"'{run}' is a file of weights; set --data too.")
+    return str(place)
 
 
 def _check_choices(against: str, k: Sequence[int]) -> None:

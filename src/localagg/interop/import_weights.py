@@ -58,11 +58,7 @@ def import_weights(
     """
     prefix, out = str(prefix), Path(out)
     bank, heads = (None if file is None else Path(file) for file in (bank, heads))
-    for option, file in (("--out", out), ("--bank", bank), ("--heads", heads)):
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
-    if len({out, bank, heads} - {None}) < 1 + (bank is not None) + (heads is not None):
-        raise UserError("option-conflict", "--out, --bank and --heads must name different files.")
+    _check_files({"--out": out, "--bank": bank, "--heads": heads})
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
     _check_model(model, is_port)
     encoder = create_encoder(model, seed=0)
@@ -78,13 +74,9 @@ def import_weights(
             f"'{prefix}' lacks {len(report.missing)} variables of {model}, {report.missing[0]} the"
             " first; name a complete checkpoint.",
         )
+    views = PORT_VIEWS if is_port else REFERENCE_VIEWS
     with atomic_write(out) as temporary:
-        save_weights(
-            temporary,
-            encoder,
-            PORT_VIEWS if is_port else REFERENCE_VIEWS,
-            bank and bank_place(out, bank),
-        )
+        save_weights(temporary, encoder, views, bank and bank_place(out, bank))
     if bank is not None and memory is not None:
         save_start_state(bank, memory, report)
     if heads is not None and found is not None:
@@ -101,6 +93,15 @@ def import_weights(
         "out": str(out),
         "from": prefix,
     }
+
+
+def _check_files(files: dict[str, Path | None]) -> None:
+    given = {option: file for option, file in files.items() if file is not None}
+    for option, file in given.items():
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
+    if len({*given.values()}) < len(given):
+        raise UserError("option-conflict", f"{', '.join(files)} must name different files.")
 
 
 def _check_model(model: str, is_port: bool) -> None:

@@ -43,12 +43,7 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
         eval_crop=config.views.eval_crop or (1.0 if small_images else 0.875),
     )
 
-    # An epoch needs some forty steps; 128 is the reference's batch.
-    batch = config.batch_size
-    if batch is None:
-        batch = min(size, 128, max(16, 2 ** int(math.log2(max(1, size / 40)))))
-        if adapted:  # a head learns as well in fewer, larger steps
-            batch = min(size, 128, max(16, size // 16))
+    batch = config.batch_size or _default_batch(size, adapted=adapted)
     steps = max(1, size // batch)
     # Digits need about 2,200 steps; the reference takes 200 epochs of ImageNet.
     epochs = config.epochs or (200 if large else max(50, math.ceil(2200 / steps)))
@@ -85,6 +80,14 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     )
     check_against_images(resolved, size)
     return resolved
+
+
+def _default_batch(size: int, *, adapted: bool) -> int:
+    """Return a batch size of at most 128, which is the reference's."""
+    if adapted:  # a head learns as well in fewer, larger steps
+        return min(size, 128, max(16, size // 16))
+    # An epoch needs some forty steps.
+    return min(size, 128, max(16, 2 ** int(math.log2(max(1, size / 40)))))
 
 
 def _default_clusters(size: int) -> int:

@@ -90,16 +90,11 @@ def write_embedding_page(
     arrays |= values
     sections = [] if fit is None else [_cluster_section(shown, labels, fit, place)]
     sections += _neighbor_sections(near, similarity, oddness, place)
-    data = {
-        "paths": paths,
-        "map": {"note": " ".join(shown.notes)},
-        "columns": described,
-        "neighbors": {"width": near.shape[1]},
-        "sections": sections,
-    }
+    data = {"paths": paths, "map": {"note": " ".join(shown.notes)}, "columns": described}
+    data |= {"neighbors": {"width": near.shape[1]}, "sections": sections}
+    other = sum(map(len, paths)) + sum(array.nbytes for array in arrays.values()) * 4 // 3
     thumbnails = None
     if shown.images is not None:
-        other = sum(map(len, paths)) + sum(array.nbytes for array in arrays.values()) * 4 // 3
         images = _Ordered(shown.images, order.tolist())
         thumbnails = draw_thumbnails(images, sprite_budget(count, other))
     page = {"title": title, "head": head, "foot": foot}

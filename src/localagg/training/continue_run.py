@@ -96,15 +96,16 @@ def settings_of_start(
             f"--start '{start}' learned a head on frozen features, which takes minutes: learn it"
             f" anew on all images by localagg pretrain adapt --weights {start}",
         )
-    usual = PretrainConfig()
-    names = typed or {
-        name
-        for name in option_names(usual)
-        if option_value(config, name) != option_value(usual, name)
-    }
-    changed = {name: option_value(config, name) for name in names}
+    changed = {name: option_value(config, name) for name in typed or _differing(config)}
     is_changed = source.fingerprint() != facts["fingerprint"]
     return _settings_after_la(before, start, changed, images_changed=is_changed)
+
+
+def _differing(config: PretrainConfig) -> list[str]:
+    """Return the names of the options that differ from the defaults."""
+    usual = PretrainConfig()
+    names = option_names(usual)
+    return [name for name in names if option_value(config, name) != option_value(usual, name)]
 
 
 def _settings_after_la(
