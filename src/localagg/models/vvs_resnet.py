@@ -27,8 +27,8 @@ torch.fx.wrap("check_sides")  # has conditions on sizes, which fx cannot trace
 
 
 class VVSResNet(Backbone):
-    """Layers "1" (the max-pool) and "2".. (each block behind its last ReLU): the original's
-    ``encode_1``, ``encode_2``, ...
+    """Layers "0" (the first convolution behind its ReLU), "1" (the max-pool) and "2".. (each block
+    behind its last ReLU): the original's ``encode_1.conv``, ``encode_1``, ``encode_2``, ...
 
     Args:
         blocks: number of blocks of each stage.
@@ -48,15 +48,17 @@ class VVSResNet(Backbone):
                 self.blocks.append(block)
                 channels = block.channels
         self.channels = channels
-        modules = ["pool", *(f"blocks.{n}" for n in range(len(self.blocks)))]
-        self.layer_modules = {str(n): module for n, module in enumerate(modules, start=1)}
+        modules = ["relu", "pool", *(f"blocks.{n}" for n in range(len(self.blocks)))]
+        self.layer_modules = {str(n): module for n, module in enumerate(modules)}
 
     def iterate_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, map [B, C, H, W]) from first to last."""
         x = check_sides(
             x, _SIDES, x, "This network", "at least 7", "its first convolution does not pad"
         )
-        x = self.pool(self.relu(self.norm(self.stem(x))))
+        x = self.relu(self.norm(self.stem(x)))
+        yield "0", x
+        x = self.pool(x)
         yield "1", x
         for layer, block in enumerate(self.blocks, start=2):
             x = block(x)
@@ -124,10 +126,10 @@ def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def resnet18_vvs() -> VVSResNet:
-    """Create the ResNet-18 of the publication: 8 blocks, layers "1".."9"."""
+    """Create the ResNet-18 of the publication: 8 blocks, layers "0".."9"."""
     return VVSResNet((2, 2, 2, 2), bottleneck=False)
 
 
 def resnet50_vvs() -> VVSResNet:
-    """Create the ResNet-50 of its code: 16 bottlenecks, layers "1".."17"."""
+    """Create the ResNet-50 of its code: 16 bottlenecks, layers "0".."17"."""
     return VVSResNet((3, 4, 6, 3), bottleneck=True)
