@@ -112,8 +112,8 @@ def _check_model(model: str, is_port: bool) -> None:
     if model not in networks:
         raise UserError(
             "option-unknown",
-            f"{'The PyTorch port' if is_port else 'The reference'} has no network '{model}';"
-            f" --model is one of {', '.join(networks)}.{suggest(model, networks)}",
+            f"{'The PyTorch port has' if is_port else 'The TensorFlow programs have'} no network"
+            f" '{model}'; --model is one of {', '.join(networks)}.{suggest(model, networks)}",
         )
 
 

@@ -77,7 +77,7 @@ def map_variables(encoder: Encoder, names: Iterable[str] = ()) -> dict[str, str]
         return dict(_vvs_variables(backbone, _batch_norm_suffix(names)))
     raise UserError(
         "unsupported",
-        f"The reference program has no network {encoder.spec['model']}; its weights fit"
+        f"The TensorFlow programs have no network {encoder.spec['model']}; their weights fit"
         f" {', '.join(NETWORKS)}.",
     )
 
