@@ -46,7 +46,7 @@ BLOCK = re.compile(
     r"^(<!-- not run by the tests: [^\n]* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 NOT_RUN = {
-    "README.md": 2, "get_started.md": 2, "guides.md": 2, "migrating.md": 1, "networks.md": 2,
+    "README.md": 2, "get_started.md": 2, "guides.md": 2, "migrating.md": 2, "networks.md": 2,
     "running.md": 2, "scaling.md": 1,
 }  # fmt: skip
 """Marked blocks: installation, downloaded weights, a cluster, several GPUs."""

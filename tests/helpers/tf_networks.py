@@ -173,3 +173,37 @@ def alexnet_bn(program, x):
         return None
     x = conv(conv(x, "fc6", 4096, 5), "fc7", 4096, 1)
     return program.conv(x, "alexnet_v2/fc8/weights", 128, 1, 1, 0, "alexnet_v2/fc8/biases")[:, 0, 0]
+
+
+def vvs_resnet(program, x, blocks, bottleneck, suffix=""):
+    """The same of unsup_vvs's ``get_resnet_18(num_cat=128)``, or of its ResNet-50.
+
+    Its average pooling by 7, VALID, is the mean of a map of 7x7; for small images the mean as well.
+    """
+
+    def conv_norm(x, scope, out, k, stride, same=True):
+        if same:
+            rows, columns = (same_pads(side, k, stride) for side in x.shape[1:3])
+            x = F.pad(x, (0, 0, *columns, *rows))
+        y = program.conv(x, f"{scope}/weights", out, k, stride, 0, f"{scope}/bias")
+        return program.batch_norm(y, f"{scope}{suffix}/batch_normalization")
+
+    x = program.points["0"] = conv_norm(x, "encode1", 64, 7, 2, same=False).relu()
+    x = program.points["1"] = torch.from_numpy(pool_same(x.numpy(), 3, 2, np.max))
+    layer = 1
+    for stage, count in enumerate(blocks):
+        for number in range(count):
+            layer += 1
+            width, stride = 64 * 2**stage, 2 if stage and not number else 1
+            convs = [(width, 3, stride), (width, 3, 1)]
+            if bottleneck:
+                convs = [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
+            y = x
+            for i, sizes in enumerate(convs):
+                y = conv_norm(y.relu() if i else y, f"encode{layer}/conv_{i}", *sizes)
+            if y.shape != x.shape:
+                x = conv_norm(x, f"encode{layer}/transfer", y.shape[-1], 1, stride)
+            x = program.points[str(layer)] = (y + x).relu()
+    x = x.mean((1, 2))
+    kernel = program.variable("category2/weights", (x.shape[1], 128))
+    return x @ kernel + program.variable("category2/bias", (128,))

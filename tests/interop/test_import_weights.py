@@ -13,7 +13,7 @@ from localagg.checkpoint import load_encoder, load_views
 from localagg.data import open_images
 from localagg.data.loading.cropping import evaluation_batches
 from localagg.interop.import_weights import PORT_VIEWS, REFERENCE_VIEWS
-from localagg.interop.tf_variables import map_variables
+from localagg.interop.variable_names import map_variables
 from localagg.models import create_encoder
 
 

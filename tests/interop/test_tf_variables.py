@@ -7,7 +7,8 @@ from expect import user_error
 from tf_networks import Arrays, Program, alexnet_bn, resnet_v2, vgg16_bn_last
 
 from localagg.bank import MemoryBank
-from localagg.interop.tf_variables import load_variables, map_variables
+from localagg.interop.tf_variables import load_variables
+from localagg.interop.variable_names import map_variables
 from localagg.models import create_encoder
 
 PROGRAMS = {

@@ -11,6 +11,8 @@ from localagg.models import create_encoder
 NETWORKS = [
     ("preact_resnet18", 32, {}),
     ("preact_resnet50", 33, {}),
+    ("resnet18_vvs", 75, {}),
+    ("resnet50_vvs", 33, {}),
     ("resnet18_small", 16, {"width": 8}),
     ("resnet18", 64, {}),
     pytest.param(("alexnet_bn", 195, {}), marks=pytest.mark.slow),

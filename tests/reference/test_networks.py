@@ -11,7 +11,8 @@ from tf_networks import Arrays, rule_kernel
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig
 from localagg.interop import load_tf_checkpoint
-from localagg.interop.tf_variables import load_variables, map_variables
+from localagg.interop.tf_variables import load_variables
+from localagg.interop.variable_names import map_variables
 from localagg.models import create_encoder
 from localagg.models.vgg import VGG16
 from localagg.training.learner import parameter_groups

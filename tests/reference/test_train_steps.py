@@ -10,7 +10,7 @@ import torch
 from localagg.bank import MemoryBank
 from localagg.config import PretrainConfig
 from localagg.interop import load_tf_checkpoint
-from localagg.interop.tf_variables import map_variables
+from localagg.interop.variable_names import map_variables
 from localagg.models import create_encoder
 from localagg.objectives import instance_nce, local_aggregation
 from localagg.training.learner import parameter_groups

@@ -20,7 +20,8 @@ class EncoderConfig:
 
     model: str | None = None
     """Architecture: resnet18, resnet50 (torchvision), resnet18_small (8-64 pixels),
-    preact_resnet18, preact_resnet50, alexnet_bn, vgg16_bn_last (the reference's), timm:NAME.
+    preact_resnet18, preact_resnet50, alexnet_bn, vgg16_bn_last (the reference's), resnet18_vvs,
+    resnet50_vvs (of Zhuang et al. 2021), timm:NAME.
     Default: resnet18_small for images up to 64 pixels, else resnet18."""
     dim: int = 128
     """Dimension of the embedding."""

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the reference program, or of its PyTorch port, to a weights file."""
+"""Convert a checkpoint of TensorFlow, or of the reference's PyTorch port, to a weights file."""
 
 import re
 import warnings
@@ -15,16 +15,20 @@ from ..errors import UserError, suggest
 from ..io.files import atomic_write
 from ..io.tensor_files import save_tensors
 from ..models import Encoder, create_encoder
-from . import tf_variables, torch_port
+from ..models.vvs_resnet import VVSResNet
+from . import torch_port, variable_names
 from .start_state import bank_place, save_start_state
 from .tf_checkpoint import open_tf_checkpoint
-from .tf_variables import load_tf_checkpoint, map_variables
+from .tf_variables import bank_shape, load_tf_checkpoint
 from .torch_port import load_torch_port
+from .variable_names import map_variables
 
 # The reference's view of an image for validation (resnet_validate).
 REFERENCE_VIEWS = ViewConfig(image_size=224, eval_crop=0.875, augmentation="reference")
 PORT_VIEWS = ViewConfig(image_size=224, eval_crop=0.875)
 """The port's: Resize(256) and CenterCrop(224) of torchvision."""
+VVS_VIEWS = ViewConfig(image_size=224, eval_crop=1.0)
+"""That of unsup_vvs's neural fits: stimuli whole, resized to 224 pixels."""
 _HEAD = re.compile(r"(?:.*/)?instance/transfer_dense(?:_(\w+))?/(kernel|bias)")
 
 
@@ -62,7 +66,7 @@ def import_weights(
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))
     _check_model(model, is_port)
     encoder = create_encoder(model, seed=0)
-    memory = None if bank is None else MemoryBank(*_bank_shape(prefix, is_port))
+    memory = None if bank is None else MemoryBank(*_bank_shape(prefix, encoder, is_port))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing variables raise below
         report = (load_torch_port if is_port else load_tf_checkpoint)(prefix, encoder, memory)
@@ -74,7 +78,7 @@ def import_weights(
             f"'{prefix}' lacks {len(report.missing)} variables of {model}, {report.missing[0]} the"
             " first; name a complete checkpoint.",
         )
-    views = PORT_VIEWS if is_port else REFERENCE_VIEWS
+    views = _views(encoder, is_port)
     with atomic_write(out) as temporary:
         save_weights(temporary, encoder, views, bank and bank_place(out, bank))
     if bank is not None and memory is not None:
@@ -105,13 +109,19 @@ def _check_files(files: dict[str, Path | None]) -> None:
 
 
 def _check_model(model: str, is_port: bool) -> None:
-    networks = (torch_port if is_port else tf_variables).NETWORKS
+    networks = (torch_port if is_port else variable_names).NETWORKS
     if model not in networks:
         raise UserError(
             "option-unknown",
-            f"{'The PyTorch port' if is_port else 'The reference'} has no network '{model}';"
-            f" --model is one of {', '.join(networks)}.{suggest(model, networks)}",
+            f"{'The PyTorch port has' if is_port else 'The TensorFlow programs have'} no network"
+            f" '{model}'; --model is one of {', '.join(networks)}.{suggest(model, networks)}",
         )
+
+
+def _views(encoder: Encoder, is_port: bool) -> ViewConfig:
+    if isinstance(encoder.backbone, VVSResNet):
+        return VVS_VIEWS
+    return PORT_VIEWS if is_port else REFERENCE_VIEWS
 
 
 def _parameter(encoder: Encoder, name: str) -> str:
@@ -141,14 +151,13 @@ def _read_heads(prefix: str, encoder: Encoder) -> dict[str, Tensor]:
     return found
 
 
-def _bank_shape(prefix: str, is_port: bool) -> tuple[int, ...]:
+def _bank_shape(prefix: str, encoder: Encoder, is_port: bool) -> tuple[int, ...]:
     if is_port:
         rows = torch_port.read_torch_port(prefix).get("memory_bank")
         shape = None if rows is None else tuple(rows.shape)
     else:
         with open_tf_checkpoint(prefix) as checkpoint:
-            names = [name for name in checkpoint.names if name.endswith("instance/memory_bank")]
-            shape = checkpoint.shape(names[0]) if names else None
+            shape = bank_shape(checkpoint, encoder, prefix)
     if shape is None or len(shape) != 2:
         raise UserError("not-found", f"'{prefix}' holds no memory bank; omit --bank.")
     return shape

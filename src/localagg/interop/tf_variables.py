@@ -1,33 +1,25 @@
-"""Load the reference program's variables into an encoder and a memory bank.
+"""Load a TensorFlow checkpoint's variables into an encoder and a memory bank.
 
-Here are the variables' names and layouts; :mod:`.tf_checkpoint` reads the file. The reference
-builds its ResNets by ``tf.layers``, which numbers layers as they are created (``conv2d``,
-``conv2d_1``, ..., a block's projection before its other convolutions), AlexNet and VGG by slim,
-which names them.
+:mod:`.tf_checkpoint` reads the file, :mod:`.variable_names` names its variables.
 """
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank import MemoryBank
 from ..config import check_argument_types
 from ..errors import UserError
-from ..models import Encoder
-from ..models.alexnet import AlexNet
-from ..models.preact_resnet import PreActResNet
-from ..models.vgg import VGG16
+from ..models import Encoder, create_encoder
 from .tf_checkpoint import TFCheckpoint, open_tf_checkpoint
+from .variable_names import NETWORKS, map_variables, trainer_names
 
-NETWORKS = ("preact_resnet18", "preact_resnet50", "alexnet_bn", "vgg16_bn_last")
-_BANK, _LABELS = "instance/memory_bank", "instance/all_labels"
-_CLUSTERS, _STEP = "instance/cluster_labels", "global_step"
-_TRAINER = {_BANK, _LABELS, _CLUSTERS, _STEP}
+_USE_THE_FILES = "use the network and dim of the file"
 
 
 @dataclass(frozen=True)
@@ -55,14 +47,15 @@ class LoadReport:
 def load_tf_checkpoint(
     prefix: str | os.PathLike[str], encoder: Encoder, bank: MemoryBank | None = None
 ) -> LoadReport:
-    """Fill an encoder, and a memory bank, from a checkpoint of the reference program.
+    """Fill an encoder, and a memory bank, from a checkpoint of TensorFlow.
 
     An error changes nothing. Bank rows are copied as they are; the reference leaves some of them
     at other than unit length. A warning names missing variables.
 
     Args:
         prefix: see :func:`~localagg.interop.tf_checkpoint.open_tf_checkpoint`.
-        encoder: one of :data:`NETWORKS`, with the file's embedding size (128 in the reference).
+        encoder: one of ``NETWORKS`` in :mod:`.variable_names`, with the file's embedding size (128
+            in the originals).
         bank: with the number of rows of the file's bank.
 
     Raises:
@@ -80,11 +73,12 @@ def load_variables(
     where: str = "the checkpoint",
 ) -> LoadReport:
     """Load an open checkpoint as :func:`load_tf_checkpoint` does; ``where`` names it in errors."""
-    wanted = map_variables(encoder)
-    found = _find(source.names, wanted)
-    _check_network(source, encoder, found, where)
+    wanted, trainer = map_variables(encoder, source.names), trainer_names(encoder, source.names)
+    found = _find(source.names, {*wanted, *trainer})
+    _check_network(source, encoder, wanted, found, where)
     if bank is not None:
-        check_bank(bank, source.shape(found[_BANK]) if _BANK in found else None, where)
+        stored = source.shape(found[trainer.bank]) if trainer.bank in found else None
+        check_bank(bank, stored, where)
     targets = encoder.state_dict()
     values, momentum = {}, {}
     for name, key in wanted.items():
@@ -93,15 +87,15 @@ def load_variables(
             slot = f"{found[name]}/Momentum"
             if slot in source.names and source.shape(slot) == source.shape(found[name]):
                 momentum[key] = _weights(source, slot, targets[key], where)
-    step = _integers(source, found.get(_STEP), 0, where)
-    labels = _integers(source, found.get(_LABELS), 1, where)
-    clusters = _integers(source, found.get(_CLUSTERS), 2, where)
-    rows = None if bank is None else _array(source, found[_BANK], "f", where)
+    step = _integers(source, found.get(trainer.step), 0, where)
+    labels = _integers(source, found.get(trainer.labels), 1, where)
+    clusters = _integers(source, found.get(trainer.clusters), 2, where)
+    rows = None if bank is None else _array(source, found[trainer.bank], "f", where)
     for key, value in values.items():
         targets[key].copy_(value)
     if bank is not None and rows is not None:
         bank.rows.copy_(rows)
-    used = {found[name] for name in found if name != _BANK or bank is not None}
+    used = {found[name] for name in found if name != trainer.bank or bank is not None}
     missing = tuple(name for name in wanted if name not in found)
     warn_missing(missing, encoder, where)
     return LoadReport(
@@ -113,6 +107,18 @@ def load_variables(
         cluster_labels=None if clusters is None else clusters.to(torch.int32),
         momentum=momentum,
     )
+
+
+def bank_shape(source: TFCheckpoint, encoder: Encoder, where: str) -> tuple[int, ...] | None:
+    """Return the shape of the memory bank in an encoder's checkpoint, None without one.
+
+    Raises:
+        UserError: the checkpoint is of another network.
+    """
+    wanted, trainer = map_variables(encoder, source.names), trainer_names(encoder, source.names)
+    found = _find(source.names, {*wanted, *trainer})
+    _check_network(source, encoder, wanted, found, where)
+    return source.shape(found[trainer.bank]) if trainer.bank in found else None
 
 
 def check_bank(bank: MemoryBank, shape: Sequence[int] | None, where: str) -> None:
@@ -128,14 +134,19 @@ def check_bank(bank: MemoryBank, shape: Sequence[int] | None, where: str) -> Non
 
 
 def shape_error(
-    where: str, encoder: Encoder, name: str, shape: Sequence[int], key: str
+    where: str,
+    encoder: Encoder,
+    name: str,
+    shape: Sequence[int],
+    key: str,
+    fix: str = _USE_THE_FILES,
 ) -> UserError:
     """Return the error for a variable of another shape than the encoder's parameter ``key``."""
     target = list(encoder.state_dict()[key].shape)
     return UserError(
         "mismatch",
         f"{where} does not fit this {encoder.spec['model']}: {name} has shape {list(shape)}, {key}"
-        f" {target}; use the network and dim of the file.",
+        f" {target}; {fix}.",
     )
 
 
@@ -149,81 +160,11 @@ def warn_missing(missing: Sequence[str], encoder: Encoder, where: str) -> None:
         )
 
 
-def map_variables(encoder: Encoder) -> dict[str, str]:
-    """Return {variable name in the reference: key in the encoder's state dict}.
-
-    Raises:
-        UserError: the encoder is none of :data:`NETWORKS`.
-    """
-    backbone = encoder.backbone
-    if isinstance(backbone, PreActResNet):
-        return dict(_resnet_variables(backbone))
-    if isinstance(backbone, AlexNet):
-        return dict(_alexnet_variables(backbone))
-    if isinstance(backbone, VGG16):
-        return dict(_vgg_variables(backbone))
-    raise UserError(
-        "unsupported",
-        f"The reference program has no network {encoder.spec['model']}; its weights fit"
-        f" {', '.join(NETWORKS)}.",
-    )
-
-
-def _resnet_variables(backbone: PreActResNet) -> Iterator[tuple[str, str]]:
-    convs = norms = 0
-    for key, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
-            number = f"_{convs}" if convs else ""
-            yield f"resnet_model/conv2d{number}/kernel", f"backbone.{key}.weight"
-            convs += 1
-        elif isinstance(module, nn.BatchNorm2d):
-            number = f"_{norms}" if norms else ""
-            yield from _batch_norm(f"resnet_model/batch_normalization{number}", f"backbone.{key}")
-            norms += 1
-    yield "resnet_model/dense/kernel", "head.weight"
-    yield "resnet_model/dense/bias", "head.bias"
-
-
-def _alexnet_variables(backbone: AlexNet) -> Iterator[tuple[str, str]]:
-    for name in backbone.convs:
-        yield f"alexnet_v2/{name}/weights", f"backbone.convs.{name}.weight"
-        yield f"alexnet_v2/{name}/biases", f"backbone.convs.{name}.bias"
-        yield from _batch_norm(f"alexnet_v2/{name}", f"backbone.norms.{name}")
-    yield "alexnet_v2/fc8/weights", "head.weight"
-    yield "alexnet_v2/fc8/biases", "head.bias"
-
-
-def _vgg_variables(backbone: VGG16) -> Iterator[tuple[str, str]]:
-    for name in backbone.convs:
-        stage = name.split("_")[0]
-        scope = f"vgg_16/{name}"
-        if name.startswith("conv"):
-            # The reference builds a stage's last convolution as a stage of its own.
-            last = name in backbone.norms
-            scope = f"vgg_16/{stage}_final/{stage}_final_1" if last else f"vgg_16/{stage}/{name}"
-        yield f"{scope}/weights", f"backbone.convs.{name}.weight"
-        if name in backbone.norms:
-            yield from _batch_norm(f"{scope}/batch_normalization", f"backbone.norms.{name}")
-        else:
-            yield f"{scope}/biases", f"backbone.convs.{name}.bias"
-    yield "vgg_16/fc8/weights", "head.weight"
-    yield "vgg_16/fc8/biases", "head.bias"
-
-
-def _batch_norm(scope: str, key: str) -> Iterator[tuple[str, str]]:
-    yield f"{scope}/gamma", f"{key}.weight"
-    yield f"{scope}/beta", f"{key}.bias"
-    yield f"{scope}/moving_mean", f"{key}.running_mean"
-    yield f"{scope}/moving_variance", f"{key}.running_var"
-
-
-def _find(names: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
+def _find(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     """Return {variable: name in the file}, ignoring scopes before it ("tower_0/", "model/").
 
-    The trainer's variables are found too. If several scopes hold a variable, the scope with most
-    variables wins, then the shortest.
+    If several scopes hold a variable, the scope with most variables wins, then the shortest.
     """
-    wanted = _TRAINER.union(variables)
     by_scope: dict[str, dict[str, str]] = {}
     for name in names:
         parts = name.split("/")
@@ -238,22 +179,51 @@ def _find(names: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
 
 
 def _check_network(
-    source: TFCheckpoint, encoder: Encoder, found: dict[str, str], where: str
+    source: TFCheckpoint,
+    encoder: Encoder,
+    wanted: Mapping[str, str],
+    found: Mapping[str, str],
+    where: str,
 ) -> None:
     """Raise UserError if the file holds no variable of the network, or one of another shape."""
-    model, targets, wanted = encoder.spec["model"], encoder.state_dict(), map_variables(encoder)
+    model = encoder.spec["model"]
     if found.keys().isdisjoint(wanted):
+        right = _matching_network(source)
         raise UserError(
             "mismatch",
             f"{where} holds no variable of {model}; its first ones are"
-            f" {', '.join(source.names[:3]) or 'none'}.",
+            f" {', '.join(source.names[:3]) or 'none'}{f'; use --model {right}' if right else ''}.",
         )
+    if misfit := _first_misfit(source, encoder, wanted, found):
+        key, right = wanted[misfit], _matching_network(source)
+        fix = f"use --model {right}" if right not in (None, model) else _USE_THE_FILES
+        raise shape_error(where, encoder, found[misfit], source.shape(found[misfit]), key, fix)
+
+
+def _first_misfit(
+    source: TFCheckpoint, encoder: Encoder, wanted: Mapping[str, str], found: Mapping[str, str]
+) -> str | None:
+    """Return the first variable whose shape in the file is not the encoder's."""
+    targets = encoder.state_dict()
     for name in filter(found.__contains__, wanted):
-        key, stored = wanted[name], tuple(source.shape(found[name]))
+        stored, target = tuple(source.shape(found[name])), tuple(targets[wanted[name]].shape)
         shape = (stored[-1], stored[-2], *stored[:-2]) if len(stored) > 1 else stored
-        target = tuple(targets[key].shape)
         if _without_1x1(shape) != _without_1x1(target):
-            raise shape_error(where, encoder, found[name], stored, key)
+            return name
+    return None
+
+
+def _matching_network(source: TFCheckpoint) -> str | None:
+    """Return the network of which the file has all variables but the head's, in its shapes."""
+    for model in NETWORKS:
+        with torch.device("meta"):  # shapes are enough
+            encoder = create_encoder(model)
+        wanted = map_variables(encoder, source.names)
+        wanted = {name: key for name, key in wanted.items() if not key.startswith("head.")}
+        found = _find(source.names, wanted)
+        if len(found) == len(wanted) and not _first_misfit(source, encoder, wanted, found):
+            return model
+    return None
 
 
 def _without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,12 +19,15 @@ from .small_resnet import SmallResNet
 from .timm_backbone import TimmBackbone
 from .torchvision_resnet import TorchvisionResNet, torchvision_resnets
 from .vgg import VGG16
+from .vvs_resnet import resnet18_vvs, resnet50_vvs
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "preact_resnet18": preact_resnet18,
     "preact_resnet50": preact_resnet50,
     "alexnet_bn": AlexNet,
     "vgg16_bn_last": VGG16,
+    "resnet18_vvs": resnet18_vvs,
+    "resnet50_vvs": resnet50_vvs,
     "resnet18_small": SmallResNet,
     **{name: partial(TorchvisionResNet, name) for name in torchvision_resnets()},
 }

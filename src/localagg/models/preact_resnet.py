@@ -5,7 +5,7 @@ projection too, bottlenecks stride in their 3x3 convolution, and the first max-p
 SAME, which on an even side pads bottom and right only.
 
 Convolutions and batch-norms are registered in the order in which the reference creates them;
-:mod:`localagg.interop.tf_variables` relies on it.
+:mod:`localagg.interop.variable_names` relies on it.
 """
 
 import math

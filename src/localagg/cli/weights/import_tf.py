@@ -10,12 +10,14 @@ from ..parse import positional
 
 @dataclass(frozen=True, kw_only=True)
 class ImportTf:
-    """Import weights from a checkpoint of the reference program, or of its PyTorch port."""
+    """Import weights from a checkpoint of the reference program, of its PyTorch port, or of
+    unsup_vvs."""
 
     prefix: str = positional("PREFIX")
     """model.ckpt-N, its .index, a folder or .tar with one; or the port's checkpoint.pth.tar."""
     model: str
-    """Network: preact_resnet18, preact_resnet50, alexnet_bn or vgg16_bn_last."""
+    """Network: preact_resnet18, preact_resnet50, alexnet_bn or vgg16_bn_last; of unsup_vvs
+    resnet18_vvs or resnet50_vvs."""
     out: str
     """Weights file (.safetensors) to write."""
     bank: str | None = None
