@@ -76,6 +76,7 @@ def test_inspect_times_an_epoch_only_of_a_training_split(pictures, result, monke
     )
     assert result("inspect", pictures, "--workers", 0, "--batch-size", 8)["epoch"] == timed
     assert (configs[0].batch_size, configs[0].workers) == (8, 0)
+    assert configs[0].epochs is not None  # the budget of half an hour was fitted
     assert "44 s" in capsys.readouterr().out
     validation = pictures.parent / "only-val"
     shutil.copytree(pictures / "val", validation / "val", dirs_exist_ok=True)

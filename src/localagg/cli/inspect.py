@@ -97,8 +97,10 @@ def _time_epoch(
     options: Inspect, config: PretrainConfig, facts: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Print the estimated time of an epoch; report why there is none."""
+    from ..data import open_images
     from ..errors import UserError
     from ..io.console import notify, print_table, show_progress
+    from ..training.budget import fit_budget
     from ..training.epoch_time import epoch_time, epoch_time_rows
 
     name = options.recipe
@@ -106,6 +108,7 @@ def _time_epoch(
         notify(f"The epoch of {name} is not timed: '{options.data}' has no split 'train'.")
         return None
     try:
+        config = fit_budget(config, open_images(options.data))  # the network that pretrain takes
         with show_progress(f"timing {name}"):
             found = epoch_time(config, options.data, facts)
     except UserError as error:

@@ -69,7 +69,7 @@ class Recorder:
         self._on_epoch = callbacks.on_epoch
         self.config, self.run, self.feed, self.learner = config, run, feed, learner
         self.world = learner.world
-        self.total_steps = schedule.total_steps
+        self.schedule, self.total_steps = schedule, schedule.total_steps
         self.timer = TimeShares(learner.device)
         self.timer.seconds = dict(progress["shares"])
         self._epoch_seconds = dict(self.timer.seconds)  # by part, when the epoch began
@@ -99,6 +99,7 @@ class Recorder:
             if not self.world.gather_objects(has_checkpoint(self.run))[0]:  # as rank 0 sees it
                 self.checkpoint()
             self._stack = stack.pop_all()
+        self._epoch_start = (self.learner.step, time.monotonic())  # floors are behind
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,7 +192,7 @@ class Recorder:
         if whole := sum(spent.values()):  # on CUDA a short epoch may have no timed step
             share = spent.get(WAITING, 0.0) / whole
             self._curve({"waiting_for_data": share})
-            hint = data_loading_hint(share, self.feed)
+            hint = self._hint(share)
             if hint and not self._hinted:
                 notify(f"epoch {epoch + 1}: {hint}")
                 self._hinted = True
@@ -204,6 +205,11 @@ class Recorder:
             if unreadable != self._unreadable:
                 notify(f"epoch {epoch + 1}: {unreadable:,} unreadable images are excluded.")
             self._unreadable = unreadable
+
+    def _hint(self, waited: float) -> str | None:
+        """Return advice on reading images, unless the last step learned from cached features."""
+        cached = self.schedule.is_backbone_frozen(self.learner.step - 1)
+        return None if cached else data_loading_hint(waited, self.feed)
 
     def _curve(self, values: dict[str, float]) -> None:
         with convert_write_errors(self.run):
@@ -310,7 +316,7 @@ class Recorder:
             "final": self.final,
             "floors": floors,
             "shares": shares,
-            "hint": data_loading_hint(shares.get(WAITING, 0.0), self.feed),
+            "hint": self._hint(shares.get(WAITING, 0.0)),
         }
         self.checkpoint(summary)
         return summary

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from localagg import checkpoint
 from localagg.config import PretrainConfig, override, to_dict
+from localagg.data.loading import loading_hint
 from localagg.distributed.collectives import World
 from localagg.embeddings.embed import embed
 from localagg.embeddings.open_table import RUN_TABLE, open_table
@@ -57,6 +58,16 @@ def backbone(path: Path) -> dict[str, torch.Tensor]:
 def changed(run: Path, weights: Path) -> set[str]:
     before, after = backbone(weights), backbone(run)
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(("train", "advised"), [("head", False), ("last:1", True)])
+def test_reading_images_faster_is_advised_only_where_the_network_learns(
+    tmp_path, pictures, config, monkeypatch, train, advised
+):
+    monkeypatch.setattr(loading_hint, "HINT_FROM", 0.0)
+    epochs = {"epochs": 2, "network_epochs": 1 if advised else 0}
+    config = override(config, train=train, **epochs)
+    assert (pretrain(config, str(pictures), tmp_path / "run")["hint"] is not None) == advised
 
 
 def test_the_head_learns_and_the_backbone_stays(tmp_path, pictures, config, weights):
