@@ -21,6 +21,7 @@ from .step import take_step
 from .time_shares import TimeShares
 
 _SMALL_BATCH = 8  # images
+_MOST_STEPS = 12
 
 
 def epoch_time(
@@ -143,16 +144,16 @@ def training_seconds(
     timer.next_step()  # on CUDA only each 20th step is timed; this is none of them
 
     def seconds_per_image(count: int, at_least: float) -> float:
-        """The shortest of two or more steps after the first, over ``at_least`` seconds.
+        """The shortest of the steps after the first, over ``at_least`` seconds.
 
-        What else the machine does for a moment says nothing of the hours to come: on a busy one
-        a median of few steps is several times too long, and a budget then trains too little.
+        It takes steps until two in a row are not much shorter: on a busy machine the first ones,
+        and a median of few, are up to ten times too long, and a budget then trains too little.
         """
         index = torch.arange(count) % images
         pixels = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8, device=device)
         batch = TrainingBatch(index, pixels, view_uniforms(config.seed, 0, index))
         times: list[float] = []
-        while len(times) < 3 or sum(times[1:]) < at_least:
+        while sum(times[1:]) < at_least or not _are_settled(times):
             started = time.perf_counter()
             take_step(
                 learner,
@@ -176,6 +177,12 @@ def training_seconds(
             return first
         size = min(size, max(_SMALL_BATCH, int(step_seconds / first)))
     return seconds_per_image(size, seconds)
+
+
+def _are_settled(times: list[float]) -> bool:
+    if len(times) < 4:
+        return False
+    return len(times) > _MOST_STEPS or min(times[-2:]) > 0.9 * min(times[1:-2])
 
 
 def _duration(seconds: float) -> str:
