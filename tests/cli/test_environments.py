@@ -152,6 +152,51 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_way_out(
     assert way in done.stderr.splitlines()[-1]
 
 
+WITHOUT_IMAGES = """
+import sys
+from localagg import cli
+from localagg.data.sources.digits import Digits
+Digits.__getitem__ = None
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "knn RO --data digits",
+        "knn RUN --data digits --json RO/x.json",
+        "transfer RO --data digits",
+        "transfer RO --data digits --quick --out ELSE",
+        "transfer RO --data digits --few 0.5",
+        "transfer RUN --data digits --out RO/t",
+        "transfer RUN --data digits --quick --out RO/t",
+        "transfer RUN --data digits --few 0.5 --out RO/t",
+        "report RUN --out RO/r.html",
+        "clusters TABLE --html RO/c.html",
+        "duplicates TABLE --out RO/d.csv",
+        "export RUN --to hub --out RO/hub",
+        "inspect digits --json RO/x.json",
+    ],
+)
+def test_an_unwritable_place_is_found_before_the_work(words, made, tmp_path):
+    limit = LIMITED if os.geteuid() == 0 else []
+    if limit and shutil.which("setpriv") is None:
+        pytest.skip(ROOT_ALONE)
+    closed = shutil.copytree(made[0], tmp_path / "closed")
+    (closed / ".results.json.lock").unlink(missing_ok=True)
+    places = {"RO": closed, "RUN": made[0], "TABLE": made[1], "ELSE": tmp_path / "else"}
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    closed.chmod(0o555)
+    command = [*limit, sys.executable, "-c", WITHOUT_IMAGES, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    closed.chmod(0o755)
+    assert done.returncode == 2
+    assert f"'{closed}" in done.stderr.splitlines()[-1], done.stderr
+    assert "Permission denied; change its permissions, or" in done.stderr.splitlines()[-1]
+
+
 def test_a_terminal_that_cannot_show_a_name_shows_its_code(made, flat, tmp_path):
     photos = shutil.copytree(flat, tmp_path / "photos")
     first = min(photos.iterdir())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import is_inside
+from ..io.files import check_writable, is_inside
 
 _OUTPUTS = ("out", "html")
 _RUN_FILES = ("config.json", "results.json", "metrics.jsonl")
@@ -34,6 +34,7 @@ def check_outputs(options: Any, json: str | None) -> None:
                 "option-conflict", f"{written[place]} and {option} both name {value}; name two."
             )
         written[place] = option
+        check_writable(path)
         data = values.get("data")
         if isinstance(data, str) and is_inside(path, data):
             raise UserError(

@@ -27,6 +27,7 @@ from ..config import ViewConfig, from_dict
 from ..data.images.levels import STORED, Levels, levels_of
 from ..errors import UserError
 from ..io.console import show_progress
+from ..io.read_errors import read_failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,7 +130,8 @@ class EmbeddingTable:
         kind = self.file.schema_arrow.field("embedding").type
         if hasattr(kind, "list_size"):
             return kind.list_size
-        first = next(self.file.iter_batches(1, columns=["embedding"]))["embedding"]
+        with self._convert_damage():
+            first = next(self.file.iter_batches(1, columns=["embedding"]))["embedding"]
         return len(first[0].as_py())
 
     @cached_property
@@ -215,7 +217,4 @@ class EmbeddingTable:
         try:
             yield
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                "damaged", f"'{self.path}' is damaged ({reason}); embed the images again."
-            ) from None
+            raise read_failure(self.path, error, "embed the images again") from None

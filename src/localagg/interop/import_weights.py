@@ -12,7 +12,7 @@ from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import ViewConfig, check_argument_types
 from ..errors import UserError, suggest
-from ..io.files import atomic_write
+from ..io.files import atomic_write, check_writable
 from ..io.tensor_files import save_tensors
 from ..models import Encoder, create_encoder
 from . import tf_variables, torch_port
@@ -61,6 +61,8 @@ def import_weights(
     for option, file in (("--out", out), ("--bank", bank), ("--heads", heads)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
+        if file is not None:
+            check_writable(file)
     if len({out, bank, heads} - {None}) < 1 + (bank is not None) + (heads is not None):
         raise UserError("option-conflict", "--out, --bank and --heads must name different files.")
     is_port = prefix.endswith((".pth.tar", ".pth", ".pt"))

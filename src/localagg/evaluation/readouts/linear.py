@@ -27,7 +27,7 @@ from ...distributed.process_group import join_process_group
 from ...distributed.signals import StopRequest, handle_stop_signals
 from ...errors import UserError, counted
 from ...io.console import notify
-from ...io.files import absolute_place, noted_place
+from ...io.files import absolute_place, check_writable, noted_place
 from ...io.read_errors import convert_newer
 from ...models import Encoder
 from ..results.protocols import describe_protocol
@@ -83,6 +83,7 @@ def transfer(
                     "exists", f"'{run}' contains a transfer; use --resume {run}, or another --out."
                 )
             check_new(run)
+            check_writable(run)
         world.barrier()
         encoder, path = take_encoder(weights)
         splits = world.rank_zero_first(lambda: open_labeled(os.fspath(data)))
