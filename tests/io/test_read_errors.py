@@ -38,6 +38,7 @@ def test_the_damaged_file_is_named_among_those_of_all_ranks(shards, harm, proble
     [
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (pa.ArrowMemoryError("malloc of size 99999999999 failed"), "memory"),
         (pa.ArrowException("Failed to launch worker thread: Resource ..."), "ulimit -u"),
     ],
 )

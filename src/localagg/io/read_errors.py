@@ -57,7 +57,7 @@ def read_failure(path: Path, error: BaseException, fix: str) -> UserError:
         reason, advice = reason_of(error), disk_advice(error)
     elif "launch worker thread" in str(error):  # pyarrow
         advice = "raise the limit of processes (ulimit -u)"
-    elif any(text in str(error) for text in ("allocate memory", "out of memory")):  # torch
+    elif any(text in str(error) for text in ("allocate memory", "out of memory", "malloc")):
         advice = "free memory"
     else:
         return UserError("damaged", f"'{path}' is damaged ({reason}); {fix}.")

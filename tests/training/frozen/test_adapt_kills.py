@@ -21,8 +21,8 @@ NETWORK = {"model": "resnet18_small", "width": 8, "blocks": (1, 1)}
 CONFIG = override(
     recipe("adapt").config, **NETWORK, dim=6, image_size=24, feature_views=2, workers=0,
     batch_size=8, epochs=3, ir_epochs=1, network_epochs=1, train="all", neighbors=20,
-    clusters=(4, 6), kmeans_iterations=3, kmeans="lloyd", device="cpu", precision="32-true", log_every=1,
-    eval_every=1, checkpoint_seconds=0.0,
+    clusters=(4, 6), kmeans_iterations=3, kmeans="lloyd", device="cpu", precision="32-true",
+    log_every=1, eval_every=1, checkpoint_seconds=0.0,
 )  # fmt: skip
 MOMENTS = [random.Random(seed).uniform(0, 1) for seed in range(10)]
 """Shares of the time of a whole run."""
