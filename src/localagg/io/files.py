@@ -42,7 +42,7 @@ def check_writable(path: str | Path, way: str = "name another") -> None:
         way: the way out besides the permissions.
 
     Raises:
-        UserError: no permission, a read-only or full disk, or a name that is too long.
+        UserError: no permission, a read-only or full disk, or a name that is too long or has a NUL.
     """
     place = Path(path).absolute()
     try:
@@ -53,8 +53,12 @@ def check_writable(path: str | Path, way: str = "name another") -> None:
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (NotADirectoryError, ValueError):
+    except NotADirectoryError:
         return
+    except ValueError:  # a NUL
+        raise UserError(
+            "option-invalid", f"'{path}' cannot be a name of a file; choose another."
+        ) from None
     except OSError as error:
         raise UserError(
             "environment", f"'{path}': {reason_of(error)}; {disk_advice(error)}, or {way}."
