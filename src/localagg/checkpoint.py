@@ -125,6 +125,8 @@ def convert_write_errors(run: Path, unfinished: Path | None = None) -> Iterator[
     except OSError as error:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, FileNotFoundError):  # moved while it was written
+            _check_in_place(run)
         newest = "no checkpoint was saved yet"
         if has_checkpoint(run):
             newest = f"the last checkpoint, '{latest(run)}', is complete"
