@@ -202,4 +202,4 @@ def test_a_write_into_a_run_that_was_moved_names_the_move(tmp_path, moved):
         checkpoint.begin_run(run, PretrainConfig(), {"data": "digits"})
     code = "not-found" if moved else "environment"
     with user_error(code, run), checkpoint.convert_write_errors(run):
-        open(run / "checkpoints" / ".step-1.tmp" / "progress.json")
+        (run / "checkpoints" / ".step-1.tmp" / "progress.json").write_text("{}")
