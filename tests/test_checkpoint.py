@@ -193,3 +193,13 @@ def test_files_of_other_programs_and_damaged_ones_are_named(tmp_path):
         config.write_text(text)
         with user_error("damaged", config):
             checkpoint.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_write_into_a_run_that_was_moved_names_the_move(tmp_path, moved):
+    run = tmp_path / "run"
+    if not moved:
+        checkpoint.begin_run(run, PretrainConfig(), {"data": "digits"})
+    code = "not-found" if moved else "environment"
+    with user_error(code, run), checkpoint.convert_write_errors(run):
+        (run / "checkpoints" / ".step-1.tmp" / "progress.json").write_text("{}")

@@ -125,6 +125,8 @@ def convert_write_errors(run: Path, unfinished: Path | None = None) -> Iterator[
     except OSError as error:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, FileNotFoundError):  # moved while it was written
+            _check_in_place(run)
         newest = "no checkpoint was saved yet"
         if has_checkpoint(run):
             newest = f"the last checkpoint, '{latest(run)}', is complete"
@@ -260,21 +262,22 @@ def load_bank(run: Path) -> Tensor:
     folder = latest(run)
     fix = "localagg knn --against embeddings does not need the bank"
     with convert_damage(folder, fix):
-        return _load_bank_rows(folder)
+        return _load_bank_rows(folder, fix=fix)
 
 
-def _load_bank_rows(folder: Path, part: range | None = None) -> Tensor:
+def _load_bank_rows(folder: Path, part: range | None = None, fix: str = RESTORE) -> Tensor:
     files = find_shards(folder, "bank")
     if not files:
         raise FileNotFoundError(errno.ENOENT, "", str(folder / "bank-0-of-1.safetensors"))
-    return read_shards(files, "rows", part=part)
+    return read_shards(files, "rows", part=part, fix=fix)
 
 
 def _load_clusters(folder: Path, bank: MemoryBank) -> dict[str, Tensor]:
     """Return the labels of the bank's rows; empty before LA."""
     alone = folder / "clusters.safetensors"
     if alone.exists() and len(bank.part) == bank.size:
-        return load_file(alone)
+        with convert_damage(alone):
+            return load_file(alone)
     files = [alone] if alone.exists() else find_shards(folder, "clusters")
     return {"labels": read_shards(files, "labels", dim=1, part=bank.part)} if files else {}
 
@@ -365,9 +368,9 @@ def _exported_file(path: str | Path) -> Path:
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a weights file; UserError if there is none or it is damaged."""
     check_unicode(path)
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         raise UserError("not-found", f"There is no run folder or weights file '{path}'.")
-    with open(path, "rb") as file:
+    with convert_damage(path), open(path, "rb") as file:
         head = file.read(9)
         if head[:2] in (b"PK", b"\x80\x02"):  # torch.save, today and before 1.6
             raise UserError(

@@ -152,6 +152,52 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_way_out(
     assert way in done.stderr.splitlines()[-1]
 
 
+WITHOUT_IMAGES = """
+import sys
+from localagg import cli
+from localagg.data.sources.digits import Digits
+
+Digits.__getitem__ = None
+for line in sys.stdin.read().splitlines():
+    print(cli.main(line.split(chr(9))), file=sys.stderr)
+"""
+CLOSED = """\
+knn CLOSED --data digits
+knn RUN --data digits --json CLOSED/x.json
+transfer CLOSED --data digits
+transfer CLOSED --data digits --quick --out ELSE
+transfer CLOSED --data digits --few 0.5
+transfer RUN --data digits --out CLOSED/t
+transfer RUN --data digits --quick --out CLOSED/t
+transfer RUN --data digits --few 0.5 --out CLOSED/t
+report RUN --out CLOSED/r.html
+clusters TABLE --html CLOSED/c.html
+duplicates TABLE --out CLOSED/d.csv
+export RUN --to hub --out CLOSED/hub
+inspect digits --json CLOSED/x.json"""
+
+
+def test_an_unwritable_place_is_found_before_the_work(made, tmp_path):
+    limit = LIMITED if os.geteuid() == 0 else []
+    if limit and shutil.which("setpriv") is None:
+        pytest.skip(ROOT_ALONE)
+    closed = shutil.copytree(made[0], tmp_path / "closed")
+    (closed / ".results.json.lock").unlink(missing_ok=True)
+    places = {"CLOSED": closed, "RUN": made[0], "TABLE": made[1], "ELSE": tmp_path / "else"}
+    words = CLOSED.replace(" ", "\t")
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    closed.chmod(0o555)
+    command = [*limit, sys.executable, "-c", WITHOUT_IMAGES]
+    done = subprocess.run(command, input=words, cwd=tmp_path, capture_output=True, text=True)
+    closed.chmod(0o755)
+    said = [line for line in done.stderr.splitlines() if not line.endswith(": starting")]
+    assert said[1::2] == ["2"] * len(CLOSED.splitlines()), done.stderr
+    for line in said[::2]:
+        assert line.startswith(f"localagg: '{closed}")
+        assert "Permission denied; change its permissions, or" in line
+
+
 def test_a_terminal_that_cannot_show_a_name_shows_its_code(made, flat, tmp_path):
     photos = shutil.copytree(flat, tmp_path / "photos")
     first = min(photos.iterdir())

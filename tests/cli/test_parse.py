@@ -68,6 +68,16 @@ def test_none_returns_an_option_to_its_derived_default():
     assert found.options.objective.clusters is None
 
 
+def test_the_home_folder_is_expanded_where_no_shell_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["~/t.parquet", "--out=~/x.csv", "--json=~/x.json"]
+    options, json = parse(COMMANDS["clusters"][0], "clusters", words)
+    assert (options.source, options.out) == (f"{tmp_path}/t.parquet", f"{tmp_path}/x.csv")
+    assert json == f"{tmp_path}/x.json"
+    options, _ = parse(COMMANDS["search"][0], "search", ["~/t.parquet", "~/a.jpg", "~b.jpg"])
+    assert options.images == (f"{tmp_path}/a.jpg", "~b.jpg")
+
+
 def test_positional_arguments_may_stand_between_options():
     assert read("--level 2 r --dry-run a --mode fast b").files == ("a", "b")
 

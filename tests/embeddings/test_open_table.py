@@ -49,6 +49,12 @@ def test_a_run_whose_images_moved_uses_its_table(run, flat, tmp_path):
         open_table(run)
 
 
+def test_images_that_became_unreadable_are_counted(run, flat, capsys):
+    (flat / "flower-00.png").write_bytes((flat / "flower-00.png").read_bytes()[:100])
+    assert len(open_table(run)) == 11
+    assert "Left out: 1 unreadable image" in capsys.readouterr().err
+
+
 def test_missing_tables_and_runs_raise(tmp_path):
     with user_error("not-found", "none"):
         open_table(tmp_path / "none")

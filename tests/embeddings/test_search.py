@@ -1,7 +1,9 @@
 """Nearest images of a table: against a float64 search, and against damage."""
 
+import os
 import random
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from expect import user_error
 
 from embeddings import save_small_encoder, stacked_rows
 from localagg.embeddings.search import search
-from localagg.embeddings.table import EmbeddingTable
+from localagg.embeddings.table import EmbeddingTable, path_name, path_text
 from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.errors import UserError
 
@@ -74,6 +76,31 @@ def test_an_image_is_named_by_row_path_or_file(table, pictures, tmp_path):
     link.symlink_to(pictures)
     (linked,) = search(table, [link / name], k=5)["queries"]
     assert linked["index"] == own
+
+
+NAMES = [b"a\xff.png", b"a\xfe.png", rb"a\xff.png", rb"a\x5cxff.png", rb"a\b.png", "ä".encode()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
+def test_names_that_are_not_text_stay_apart_and_find_their_files(weights, pictures, tmp_path):
+    folder, file = tmp_path / "odd", tmp_path / "e.parquet"
+    folder.mkdir()
+    names = [os.fsdecode(name) for name in [*NAMES[:-1], NAMES[-1] + b".png"]]
+    for name, image in zip(names, sorted(pictures.rglob("*.png")), strict=False):
+        shutil.copy(image, folder / name)
+    assert [path_name(path_text(name)) for name in names] == names
+    write_embeddings(weights, str(folder), file)
+    opened = EmbeddingTable(file)
+    paths = opened.images["path"].to_pylist()
+    assert {r"a\b.png", "ä.png", r"a\xff.png"} < set(paths)
+    assert {path_name(path) for path in paths} == set(names)
+    for row, path in enumerate(paths):
+        image = folder / path_name(path)
+        assert opened.image_file(row) == image
+        found = search(file, [image, path])["queries"]
+        assert {query["index"] for query in found} == {opened.rows([row])[0]["index"]}
+    write_embeddings(weights, str(folder), file, append=True)
+    assert EmbeddingTable(file).images["path"].to_pylist() == paths
 
 
 def test_a_folder_stands_for_its_readable_images(table, pictures, tmp_path):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from localagg.io import console as console_module
-from localagg.io.console import ProgressLine, duration, progress_text, show_progress
+from localagg.io.console import ProgressLine, duration, print_table, progress_text, show_progress
 
 FULL = {
     "done": 1234,
@@ -25,6 +25,14 @@ def test_no_width_cuts_a_number(width):
     assert text.startswith("epoch 12/50")
     assert text.endswith("47:07 left")
     assert width < 80 or "LA loss 1.423" in text
+
+
+def test_a_table_keeps_its_values_in_any_width(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    print_table(["", "accuracy", "note"], [["200-NN", "78.8%", "held out"]])
+    shown = capsys.readouterr().out
+    for value in ("200-NN", "accuracy", "78.8%", "held out"):
+        assert value in shown
 
 
 def test_unknown_totals_show_the_count_and_slow_work_the_time_of_each():

@@ -1,8 +1,9 @@
 import os
 
 import pytest
+from expect import user_error
 
-from localagg.io.files import atomic_write, write_synced
+from localagg.io.files import atomic_write, check_writable, write_synced
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -44,3 +45,14 @@ def test_bytes_are_synced_one_window_at_a_time(tmp_path, monkeypatch, window):
     write_synced(tmp_path / "x", [b"0123456", b"", memoryview(b"789")], window=window)
     assert (tmp_path / "x").read_bytes() == b"0123456789"
     assert synced == [*range(window, 11, window), 10]
+
+
+def test_an_unwritable_place_is_one_sentence_and_nothing_is_made(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "file.csv")
+    with user_error("environment", "too long", "shorter"):
+        check_writable(tmp_path / ("n" * 300))
+    with user_error("option-invalid", "name"):
+        check_writable(tmp_path / "a\0b")
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file" / "below")  # the command itself says that it is no folder
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -43,9 +43,11 @@ def run(options: Knn) -> dict[str, Any]:
     """Measure, print the tables and add them to the run's results.json."""
     from ..evaluation.measure_run import measure_run
     from ..evaluation.results.record_results import record_knn
+    from ..evaluation.results.results_file import check_appendable
     from ..io.console import print_table
 
     folder = Path(options.run)
+    check_appendable(folder)
     result = measure_run(
         folder,
         data=options.data,

@@ -25,7 +25,7 @@ from ..errors import (
     printable,
     suggest,
 )
-from ..io.files import disk_advice
+from ..io.files import disk_advice, reason_of
 from .commands import COMMANDS
 from .outputs import check_outputs
 from .parse import parse
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _report(
-            f"'{error.filename}': {error.strerror}; {disk_advice(error)}, or name another.", 2
+            f"'{error.filename}': {reason_of(error)}; {disk_advice(error)}, or name another.", 2
         )
     return 0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import is_inside
+from ..io.files import check_writable, is_inside
 
 _OUTPUTS = ("out", "html")
 _RUN_FILES = ("config.json", "results.json", "metrics.jsonl")
@@ -23,10 +23,17 @@ def check_outputs(options: Any, json: str | None) -> None:
         for each in (value if isinstance(value, tuple | list) else [value])
         if isinstance(each, str | Path)
     ]
-    if json and (os.path.isdir(json) or not Path(json).absolute().parent.is_dir()):
+    is_folder = json and (json.endswith(("/", os.sep)) or os.path.isdir(json))
+    if json and (is_folder or not Path(json).absolute().parent.is_dir()):
         raise UserError("not-found", f"--json {json} is not a file in an existing folder.")
     written: dict[str, str] = {}
     for option, value in outputs.items():
+        if str(value) == "-":
+            raise UserError(
+                "option-invalid",
+                f"{option} - names no file; results go to stdout anyway. For a file of this name,"
+                " write ./-.",
+            )
         path = Path(str(value)).expanduser()
         place = os.path.realpath(path)
         if place in written:
@@ -34,6 +41,7 @@ def check_outputs(options: Any, json: str | None) -> None:
                 "option-conflict", f"{written[place]} and {option} both name {value}; name two."
             )
         written[place] = option
+        check_writable(path)
         data = values.get("data")
         if isinstance(data, str) and is_inside(path, data):
             raise UserError(

@@ -97,7 +97,9 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
         if value == "" or (isinstance(value, list) and "" in value):
             shown = parser.arguments.get(name, flag(name))
             raise UserError("option-invalid", f"{shown} is empty; give it a value, or omit it.")
+    json = _with_home(json)
     for name, value in values.items():
+        values[name] = value = _with_home(value)
         if isinstance(value, list):
             values[name] = None if value == [None] else tuple(value)
             if None in value and len(value) > 1:
@@ -120,6 +122,15 @@ def parse(kind: type[T], command: str, words: list[str]) -> tuple[T, str | None]
         names = " and ".join(missing)
         raise UserError("option-missing", f"{prog} needs {names}; see {prog} --help.")
     return kind(**options), json
+
+
+def _with_home(value: Any) -> Any:
+    """Expand ``~`` and ``~/...``: no shell does in ``--out=~/runs/x``."""
+    if isinstance(value, list):
+        return [_with_home(each) for each in value]
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return os.path.expanduser(value)
+    return value
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,6 +68,7 @@ def run(options: Transfer) -> dict[str, Any] | None:
     """Train or fit read-outs, print their accuracies and add them to the run's results.json."""
     from ..evaluation.results.protocols import describe_protocol
     from ..evaluation.results.record_results import is_recorded, record_readouts
+    from ..evaluation.results.results_file import check_appendable
     from ..io.console import console, print_table
 
     if options.heads is not None:
@@ -86,6 +87,8 @@ def run(options: Transfer) -> dict[str, Any] | None:
         return _launch(options)
     if not (options.few or options.per_class):
         check_unset(options, ("seeds",), "without --few or --per-class")
+    if options.run is not None and not options.dry_run:
+        check_appendable(Path(options.run))
     if options.resume is not None:
         fixed = ("quick", "heads", "few", "per_class", "recipe", "config", "dry_run")
         check_unset(options, fixed, f"with --resume {options.resume}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine.counter_rng import MAP, permutation, uniform
 from ..engine.search import nearest, sort_by_similarity
 from ..io.console import notify, show_progress
-from ..io.files import atomic_write
+from ..io.files import atomic_write, reason_of
 from ..io.machine import cores
 from ..io.tensor_files import save_tensors
 from .neighbors import nearest_others
@@ -70,8 +70,11 @@ def kept_map(file: Path, rows: Tensor, *, seed: int = 0) -> Tensor:
     except (OSError, SafetensorError):
         pass
     xy = map_rows(rows, seed=seed)
-    with atomic_write(file) as beside:
-        save_tensors(beside, {"xy": xy}, {"rows": digest})
+    try:
+        with atomic_write(file) as beside:
+            save_tensors(beside, {"xy": xy}, {"rows": digest})
+    except OSError as error:  # a page or viewer needs the map, not its file
+        notify(f"The map is not kept for the next time: '{file}': {reason_of(error)}.")
     return xy
 
 

@@ -11,7 +11,7 @@ from ..config import check_argument_types
 from ..data.images.image_list import ImageList
 from ..data.images.pictures import at_levels
 from ..data.sources.open import Source, check_outside, open_images
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..io.console import notify
 from ..io.files import noted_place
 from .all_splits import open_splits
@@ -58,7 +58,7 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
     if known is None or known.facts["fingerprint"] != source.fingerprint():
         notify(f"Embedding the {len(source):,} images of '{run}' once, into '{file}'.")
         try:
-            write_embeddings(run, data, file, split="train", workers=workers)
+            written = write_embeddings(run, data, file, split="train", workers=workers)
         except OSError as error:
             raise UserError(
                 "environment",
@@ -66,6 +66,8 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
                 f" embed {run} --data {data} --out FILE.parquet, and name that file instead of the"
                 " run.",
             ) from None
+        if left_out := written["unreadable"]:
+            notify(f"Left out: {counted(left_out, 'unreadable image')} of '{data}'.")
         known = EmbeddingTable(file)
     if known.facts["data"] != data:  # the images moved since
         root = open_splits(data, "train").root

@@ -128,11 +128,7 @@ def _expand_folders(
     unreadable = 0
     for image in images:
         folder = Path(str(image))
-        if (
-            isinstance(image, int)
-            or not folder.is_dir()
-            or table.find("path", path_text(str(image))) is not None
-        ):
+        if isinstance(image, int) or not folder.is_dir() or table.find_path(str(image)) is not None:
             found.append(image)
             continue
         files = [folder / name for name, _ in sorted(walk_images(folder))]
@@ -188,7 +184,7 @@ def _find_position(table: EmbeddingTable, image: str | Path | int) -> int | None
     if not isinstance(image, int):
         if Path(image).is_file():
             return _find_file(table, Path(image))
-        if (row := table.find("path", path_text(name))) is not None:
+        if (row := table.find_path(name)) is not None:
             return row
     index = int(name) if name.isdecimal() else -1
     if 0 <= index < 2**63 and (row := table.find("index", index)) is not None:

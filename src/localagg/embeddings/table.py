@@ -13,6 +13,7 @@ null for images without files of their own.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..config import ViewConfig, from_dict
 from ..data.images.levels import STORED, Levels, levels_of
 from ..errors import UserError
 from ..io.console import show_progress
+from ..io.read_errors import read_failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,8 +61,22 @@ def table_schema(facts: dict[str, Any]) -> "pa.Schema":
 
 
 def path_text(name: str) -> str:
-    r"""Return an image's name for the column ``path``; bytes that are not UTF-8 become ``\xff``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""Return an image's name for the column ``path``; :func:`path_name` inverts it.
+
+    Bytes that are not UTF-8 become ``\xff``. The backslash of a name that holds such a text itself
+    becomes ``\x5c``, so that different names have different texts; all others stay as they are.
+    """
+    encoded = re.sub(rb"\\(?=x(?:5c|[89a-f][0-9a-f]))", rb"\\x5c", os.fsencode(name))
+    return encoded.decode("utf-8", "backslashreplace")
+
+
+def path_name(text: str) -> str:
+    """Return the name of the file that :func:`path_text` made a text of."""
+
+    def byte(found: re.Match[bytes]) -> bytes:
+        return bytes([int(found[1], 16)])
+
+    return os.fsdecode(re.sub(rb"\\x(5c|[89a-f][0-9a-f])", byte, os.fsencode(text)))
 
 
 def describe_root(root: Path | None, table: Path) -> dict[str, str | None]:
@@ -129,7 +145,8 @@ class EmbeddingTable:
         kind = self.file.schema_arrow.field("embedding").type
         if hasattr(kind, "list_size"):
             return kind.list_size
-        first = next(self.file.iter_batches(1, columns=["embedding"]))["embedding"]
+        with self._convert_damage():
+            first = next(self.file.iter_batches(1, columns=["embedding"]))["embedding"]
         return len(first[0].as_py())
 
     @cached_property
@@ -156,6 +173,11 @@ class EmbeddingTable:
         position = pc.index(values, pa.scalar(value, values.type)).as_py()
         return None if position < 0 else position
 
+    def find_path(self, name: str) -> int | None:
+        """Return the position of a row by its text in the table, or else by its image's name."""
+        row = self.find("path", path_text(path_name(name)))
+        return self.find("path", path_text(name)) if row is None else row
+
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Return {"path", "split", "index", "label"} of rows, in the given order."""
         return self.images.take(np.array(positions, np.int64)).to_pylist()
@@ -172,7 +194,8 @@ class EmbeddingTable:
         if not self.facts:
             roots = [folder, Path.cwd()]
         name = self.images["path"][position].as_py()
-        files = [Path(root, name) for root in roots if root]
+        # As is: of versions that did not escape backslashes, or of another program.
+        files = [Path(root, text) for root in roots if root for text in (path_name(name), name)]
         return next((file for file in files if file.is_file()), None)
 
     def unit_embeddings(self) -> Tensor:
@@ -181,7 +204,11 @@ class EmbeddingTable:
         Raises:
             UserError: damaged, or values that are not finite.
         """
-        found, start = torch.empty(len(self), self.dim), 0
+        start = 0
+        try:
+            found = torch.empty(len(self), self.dim)
+        except RuntimeError as error:  # a damaged number of rows, or more than the memory
+            raise read_failure(self.path, error, "embed the images again") from None
         with show_progress("reading embeddings") as show:
             for group in range(self.file.num_row_groups):
                 with self._convert_damage():
@@ -215,7 +242,4 @@ class EmbeddingTable:
         try:
             yield
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                "damaged", f"'{self.path}' is damaged ({reason}); embed the images again."
-            ) from None
+            raise read_failure(self.path, error, "embed the images again") from None

@@ -23,7 +23,7 @@ from ..data.loading.cropping import evaluation_batches
 from ..data.loading.scan import typical_side
 from ..data.sources.open import Source, open_images
 from ..errors import UserError, first_line, suggest
-from ..io.files import sync_to_disk
+from ..io.files import check_writable, sync_to_disk
 from ..models import Encoder
 from ..recipes.derived_settings import resolve_defaults
 from . import export_formats as formats
@@ -170,6 +170,7 @@ def _check(to: str, out: Path, normalize: bool, push: str | None) -> None:
         raise UserError("exists", f"--out {out} already exists; choose another name.")
     if not out.absolute().parent.is_dir():
         raise UserError("not-found", f"--out {out} is not in an existing folder; create it.")
+    check_writable(out)
     if not normalize and to not in ("onnx", "torch"):
         raise UserError(
             "option-conflict", f"--preprocessing outside has no effect with --to {to}; omit it."

@@ -12,7 +12,7 @@ from ..bank import MemoryBank
 from ..checkpoint import save_weights
 from ..config import ViewConfig, check_argument_types
 from ..errors import UserError, suggest
-from ..io.files import atomic_write
+from ..io.files import atomic_write, check_writable
 from ..io.tensor_files import save_tensors
 from ..models import Encoder, create_encoder
 from ..models.vvs_resnet import VVSResNet
@@ -104,6 +104,7 @@ def _check_files(files: dict[str, Path | None]) -> None:
     for option, file in given.items():
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UserError("not-found", f"{option} {file} is not a file in an existing folder.")
+        check_writable(file)
     if len({*given.values()}) < len(given):
         raise UserError("option-conflict", f"{', '.join(files)} must name different files.")
 

@@ -24,6 +24,7 @@ _LINE_SECONDS = 10.0  # between such lines
 _LINE_WIDTH = 100  # columns of such a line
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 10_000  # of a table without a terminal
+_LEAST_WIDTH = 12  # of a column; rich drops the text of a table that is too narrow
 _PER_SECOND = 5  # updates of a live line
 _SAMPLE_SECONDS, _WINDOW = 2.0, 30  # the rate is that of the last minute
 
@@ -59,6 +60,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     out = _Console()
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _PIPE_WIDTH
+    out.width = max(out.width, _LEAST_WIDTH * len(shown))
     out.print(table)
 
 

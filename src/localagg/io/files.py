@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ _LONGEST_NAME = 255  # bytes, on nearly all file systems
 _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    errno.ENOMEM: "free memory",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
@@ -19,6 +23,46 @@ _ADVICE = {
 def disk_advice(error: OSError) -> str:
     """Return what a user can do about an error of the file system."""
     return _ADVICE.get(error.errno or 0, "check the disk")
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's words for an error; some libraries replace them by their own."""
+    return os.strerror(error.errno) if error.errno else str(error.strerror or error)
+
+
+def check_writable(path: str | Path, way: str = "name another") -> None:
+    """Check, before the work for it, that a file or folder can be made or replaced.
+
+    Tries to make a file without a name in the folder, or in the nearest folder that exists: modes
+    alone show neither read-only mounts nor the rules of network file systems. A parent that is no
+    folder is left to the command.
+
+    Args:
+        path: the file or folder.
+        way: the way out besides the permissions.
+
+    Raises:
+        UserError: no permission, a read-only or full disk, or a name that is too long or has a NUL.
+    """
+    place = Path(path).absolute()
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(place)
+        folder = place if place.is_dir() else place.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except NotADirectoryError:
+        return
+    except ValueError:  # a NUL
+        raise UserError(
+            "option-invalid", f"'{path}' cannot be a name of a file; choose another."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            "environment", f"'{path}': {reason_of(error)}; {disk_advice(error)}, or {way}."
+        ) from None
 
 
 def hidden_beside(path: Path, suffix: str) -> Path:

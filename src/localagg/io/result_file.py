@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import atomic_write
+from .files import atomic_write, check_writable
 
 SUFFIXES = (".csv", ".parquet", ".json")
 
@@ -14,7 +14,8 @@ def check_result_file(out: str | Path | None, option: str = "--out") -> None:
     """Check before the work that a result can be written.
 
     Raises:
-        UserError: a suffix other than .csv, .parquet and .json, a folder, or a missing folder.
+        UserError: a suffix other than .csv, .parquet and .json, a folder, or a place in a folder
+            that is missing or not writable.
     """
     if out is None:
         return
@@ -23,6 +24,7 @@ def check_result_file(out: str | Path | None, option: str = "--out") -> None:
         raise UserError("option-invalid", f"{option} {out} must end in {', '.join(SUFFIXES)}.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError("not-found", f"{option} {out} is not a file in an existing folder.")
+    check_writable(path)
 
 
 def write_result(out: str | Path, columns: Mapping[str, Any]) -> None:

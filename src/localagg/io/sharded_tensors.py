@@ -4,11 +4,14 @@ Rank 1 of 4 writes ``bank-1-of-4.safetensors``. The rows of a file follow those 
 it, so any number of ranks can read them.
 """
 
+import errno
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from .read_errors import RESTORE, convert_damage
 
 
 def shard_path(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> Path:
@@ -29,12 +32,17 @@ def find_shards(folder: Path, name: str) -> list[Path]:
     files = [shard_path(folder, name, rank, ranks) for rank in range(ranks)]
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"'{file.name}' is missing")
+            raise FileNotFoundError(errno.ENOENT, "", str(file))
     return files
 
 
 def read_shards(
-    files: list[Path], tensor: str, *, dim: int = 0, part: range | None = None
+    files: list[Path],
+    tensor: str,
+    *,
+    dim: int = 0,
+    part: range | None = None,
+    fix: str = RESTORE,
 ) -> Tensor:
     """Read a tensor that is split along ``dim``, or only a part of it.
 
@@ -43,13 +51,15 @@ def read_shards(
         tensor: name in the files.
         dim: 0 or 1.
         part: indices along ``dim``. Default: all.
+        fix: the way out of damage, for messages.
 
     Raises:
+        UserError: a file is damaged or cannot be read.
         ValueError: ``part`` ends after the last index.
     """
     found, start = [], 0
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with convert_damage(file, fix), safe_open(file, framework="pt") as opened:
             stored = opened.get_slice(tensor)
             stop = start + stored.get_shape()[dim]
             low, high = (start, stop) if part is None else (part.start, part.stop)

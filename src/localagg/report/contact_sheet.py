@@ -14,7 +14,7 @@ from ..data.loading.cropping import evaluation_crops, training_crops
 from ..data.loading.scan import require_readable, typical_side
 from ..data.sources.source import Source
 from ..errors import UserError
-from ..io.files import atomic_write
+from ..io.files import atomic_write, check_writable
 from ..recipes.derived_settings import resolve_defaults
 
 _COLUMNS = 8  # the evaluation view, and those of seven epochs
@@ -103,3 +103,4 @@ def check_sheet(path: Path, count: int) -> None:
         raise UserError(
             "option-invalid", f"--sheet {path} is not a .png file in an existing folder."
         )
+    check_writable(path)

@@ -19,6 +19,7 @@ from ..embeddings.table import UNREAD, EmbeddingTable, path_text
 from ..errors import UserError
 from ..evaluation.floors import floor_rows, floor_title
 from ..io.console import notify
+from ..io.files import check_writable
 from ..io.metrics_log import read_metrics
 from .charts import learning_curves
 from .embedding_page import Pictured, write_embedding_page
@@ -48,7 +49,8 @@ def write_report(
         {"out", "images", "clusters", "pictures": images that could be drawn, "bytes", "seconds"}.
 
     Raises:
-        UserError: no such run or table, it cannot be read, or ``out`` lies among its images.
+        UserError: no such run or table, it cannot be read, ``out`` lies among its images or cannot
+            be written.
     """
     if isinstance(places, str | Path):
         places = [places]
@@ -61,6 +63,7 @@ def write_report(
         raise UserError("not-found", f"--out {file} is not a file in an existing folder.")
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError("option-invalid", f"--out {file} must end in .html.")
+    check_writable(file, "name another --out")
     for path in paths:
         check_outside_images(path, file, "--out")
     runs = {str(p): p for p in paths if p.is_dir() and p.suffix.lower() not in UNREAD}

@@ -92,6 +92,40 @@ def test_batches_larger_than_shared_memory_arrive(tmp_path):
     assert done.stdout == b"all\n", done.stderr
 
 
+WITHOUT_ROOM = """
+import sys
+sys.path[:0] = {path}
+from localagg.data.loading.workers import map_in_workers
+from localagg.errors import UserError
+try:
+    list(map_in_workers(len, ["one", "two"], 2))
+except UserError as error:
+    print(error.code, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("mount -t tmpfs -o size=4k tmpfs /dev/shm", "No space left"),
+        ("ulimit -n 64", "Too many open files"),
+    ],
+)
+def test_a_system_that_starts_no_workers_is_told_without_a_traceback(limit, reason, tmp_path):
+    script = tmp_path / "script.py"
+    setup = "import os\nkept = [os.open(os.devnull, 0) for _ in range(50)]\n" * ("-n" in limit)
+    script.write_text(WITHOUT_ROOM.format(path=sys.path).replace("try:", f"{setup}try:", 1))
+    start = ["unshare", "-m", "sh", "-c"]
+    if subprocess.run([*start, limit], capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm needs root")
+    command = f"{limit} && exec {sys.executable} {script}"
+    done = subprocess.run([*start, command], capture_output=True, timeout=60, text=True)
+    assert done.stdout.startswith("environment Worker processes cannot start"), done.stderr
+    assert reason in done.stdout
+    assert "/dev/shm" in done.stdout
+    assert done.stderr == ""
+
+
 def raise_memory_error(number):
     if number == 3:
         raise MemoryError("4 GiB are too many")
@@ -106,6 +140,15 @@ def exit_early(number):
     os._exit(7)
 
 
+def exit_quietly(number):
+    os._exit(0)
+
+
+def crash(number):
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    os.abort()
+
+
 def unsent(number):
     return threading.Lock()  # cannot be pickled
 
@@ -113,9 +156,11 @@ def unsent(number):
 @pytest.mark.parametrize(
     ("function", "code", "values"),
     [
-        (raise_memory_error, "worker-died", ["MemoryError", "4 GiB", "--workers 0"]),
+        (raise_memory_error, "too-large", ["4 GiB", "--workers"]),
         (raise_user_error, "damaged", ["the second of two"]),
         (exit_early, "worker-died", ["status 7", "--workers 0"]),
+        (exit_quietly, "worker-died", ["status 0", "--workers 0"]),
+        (crash, "worker-died", ["SIGABRT", "--workers 0"]),
         (unsent, "worker-died", ["send", "--workers"]),
     ],
 )

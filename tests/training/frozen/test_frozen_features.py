@@ -155,6 +155,18 @@ def test_a_damaged_entry_is_computed_again(case, computed):
     assert sum(computed) == 2 * 48
 
 
+@pytest.mark.parametrize("facts", ["{", "[]", '{"unreadable": 5}'])
+def test_damaged_facts_and_marks_are_computed_again(case, computed, facts):
+    values = np.array(case.compute().values)
+    (entry,) = Path(case.cache).iterdir()
+    (entry / "facts.json").write_text(facts)
+    unfinished = entry.with_name(f".{entry.name}.tmp")
+    shutil.copytree(entry, unfinished)
+    (unfinished / "done-0.json").write_text(facts)
+    assert np.array_equal(case.compute().values, values)
+    assert sum(computed) == 2 * 48
+
+
 def test_unreadable_images_are_excluded_or_named(case):
     (Path(case.data) / "temple/06.jpg").write_bytes(
         (Path(case.data) / "temple/06.jpg").read_bytes()[:700]

@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...errors import Code, UserError
+from ...errors import Code, UserError, first_line
 from ...io.machine import check_process_count, keep_freed_memory
 
 _TORCH_MESSAGES = ("DataLoader worker", "Pin memory thread exited")
 _CANNOT_SEND = 71  # EX_OSERR of sysexits.h
+_CRASHES = tuple(
+    -getattr(signal, name)
+    for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
+    if hasattr(signal, name)
+)
 _GUARD = (
     "A worker process ended while it started. On this system each worker runs the script again:"
     ' put the calls below if __name__ == "__main__":, or use workers=0.'
@@ -36,6 +41,10 @@ _GUARD = (
 _NO_FILE = (
     "A program without a file of its own (read from stdin) cannot start workers on this system;"
     " save it as a file, or use workers=0."
+)
+_CANNOT_START = (
+    "Worker processes cannot start ({}); make room in /dev/shm, raise the limits of processes and"
+    " open files (ulimit -u, ulimit -n), or use --workers 0."
 )
 _DAEMONIC = "This process is daemonic and may start no workers; use workers=0, or daemon=False."
 T = TypeVar("T")
@@ -68,6 +77,13 @@ class _Results(Dataset):
             return _map_leaves(_share, self.function(self.inputs[number]))
         except UserError as error:
             return _Failure(error.code, str(error))
+        except MemoryError as error:
+            reason = f" ({first_line(error)})" if str(error) else ""
+            return _Failure(
+                "too-large",
+                f"A worker process has not enough memory{reason}; use fewer --workers, or smaller"
+                " images.",
+            )
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
@@ -158,13 +174,30 @@ def map_in_workers(
     at_exit = functools.partial(_kill, started)
     atexit.register(at_exit)
     with convert_worker_death(started):
-        results = iter(loader)
+        results = _start(loader)
         started |= set(multiprocessing.active_children()) - others
         for result in results:
             if isinstance(result, _Failure):
                 raise UserError(*result)
             yield _map_leaves(_received, result)
     atexit.unregister(at_exit)
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers, or raise a UserError that says why the system does not allow it."""
+    hook, reason = sys.unraisablehook, ""
+    sys.unraisablehook = lambda _: None  # torch deletes its half-made iterator with a traceback
+    try:
+        return iter(loader)
+    except OSError as error:  # no room in /dev/shm for semaphores, no more processes or files
+        reason = error.strerror or str(error)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        reason = str(error)
+    finally:
+        sys.unraisablehook = hook
+    raise UserError("environment", _CANNOT_START.format(reason))
 
 
 @contextlib.contextmanager
@@ -208,7 +241,8 @@ def _cause_of_death(message: str, workers: Iterable[BaseProcess]) -> str:
         status = int(found[1])
     else:
         multiprocessing.connection.wait([worker.sentinel for worker in workers], 1)
-        status = next((worker.exitcode for worker in workers if worker.exitcode), -1)
+        codes = [worker.exitcode for worker in workers]
+        status = next((code for code in codes if code), 0 if 0 in codes else -signal.SIGKILL)
     if status == _CANNOT_SEND:
         return (
             "A worker process could not send its images to the main process (its message is above);"
@@ -216,7 +250,12 @@ def _cause_of_death(message: str, workers: Iterable[BaseProcess]) -> str:
         )
     if status > 0 and multiprocessing.get_start_method() != "fork":
         return _GUARD
-    if status > 0:
+    if status in _CRASHES:
+        return (
+            f"A worker process crashed ({signal.Signals(-status).name}), most often because a"
+            " library failed on an image; use --workers 0 with PYTHONFAULTHANDLER=1 to see where."
+        )
+    if status >= 0:
         return (
             f"A worker process that reads images exited with status {status}; use --workers 0 to"
             " read in the main process and see why."

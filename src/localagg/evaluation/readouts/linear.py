@@ -27,8 +27,8 @@ from ...distributed.process_group import join_process_group
 from ...distributed.signals import StopRequest, handle_stop_signals
 from ...errors import UserError, counted
 from ...io.console import notify
-from ...io.files import absolute_place, noted_place
-from ...io.read_errors import convert_newer
+from ...io.files import absolute_place, check_writable, noted_place
+from ...io.read_errors import convert_damage, convert_newer
 from ...models import Encoder
 from ..results.protocols import describe_protocol
 from .linear_heads import cross_entropies, read_heads
@@ -83,6 +83,7 @@ def transfer(
                     "exists", f"'{run}' contains a transfer; use --resume {run}, or another --out."
                 )
             check_new(run)
+            check_writable(run)
         world.barrier()
         encoder, path = take_encoder(weights)
         splits = world.rank_zero_first(lambda: open_labeled(os.fspath(data)))
@@ -188,7 +189,9 @@ def _resume(
     config, facts = _read_transfer(run)
     if (run / "results.json").exists():
         notify(f"'{run}' has already finished its {counted(config.epochs, 'epoch')}.")
-        finished = json.loads((run / "results.json").read_text())
+        with convert_damage(run / "results.json", "delete it, then resume again"):
+            finished = json.loads((run / "results.json").read_text())
+            finished["layers"].items()
         own = {"device": config.device, "precision": config.precision}  # of earlier versions
         return {"weights_digest": facts["weights_digest"], **own, **finished}
     absolute = facts.get("absolute", {})

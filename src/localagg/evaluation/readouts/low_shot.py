@@ -22,6 +22,7 @@ from ...data.sources.combined import SourceSubset
 from ...engine.device import describe_arithmetic
 from ...errors import UserError
 from ...io.console import notify
+from ...io.files import check_writable
 from ...models import Encoder
 from ..results.protocols import linear_protocol, logistic_protocol
 from .linear import read_out
@@ -112,6 +113,7 @@ def low_shot_accuracy(
     _check(few, per_class, seeds, finetune_epochs)
     if run := None if out is None else Path(out):
         check_new(run)
+        check_writable(run)
     encoder, path = take_encoder(weights)
     digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
     frozen = cache_features(

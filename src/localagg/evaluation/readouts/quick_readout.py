@@ -21,7 +21,7 @@ from ...data.sources.open import Source
 from ...engine.device import describe_arithmetic, make_fabric
 from ...errors import UserError
 from ...io.console import notify, show_progress
-from ...io.files import atomic_write
+from ...io.files import atomic_write, check_writable
 from ...io.tensor_files import save_tensors
 from ...models import Encoder
 from ..results.protocols import logistic_protocol
@@ -145,6 +145,7 @@ def quick_readout(
     run = None if out is None else Path(out)
     if run is not None:
         check_new(run)
+        check_writable(run)
     encoder, path = take_encoder(weights)
     digest = weights_digest(encoder)
     frozen = cache_features(config, encoder, path, open_labeled(os.fspath(data)))

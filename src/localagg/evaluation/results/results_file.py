@@ -28,6 +28,7 @@ from typing import Any
 
 from ... import __version__
 from ...errors import UserError
+from ...io.files import check_writable
 from ...io.run_lock import lock_run
 
 _FILE = "results.json"
@@ -61,6 +62,16 @@ def append_result(run: Path, entry: dict[str, Any]) -> None:
         raise ValueError(f"not a result: {fault}")
     with lock_run(file.parent, f".{_FILE}.lock", timeout=_LOCK_SECONDS):
         write_json(file, {"results": [*read_results(run), entry]})
+
+
+def check_appendable(run: Path) -> None:
+    """Check, before measuring, that :func:`append_result` can add to a run's results.
+
+    Raises:
+        UserError: as :func:`append_result`, or no permission to write.
+    """
+    read_results(run)
+    check_writable(_results_path(run), "measure a copy of the run")
 
 
 def read_results(run: Path) -> list[dict[str, Any]]:

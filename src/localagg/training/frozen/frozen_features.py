@@ -175,11 +175,12 @@ def frozen_features(
                     write_json(unfinished / "facts.json", facts)
                     rename_entry(unfinished, entry)
             world.barrier()
-    os.utime(entry)  # used now
-    unreadable = json.loads((entry / "facts.json").read_text())["unreadable"]
+    with _convert_cache_errors(cache.folder):  # another process may just have removed it
+        os.utime(entry)  # used now
+        unreadable = json.loads((entry / "facts.json").read_text())["unreadable"]
+        values = np.load(entry / "features.npy", mmap_mode="r")
     found = {int(index): reason for index, reason in unreadable.items()}
     feed.exclude(found)
-    values = np.load(entry / "features.npy", mmap_mode="r")
     return FrozenFeatures(values, found, config.seed)
 
 
@@ -207,8 +208,8 @@ def check_size(encoder: Encoder, config: PretrainConfig, images: int) -> int:
 def _is_whole(entry: Path, shape: tuple[int, int, int]) -> bool:
     try:
         found = np.load(entry / "features.npy", mmap_mode="r")
-        json.loads((entry / "facts.json").read_text())["unreadable"]
-    except (OSError, ValueError, EOFError, KeyError):  # missing, or cut short
+        dict(json.loads((entry / "facts.json").read_text())["unreadable"])
+    except (OSError, ValueError, EOFError, KeyError, TypeError):  # missing, or damaged
         return False
     return (found.shape, found.dtype) == (shape, np.float16)
 
@@ -313,9 +314,11 @@ def _finished(folder: Path, marks: str = "done-*.json") -> tuple[set[int], dict[
     chunks: set[int] = set()
     unreadable: dict[str, str] = {}
     for mark in folder.glob(marks):
-        found = json.loads(mark.read_text())
-        chunks |= set(found["chunks"])
-        unreadable |= found["unreadable"]
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: computed again
+            found = json.loads(mark.read_text())
+            marked, failed = {*map(int, found["chunks"])}, dict(found["unreadable"])
+            chunks |= marked
+            unreadable |= failed
     return chunks, unreadable
 
 
