@@ -35,7 +35,7 @@ _BANK = re.compile(r"(?:.*/)?([^/]+)/memory_bank")
 
 
 class TrainerNames(NamedTuple):
-    """Names of what the training keeps beside the network."""
+    """Names of the variables that the training keeps beside the network."""
 
     bank: str
     labels: str
