@@ -1,5 +1,8 @@
 """Progress: whole numbers at any width, lines without a terminal."""
 
+import contextlib
+import errno
+import io
 import re
 
 import pytest
@@ -90,3 +93,14 @@ def test_a_notebook_shows_one_line_that_changes(monkeypatch):
         show(3, 10)
     assert shown[0] == "embedding"
     assert "3/10" in shown[-1]
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, False), (errno.EBADF, True)])
+def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch, number, raised):
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(number, "cannot write")
+
+    monkeypatch.setattr(console_module.console, "file", Full())
+    with pytest.raises(OSError, match="cannot write") if raised else contextlib.nullcontext():
+        console_module.notify("a line")

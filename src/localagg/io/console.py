@@ -1,6 +1,7 @@
 """Print messages, tables and progress for people. Results go to stdout, the rest to stderr."""
 
 import contextlib
+import errno
 import os
 import time
 from collections import deque
@@ -25,6 +26,7 @@ _LINE_WIDTH = 100  # columns of such a line
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 10_000  # of a table without a terminal
 _LEAST_WIDTH = 12  # of a column; rich drops the text of a table that is too narrow
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PER_SECOND = 5  # updates of a live line
 _SAMPLE_SECONDS, _WINDOW = 2.0, 30  # the rate is that of the last minute
 
@@ -40,8 +42,12 @@ console = _Console(stderr=True)
 
 
 def notify(message: str) -> None:
-    """Print one line on stderr."""
-    console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+    """Print one line on stderr; a log on a full disk loses it, and does not end the work."""
+    try:
+        console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -67,9 +67,13 @@ def append_result(run: Path, entry: dict[str, Any]) -> None:
 def check_appendable(run: Path) -> None:
     """Check, before measuring, that :func:`append_result` can add to a run's results.
 
+    A run that does not exist passes: the measurement names it.
+
     Raises:
         UserError: as :func:`append_result`, or no permission to write.
     """
+    if not run.exists():
+        return
     read_results(run)
     check_writable(_results_path(run), "measure a copy of the run")
 
