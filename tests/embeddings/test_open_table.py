@@ -55,6 +55,14 @@ def test_images_that_became_unreadable_are_counted(run, flat, capsys):
     assert "Left out: 1 unreadable image" in capsys.readouterr().err
 
 
+def test_images_that_are_gone_since_the_training_are_counted(run, flat, capsys):
+    open_table(run)
+    assert "changed since" not in capsys.readouterr().err
+    (flat / "flower-00.png").unlink()
+    assert len(open_table(run)) == 11
+    assert "11 now, 12 then" in capsys.readouterr().err
+
+
 def test_missing_tables_and_runs_raise(tmp_path):
     with user_error("not-found", "none"):
         open_table(tmp_path / "none")

@@ -46,7 +46,8 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
         )
     if not run.is_dir() or run.suffix.lower() in UNREAD:
         return EmbeddingTable(run)
-    data, file = read_run(run)[1]["data"], run / RUN_TABLE
+    facts, file = read_run(run)[1], run / RUN_TABLE
+    data = facts["data"]
     digest = weights_digest(load_encoder(run))
     known = _open_unless_stale(file, digest)
     try:
@@ -56,6 +57,11 @@ def open_table(path: str | Path | EmbeddingTable, *, workers: int = 0) -> Embedd
             return known
         raise _moved_images(file, error) from None
     if known is None or known.facts["fingerprint"] != source.fingerprint():
+        if source.fingerprint() != facts["fingerprint"]:
+            notify(
+                f"The images of '{data}' changed since '{run}' learned from them: {len(source):,}"
+                f" now, {facts['size']:,} then."
+            )
         notify(f"Embedding the {len(source):,} images of '{run}' once, into '{file}'.")
         try:
             written = write_embeddings(run, data, file, split="train", workers=workers)
