@@ -45,6 +45,7 @@ def made(tmp_path_factory):
         "inspect textures --image-column left",
         "embed run --data textures --image-column left --out x.parquet",
         "pretrain digits --data digits --image-column left --out x",
+        "pretrain adapt --data textures --model resnet18 --weights run --cache textures/c --out y",
         "report run --out photo.png",
         "report run --out fifo.html --json fifo",
         "knn run --json -",

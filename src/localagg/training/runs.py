@@ -116,6 +116,8 @@ def pretrain(
         source, place = world.rank_zero_first(lambda: open_data(data))
         if world.rank == 0:
             check_outside(place, run, "--out")
+            if config.adapt.cache is not None:
+                check_outside(place, config.adapt.cache, "--cache")
             report_unread(place)
         fingerprint = source.fingerprint()
         if start is not None:

@@ -64,6 +64,13 @@ def test_results_are_written_and_complete(whole):
         quick_readout(QUICK, network(), "digits", out)
 
 
+def test_a_cache_among_the_images_is_refused(tmp_path, pictures):
+    data = saved_dataset(tmp_path / "data", pictures, [0, 1, 2] * 8, [0, 1, 2])
+    with user_error("option-conflict", "--cache", tmp_path / "data"):
+        quick_readout(override(QUICK, cache=str(tmp_path / "data" / "cache")), network(), data)
+    assert not (tmp_path / "data" / "cache").exists()
+
+
 def test_ten_crops_are_scored_by_mean_softmax(whole):
     results, out = whole
     heads = load_file(out / "heads.safetensors")
