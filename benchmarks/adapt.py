@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], help="names of methods")
+    parser.add_argument("--name", default="adapt", help="of the table")
     parser.add_argument("--out", type=Path, default=Path("adapt.parquet"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,7 +99,7 @@ def main() -> None:
             pq.write_table(pa.Table.from_pylist(rows), out)
     load = " ".join(f"{each:.1f}" for each in os.getloadavg())
     report.write(
-        "adapt_trials" if arguments.trials else "adapt",
+        "adapt_trials" if arguments.trials else arguments.name,
         "Settings of the LA head" if arguments.trials else "Heads on the same frozen features",
         ["images", "N", "method", "seeds", *METRICS],
         table(rows),
@@ -260,6 +261,7 @@ TRIALS: dict[str, Method] = {
     **{f"K = N / {part}": scaled_head(neighbors=part) for part in (16, 2)},
     **{f"N / {part} clusters": scaled_head(clusters=part) for part in (100, 33)},
     "half of the loss IR's": localagg_head(instance_share=0.5),
+    **{f"rate {rate}": localagg_head(learning_rate=rate) for rate in (0.01, 0.003)},
     "40 epochs": localagg_head(epochs=40),
     "defaults, then spectral clustering": clustered_head(spectral_rows),
     "defaults, then UMAP + k-means": clustered_head(umap_rows),
