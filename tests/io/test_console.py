@@ -101,6 +101,6 @@ def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch, number, raised)
         def write(self, _: str) -> int:
             raise OSError(number, "cannot write")
 
-    monkeypatch.setattr(console_module.console, "file", Full())
+    monkeypatch.setattr("sys.stderr", Full())
     with pytest.raises(OSError, match="cannot write") if raised else contextlib.nullcontext():
         console_module.notify("a line")
