@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import pytest
 from expect import user_error
@@ -66,6 +67,20 @@ def test_the_time_of_an_epoch_is_that_of_its_steps(digits, monkeypatch):
     assert set(phases) == {False, True}
     fewer = epoch_time(CONFIG, "digits", digits | {"unreadable": [{}] * 400})
     assert fewer["ir"] == 1000 / 8
+
+
+def test_slow_steps_at_the_beginning_do_not_count(digits, monkeypatch):
+    """By a clock that advances by 9 s in each of the first six steps, then by 1 s."""
+    clock, step = [0.0], module.take_step
+    durations = itertools.chain([9.0] * 6, itertools.repeat(1.0))
+
+    def take_step(*words, **options):
+        clock[0] += next(durations)
+        return step(*words, **options)
+
+    monkeypatch.setattr(module, "take_step", take_step)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    assert epoch_time(CONFIG, "digits", digits)["ir"] == 1400 / 8
 
 
 def test_options_that_do_not_fit_the_data_are_named(digits):

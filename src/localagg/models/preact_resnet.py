@@ -74,13 +74,7 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.channels = 4 * width if bottleneck else width
         self.project = _conv(channels, self.channels, 1, stride) if project else None
-        layers = [(channels, width, 3, stride), (width, width, 3, 1)]
-        if bottleneck:
-            layers = [
-                (channels, width, 1, 1),
-                (width, width, 3, stride),
-                (width, self.channels, 1, 1),
-            ]
+        layers = block_convolutions(channels, width, stride, bottleneck)
         self.convs = nn.ModuleList([_conv(*sizes) for sizes in layers])
         self.norms = nn.ModuleList([reference_batch_norm(sizes[0]) for sizes in layers])
         self.relus = nn.ModuleList([nn.ReLU() for _ in layers])
@@ -92,6 +86,15 @@ class PreActBlock(nn.Module):
         for n in range(1, len(self.convs)):
             y = self.convs[n](self.relus[n](self.norms[n](y)))
         return y + shortcut
+
+
+def block_convolutions(
+    channels: int, width: int, stride: int, bottleneck: bool
+) -> list[tuple[int, int, int, int]]:
+    """Return (channels, outputs, kernel, stride) of each convolution of a residual block."""
+    if bottleneck:
+        return [(channels, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+    return [(channels, width, 3, stride), (width, width, 3, 1)]
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int) -> nn.Conv2d:

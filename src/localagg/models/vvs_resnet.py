@@ -20,6 +20,7 @@ from .backbone import (
     reference_batch_norm,
     truncated_normal_,
 )
+from .preact_resnet import block_convolutions
 
 _SIDES = range(7, 1 << 31)  # the first convolution's kernel, and any more
 
@@ -75,13 +76,7 @@ class PostActBlock(nn.Module):
     def __init__(self, channels: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
         self.channels = 4 * width if bottleneck else width
-        layers = [(channels, width, 3, stride), (width, width, 3, 1)]
-        if bottleneck:
-            layers = [
-                (channels, width, 1, 1),
-                (width, width, 3, stride),
-                (width, self.channels, 1, 1),
-            ]
+        layers = block_convolutions(channels, width, stride, bottleneck)
         self.convs = nn.ModuleList([_conv(*sizes) for sizes in layers])
         self.norms = nn.ModuleList([reference_batch_norm(sizes[1]) for sizes in layers])
         self.relus = nn.ModuleList([nn.ReLU() for _ in layers])

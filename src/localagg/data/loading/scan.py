@@ -94,7 +94,7 @@ def _load(
     levels: Levels,
     on_progress: ProgressCallback,
 ) -> tuple[ScannedImages, int]:
-    """Decode images while they have one size and fit ``most`` bytes; None: any number.
+    """Decode images while they have one size and, where ``most`` is given, fit so many bytes.
 
     Returns:
         The scan, with pixels if all images are loaded; and the number of images done.

@@ -34,7 +34,7 @@ from ...checkpoint import weights_digest, write_json
 from ...config import ViewConfig, require_resolved
 from ...data.images.decode import READ_ERRORS, open_image
 from ...data.images.levels import levels_for_sizes
-from ...data.sources.open import Source
+from ...data.sources.open import Source, check_outside
 from ...errors import UserError
 from ...io.console import show_progress
 from ...io.tensor_files import save_array
@@ -163,9 +163,15 @@ class FeatureCache:
             ~/.cache), which all measurements of the same weights share.
         gb: GiB that the folder may hold. A new entry beyond it replaces the least recently used
             ones, except for those that this object has returned.
+        images: data URI of the images, among which ``folder`` may not lie.
+
+    Raises:
+        UserError: the folder lies among the images.
     """
 
-    def __init__(self, folder: str | Path | None, gb: float) -> None:
+    def __init__(self, folder: str | Path | None, gb: float, images: str | None = None) -> None:
+        if folder is not None and images is not None:
+            check_outside(images, folder, "--cache")
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "localagg" / "features"
         self.folder = Path(home if folder is None else folder).expanduser()
         self.budget = int(gb * 2**30)

@@ -12,7 +12,6 @@ from ...data.images.augment import Augment
 from ...data.images.levels import levels_of
 from ...data.loading.loader import Feed, on_device
 from ...data.loading.scan import ScannedImages, load_or_scan, require_readable
-from ...data.sources.open import check_outside
 from ...distributed.collectives import World
 from ...engine.device import make_fabric
 from ...errors import UserError
@@ -113,9 +112,7 @@ class LinearProbe:
     def _cache_features(self) -> None:
         """Cache the features under fixed views, as far as they fit."""
         config, feed, splits = self.config, self.feed, self.splits
-        if config.cache is not None:
-            check_outside(splits.source.uri, config.cache, "--cache")
-        cache = FeatureCache(config.cache, config.cache_gb)
+        cache = FeatureCache(config.cache, config.cache_gb, splits.source.uri)
         extractor = FeatureExtractor(
             self.readout.encoder,
             self.readout.layers,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...checkpoint import check_new, weights_digest, write_json
 from ...config import TransferConfig, require_resolved
 from ...data.loading.scan import require_readable
-from ...data.sources.open import Source, check_outside
+from ...data.sources.open import Source
 from ...engine.device import describe_arithmetic, make_fabric
 from ...errors import UserError
 from ...io.console import notify, show_progress
@@ -200,9 +200,7 @@ def cache_features(
         return FeatureExtractor(encoder, layers, resolved.views, fabric, **options)
 
     extractor = extractor_of(require_resolved(resolved.layers))
-    if config.cache is not None:
-        check_outside(splits.source.uri, config.cache, "--cache")
-    cache = FeatureCache(config.cache, config.cache_gb)
+    cache = FeatureCache(config.cache, config.cache_gb, splits.source.uri)
     images = len(splits.source) + len(splits.held_out)
     fitting = cache.fitting_layers(extractor, images)
     left_out = {
