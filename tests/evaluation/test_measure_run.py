@@ -60,7 +60,7 @@ def table(path: Path, pictures: Path, train, val=None, names=("temple", "flower"
 
 def test_scores_are_those_of_naive_references(weights, pictures):
     result = measured(weights, pictures, k=(1, 5, 60), retrieval=True, clusters=True)
-    fabric = make_fabric()
+    fabric = make_fabric(precision="32-true")
     known, asked = (
         embed(small(), open_images(str(pictures), split), VIEWS, autocast=fabric.autocast)
         for split in ("train", "val")
@@ -84,7 +84,10 @@ def test_scores_are_those_of_naive_references(weights, pictures):
 def test_without_held_out_images_training_images_are_the_queries(weights, pictures):
     result = measured(weights, pictures / "train", k=(1, 48), retrieval=True)
     known = embed(
-        small(), open_images(str(pictures / "train")), VIEWS, autocast=make_fabric().autocast
+        small(),
+        open_images(str(pictures / "train")),
+        VIEWS,
+        autocast=make_fabric(precision="32-true").autocast,
     )
     sim = known.rows.double() @ known.rows.double().T
     right = sim.fill_diagonal_(-2).argmax(dim=1)
@@ -141,7 +144,10 @@ def test_the_bank_is_the_reference_set_without_its_unreadable_rows(pictures, tmp
     assert (result["known"], result["left_out"]["known"]["unreadable"]) == (46, 2)
     valid = [i for i in range(48) if i not in (3, 40)]
     asked = embed(
-        encoder, open_images(str(pictures), "val"), VIEWS, autocast=make_fabric().autocast
+        encoder,
+        open_images(str(pictures), "val"),
+        VIEWS,
+        autocast=make_fabric(precision="32-true").autocast,
     )
     labels = source.labels[valid]
     expected = naive.knn_accuracy(asked.rows, asked.labels, bank.rows[valid], labels, 5, 0.07)
@@ -211,7 +217,7 @@ def test_two_training_images_are_enough(weights, pictures, tmp_path):
 def test_training_continues_without_usable_labels(pictures, tmp_path, capsys):
     data = table(tmp_path / "a", pictures, [1, 1, 1], [1, 1])
     online = OnlineKnn(PretrainConfig(views=VIEWS), data, open_images(data), torch.arange(3))
-    assert online(small(), torch.eye(3, 12), make_fabric()) == {}
+    assert online(small(), torch.eye(3, 12), make_fabric(precision="32-true")) == {}
     assert "'" + data + "'" in capsys.readouterr().err.replace("\n", "")
 
 

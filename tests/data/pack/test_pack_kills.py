@@ -4,17 +4,16 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
-from multiprocessing import get_context
+from functools import partial
 
 import pytest
+from killed_child import FORK, run_in_child
 from packed_folder import contents
 
 from localagg.data.pack import process_images
 from localagg.data.pack.pack_dataset import pack
 
-FORK = get_context("fork")  # modules stay imported
 pytestmark = pytest.mark.slow
 
 
@@ -26,49 +25,29 @@ def imported(pictures, tmp_path_factory):
         pack(str(pictures / "val"), folder, format=format, verify=True)
 
 
-def run(uri, folder, format, workers, moment, calls):
-    """Pack, and die by SIGKILL in the given function call; count the calls."""
-    count, main = 0, os.getpid()
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += 1
-        if count == moment and os.getpid() == main:  # workers inherit this function
-            os.kill(main, signal.SIGKILL)
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.setprofile(profile)
-    pack(uri, folder, format=format, shard_bytes=15_000, workers=workers, verify=True)
-    sys.setprofile(None)
-    calls.value = count
-
-
-def child(*arguments):
-    """Return (exit code, calls) of a run in a process of its own."""
-    calls = FORK.Value("q", 0)
-    process = FORK.Process(target=run, args=(*arguments, calls))
-    process.start()
-    process.join()
-    return process.exitcode, calls.value
+def child(uri, folder, format, workers, killed_in=None):
+    """Pack in a process of its own; return (exit code, calls)."""
+    options = {"format": format, "shard_bytes": 15_000, "workers": workers, "verify": True}
+    return run_in_child(partial(pack, uri, folder, **options), killed_in=killed_in)
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(0, 10), (2, 3)])
 @pytest.mark.parametrize("format", ["arrow", "tfrecord", "webdataset"])
 def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format, workers, kills):
     uri, draw = str(pictures / "val"), random.Random(format)
-    status, calls = child(uri, tmp_path / "whole", format, workers, -1)
+    status, calls = child(uri, tmp_path / "whole", format, workers)
     assert status == 0
     whole = contents(tmp_path / "whole")
     assert len(whole) > 3
     resumed = 0
     for kill in range(kills):
-        folder, partial = tmp_path / f"{kill}", tmp_path / f"{kill}.partial"
+        folder, unfinished = tmp_path / f"{kill}", tmp_path / f"{kill}.partial"
         moment = draw.randrange(1, calls * 99 // 100)
         assert child(uri, folder, format, workers, moment)[0] == -signal.SIGKILL
-        resumed += len(list(partial.glob("state/**/*.sha256"))) > 0
+        resumed += len(list(unfinished.glob("state/**/*.sha256"))) > 0
         if not folder.exists():
-            assert child(uri, folder, format, workers, -1)[0] == 0
-            assert not partial.exists()
+            assert child(uri, folder, format, workers)[0] == 0
+            assert not unfinished.exists()
         assert contents(folder) == whole, f"killed in call {moment:,} of {calls:,}"
     assert resumed >= kills // 3  # or the moments say little
 
@@ -115,7 +94,7 @@ def _runs(pid):
 
 def test_a_pack_that_is_killed_again_and_again_comes_to_an_end(pictures, tmp_path):
     uri, draw = str(pictures / "train"), random.Random(1)
-    _, calls = child(uri, tmp_path / "whole", "arrow", 0, -1)
+    _, calls = child(uri, tmp_path / "whole", "arrow", 0)
     kills = 0
     while not (tmp_path / "packed").exists():
         # Opening the images is nearly a half of the calls.

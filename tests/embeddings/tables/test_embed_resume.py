@@ -1,16 +1,15 @@
 """Embedding through kills, Ctrl-C, full disks and damage ends in the same bytes."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from expect import user_error
+from killed_child import run_in_child
 
 from embeddings import hidden_files, interrupt_after, save_small_encoder
 from localagg.embeddings.tables import table_writer
@@ -38,32 +37,25 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(weights, tmp_path)
     whole, out = tmp_path / "whole.parquet", tmp_path / "e.parquet"
     _write_digits(weights[0], whole)
     records = tmp_path / ".e.parquet.parts" / "batches.bin"
-    draws, forks = random.Random(0), multiprocessing.get_context("fork")
-    kills = written = 0
+    draws = random.Random(0)
+    status, calls = run_in_child(_write_digits, weights[0], tmp_path / "counted.parquet")
+    assert status == 0
+    written = [0]
 
     def count() -> int:
         size = records.stat().st_size if records.exists() else 0
         return size // RECORD + (size == ALL)
 
-    for _ in range(40):
-        process = forks.Process(target=_write_digits, args=(weights[0], out))
-        process.start()
-        aim = written + draws.randint(1, 8)  # 44 batches in all
-        while process.is_alive() and count() < aim:
-            time.sleep(0.001)
-        time.sleep(draws.uniform(0, 0.02))
-        if process.is_alive():
-            assert process.pid
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        assert count() >= written
+    for _ in range(8):
+        moment = draws.randrange(calls // 6, calls // 3)  # opening is a sixth
+        status, _ = run_in_child(_write_digits, weights[0], out, killed_in=moment)
+        assert status == -signal.SIGKILL
+        assert count() >= written[-1]
         assert not out.exists()
-        kills, written = kills + 1, count()
-    assert kills >= 4
-    assert out.with_suffix(".resumed").read_text() == str(min(written * 32, 1400))
+        written.append(count())
+    assert len(set(written)) >= 5  # or the moments say little
+    assert run_in_child(_write_digits, weights[0], out)[0] == 0
+    assert out.with_suffix(".resumed").read_text() == str(min(written[-1] * 32, 1400))
     assert out.read_bytes() == whole.read_bytes()
     assert not hidden_files(tmp_path)
 

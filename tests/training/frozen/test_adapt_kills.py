@@ -3,12 +3,11 @@
 import os
 import random
 import signal
-import time
-import traceback
 from dataclasses import replace
 
 import pytest
 from compare_runs import assert_same_run
+from killed_child import run_in_child
 
 from localagg import checkpoint
 from localagg.config import override
@@ -25,7 +24,7 @@ CONFIG = override(
     log_every=1, eval_every=1, checkpoint_seconds=0.0,
 )  # fmt: skip
 MOMENTS = [random.Random(seed).uniform(0, 1) for seed in range(10)]
-"""Shares of the time of a whole run."""
+"""Shares of the calls of a whole run."""
 
 
 def learn(config, data, run):
@@ -34,24 +33,6 @@ def learn(config, data, run):
         resume(run)
     else:
         pretrain(config, data, run)
-
-
-def in_child(kill_after, *arguments):
-    """Learn in a process that SIGKILL ends after so many seconds, if given; return its status."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            learn(*arguments)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.slow
@@ -66,17 +47,16 @@ def test_a_resume_after_a_kill_at_random_moments_is_bit_exact(tmp_path, pictures
         config = replace(override(CONFIG, weights=str(weights)), adapt=adapt)
         return config, str(pictures), tmp_path / name
 
-    assert in_child(None, *arguments("warm")) == 0
-    begun = time.monotonic()
-    assert in_child(None, *arguments("whole")) == 0
-    seconds = time.monotonic() - begun
+    learn(*arguments("imports"))
+    status, calls = run_in_child(learn, *arguments("whole"))
+    assert status == 0
     killed = 0
-    for number in range(0, len(MOMENTS), 2):
-        name = f"run-{number}"
-        for moment in (MOMENTS[number], MOMENTS[number + 1] / 2):  # the second while it resumes
-            status = in_child(moment * seconds, *arguments(name))
+    for first, second in zip(MOMENTS[::2], MOMENTS[1::2], strict=True):
+        name = f"killed-at-{first:.0%}"
+        for moment in (first, second / 2):  # the second while it resumes
+            status, _ = run_in_child(learn, *arguments(name), killed_in=int(moment * calls))
             assert status in (0, -signal.SIGKILL)
             killed += status != 0
-        assert in_child(None, *arguments(name)) == 0
+        assert run_in_child(learn, *arguments(name))[0] == 0
         assert_same_run(tmp_path / "whole", tmp_path / name)
-    assert killed >= len(MOMENTS) / 2
+    assert killed > len(MOMENTS) / 2  # more than the first kills alone
