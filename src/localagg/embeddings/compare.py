@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import check_argument_types
+from ..config import check_argument_types, check_options
 from ..errors import UserError
 from ..io.console import notify
 from ..io.result_file import check_result_file, write_result
@@ -47,9 +47,7 @@ def compare_tables(
         UserError: an invalid option, tables that cannot be read or share fewer than two images.
     """
     check_result_file(out)
-    for name, value in (("--k", k), ("--top", top)):
-        if value < 1:
-            raise UserError("option-invalid", f"{name} is {value}; it must be at least 1.")
+    check_options(k=(k, 1), top=(top, 1))
     tables = (open_table(first), open_table(second))
     places = _match(*tables)
     rows = [table.unit_embeddings()[place] for table, place in zip(tables, places, strict=True)]

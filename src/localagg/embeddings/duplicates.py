@@ -71,11 +71,9 @@ def find_duplicates(
     agreement_P = _compare(thumbnails, pairs_P2)
     others, views = None, None
     if above is None:
-        count = int(readable.sum())
-        sample = readable.nonzero().flatten()
-        sample = sample[torch.linspace(0, count - 1, min(_SAMPLE, count)).long()]
+        sample = _sample(readable)
         views = _views_agreement(source, index[sample], opened.levels, thumbnails[sample])
-        others, above = choose_threshold(agreement_P[others_P], views, count)
+        others, above = choose_threshold(agreement_P[others_P], views, int(readable.sum()))
     same = agreement_P >= above
     groups = [
         _describe_group(opened, source, members, thumbnails)
@@ -94,6 +92,12 @@ def find_duplicates(
         "redundant": sum(map(len, groups)) - len(groups),
         "groups": groups,
     }
+
+
+def _sample(readable: Tensor) -> Tensor:
+    """Return places of readable images, evenly spread."""
+    places = readable.nonzero().flatten()
+    return places[torch.linspace(0, len(places) - 1, min(_SAMPLE, len(places))).long()]
 
 
 _MEASURES = ("agreement", "width", "height", "sharpness", "bytes")

@@ -73,40 +73,45 @@ def embed(
     _check_types(encoder, views, part, on_progress=on_progress, autocast=autocast)
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
-    batch = int(batch)
     found_index, found_rows, done = [], [], 0
     device = next(encoder.parameters()).device
     if pixels is None:
-        loaded = evaluation_batches(source, views, batch=batch, workers=workers, part=part)
-        batches = ((index, images.to(device)) for index, images in loaded)
+        batches = evaluation_batches(source, views, batch=int(batch), workers=workers, part=part)
     else:
         check_integers("pixels", pixels, (len(source), 3, "H", "W"))
-        chunks = torch.arange(len(pixels)).split(batch)[part]
+        chunks = torch.arange(len(pixels)).split(int(batch))[part]
         batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in chunks)
     training = encoder.training
     encoder.train(batch_statistics)
     try:
         for index, images in batches:
-            count = len(images)
-            if batch_statistics and count == 1:  # batch-norm needs two values of each channel
-                images = images.repeat(2, 1, 1, 1)
+            run = _run_as_in_training if batch_statistics else run_in_parts
             with autocast():
-                rows = encoder(images) if batch_statistics else run_in_parts(encoder, images)
-            found_rows.append(rows[:count])
+                found_rows.append(run(encoder, images.to(device)))
             found_index.append(index)
             done += len(index)
             on_progress(done, len(source))
     finally:
         encoder.train(training)
     if not found_index and part == slice(None):  # a part may have no readable image
-        raise UserError(
-            "unreadable-images",
-            f"None of the {len(source):,} images of '{source.uri}' can be read; check them by"
-            " localagg inspect.",
-        )
+        raise _nothing_readable(source)
     index = torch.cat([torch.empty(0).long(), *found_index])
     rows = torch.cat(found_rows) if found_rows else torch.empty(0, encoder.spec["dim"])
     return ImageEmbeddings(index, rows, None if source.labels is None else source.labels[index])
+
+
+def _nothing_readable(source: Source) -> UserError:
+    return UserError(
+        "unreadable-images",
+        f"None of the {len(source):,} images of '{source.uri}' can be read; check them by"
+        " localagg inspect.",
+    )
+
+
+def _run_as_in_training(encoder: Encoder, images: Tensor) -> Tensor:
+    if len(images) == 1:  # batch-norm needs two values of each channel
+        return encoder(images.repeat(2, 1, 1, 1))[:1]
+    return encoder(images)
 
 
 def _check_types(encoder: Any, views: Any, part: Any, **functions: Any) -> None:

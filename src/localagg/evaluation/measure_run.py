@@ -92,15 +92,14 @@ def measure_run(
     options = EmbeddingOptions(fabric, workers, batch)
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, options)
     available = len(embedded.bank) - (selection.held_out is None)
-    notes = [*selection.notes, *_count_notes(selection, k, available)]
-    for note in notes:
-        notify(note)
+    notes = _notify_all([*selection.notes, *_count_notes(selection, k, available)])
     requested = ["accuracy"] + ["retrieval"] * retrieval + ["clusters"] * clusters
     scores = {name: MEASUREMENTS[name](embedded, k) for name in requested}
-    for name in scores.keys() - {"clusters"}:
-        scores[name] = selection.prefixed(scores[name])
     return {
-        **scores,
+        **{
+            name: found if name == "clusters" else selection.prefixed(found)
+            for name, found in scores.items()
+        },
         "asked": len(embedded.queries),
         "known": len(embedded.bank),
         "held_out": selection.held_out is not None,
@@ -113,6 +112,12 @@ def measure_run(
         "weights_digest": digest,
         **describe_arithmetic(fabric),
     }
+
+
+def _notify_all(notes: list[str]) -> list[str]:
+    for note in notes:
+        notify(note)
+    return notes
 
 
 def _place_of_images(run: Path, data: str | None, facts: dict[str, Any]) -> str:

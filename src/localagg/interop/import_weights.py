@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,7 @@ def import_weights(
         warnings.simplefilter("ignore")  # missing variables raise below
         report = (load_torch_port if is_port else load_tf_checkpoint)(prefix, encoder, memory)
     found = None if heads is None else _read_heads(prefix, encoder)
-    optional = ("head.",) if found else ()
-    if [name for name in report.missing if not _parameter(encoder, name).startswith(optional)]:
-        raise UserError(
-            "mismatch",
-            f"'{prefix}' lacks {len(report.missing)} variables of {model}, {report.missing[0]} the"
-            " first; name a complete checkpoint.",
-        )
+    _check_complete(prefix, encoder, report.missing, optional=("head.",) if found else ())
     views = _views(encoder, is_port)
     with atomic_write(out) as temporary:
         save_weights(temporary, encoder, views, bank and bank_place(out, bank))
@@ -97,6 +92,17 @@ def import_weights(
         "out": str(out),
         "from": prefix,
     }
+
+
+def _check_complete(
+    prefix: str, encoder: Encoder, missing: Sequence[str], optional: tuple[str, ...]
+) -> None:
+    if [name for name in missing if not _parameter(encoder, name).startswith(optional)]:
+        raise UserError(
+            "mismatch",
+            f"'{prefix}' lacks {len(missing)} variables of {encoder.spec['model']}, {missing[0]}"
+            " the first; name a complete checkpoint.",
+        )
 
 
 def _check_files(files: dict[str, Path | None]) -> None:

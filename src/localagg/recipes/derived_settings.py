@@ -49,12 +49,11 @@ def resolve_defaults(config: PretrainConfig, size: int, side: int) -> PretrainCo
     epochs = config.epochs or (200 if large else max(50, math.ceil(2200 / steps)))
     if config.epochs is None and adapted:
         epochs = _HEAD_EPOCHS + (network_epochs or 0)
-    # LA too early spreads wrong neighbors: two fifths of the epochs on small data.
     ir_epochs = config.ir_epochs
-    if ir_epochs is None:
+    if ir_epochs is None and adapted:  # neighbors among pretrained features are pure early
+        ir_epochs = round((epochs - (network_epochs or 0)) / 4)
+    elif ir_epochs is None:  # LA too early spreads wrong neighbors
         ir_epochs = min(10, epochs) if large else round(0.4 * epochs)
-        if adapted:  # neighbors among pretrained features are pure early
-            ir_epochs = round((epochs - (network_epochs or 0)) / 4)
     drops = config.drops
     if drops is None and config.rate_schedule == "drops":
         drops = tuple(round(part * epochs, 2) for part in DROPS)

@@ -3,6 +3,7 @@
 The path of a batch begins in ``data.loading`` and continues in ``step.take_step``.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,13 @@ def train(
     augment = Augment(config.views, config.seed, cropped=feed.cropped)
     schedule = Schedule(config, len(feed.valid))
     recorder = Recorder(config, run, feed, learner, schedule, progress, callbacks)
+    step = partial(take_step, learner, augment, timer=recorder.timer)
     if schedule.total_steps > schedule.la_start and (
         note := missing_backend_note(learner.bank.rows)
     ):
         notify(note)
-
-    # --- Floors: before the first checkpoint, which keeps them ---
-    if progress is START and config.eval_every:
-        with (
-            convert_worker_death(),
-            recorder.timer("measuring", once=True),
-            show_progress("measuring floors") as show,
-        ):
-            recorder.floors = floors.measure_start(
-                learner.encoder, learner.fabric.autocast, show, features and features.pair
-            )
+    if progress is START and config.eval_every:  # before the first checkpoint, which keeps them
+        _measure_start(learner, features, floors, recorder)
 
     with convert_worker_death(), recorder:
         while learner.step < schedule.total_steps:
@@ -74,16 +67,8 @@ def train(
                 recorder.timer.next_step()
                 with recorder.timer(WAITING):
                     batch = next(batches)
-                result = take_step(
-                    learner,
-                    augment,
-                    batch,
-                    epoch,
-                    aggregating=aggregating,
-                    size=size,
-                    learning_rate=schedule.learning_rate(learner.step),
-                    timer=recorder.timer,
-                )
+                rate = schedule.learning_rate(learner.step)
+                result = step(batch, epoch, aggregating=aggregating, size=size, learning_rate=rate)
                 recorder.after_step(epoch, aggregating, result, ends=learner.step == end)
 
             # --- Measurements, checkpoint ---
@@ -96,19 +81,39 @@ def train(
             recorder.checkpoint()
             if learner.step < schedule.total_steps:
                 recorder.stop_if_asked()
+
         # --- The end: floors, summary, table ---
         head_only = features if schedule.network_start >= schedule.total_steps else None
-        if config.eval_every:
-            recorder.line.update(note="measuring")
-            with recorder.timer("measuring", once=True):
-                recorder.floors |= floors.measure_end(
-                    learner.encoder,
-                    learner.fabric.autocast,
-                    recorder.floors,
-                    head_only and head_only.pair,
-                )
-        summary = recorder.finish(floors.summary(recorder.floors))
-        if head_only and feed.world.rank == 0:
-            encoder, fabric = learner.encoder, learner.fabric
-            write_final_embeddings(run, encoder, head_only, feed.valid, fabric)
-        return summary
+        return _finish(run, feed, head_only, learner, floors, recorder)
+
+
+def _measure_start(
+    learner: Learner, features: FrozenFeatures | None, floors: RunFloors, recorder: Recorder
+) -> None:
+    timer = recorder.timer("measuring", once=True)
+    with convert_worker_death(), timer, show_progress("measuring floors") as show:
+        recorder.floors = floors.measure_start(
+            learner.encoder, learner.fabric.autocast, show, features and features.pair
+        )
+
+
+def _finish(
+    run: Path,
+    feed: Feed,
+    head_only: FrozenFeatures | None,
+    learner: Learner,
+    floors: RunFloors,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """Return the summary; without a trained backbone the embeddings are at hand, too."""
+    encoder, fabric = learner.encoder, learner.fabric
+    if learner.config.eval_every:
+        recorder.line.update(note="measuring")
+        with recorder.timer("measuring", once=True):
+            recorder.floors |= floors.measure_end(
+                encoder, fabric.autocast, recorder.floors, head_only and head_only.pair
+            )
+    summary = recorder.finish(floors.summary(recorder.floors))
+    if head_only and feed.world.rank == 0:
+        write_final_embeddings(run, encoder, head_only, feed.valid, fabric)
+    return summary

@@ -19,6 +19,7 @@ from ..data.loading.own_views import Transform
 from ..data.loading.scan import typical_side
 from ..data.sources.open import check_outside, report_unread
 from ..data.sources.source import Source
+from ..distributed.collectives import World
 from ..distributed.process_group import RANK_TIMEOUT, join_process_group
 from ..errors import UserError, counted
 from ..evaluation.online_knn import OnlineKnn
@@ -108,49 +109,63 @@ def pretrain(
     check_logger(logger)
     typed = frozenset(typed)
     check_names(config, typed)
-    run, callbacks = Path(out), Callbacks(on_epoch, on_metrics, logger)
+    run, own = Path(out), OwnParts(backbone, views)
+    callbacks = Callbacks(on_epoch, on_metrics, logger)
+    start = None if start is None else Path(start)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
+        return _begin(run, config, data, start, typed, own, callbacks, world)
+
+
+def _begin(
+    run: Path,
+    config: PretrainConfig,
+    data: Any,
+    start: Path | None,
+    typed: frozenset[str],
+    own: OwnParts,
+    callbacks: Callbacks,
+    world: World,
+) -> dict[str, Any]:
+    if world.rank == 0:
+        checkpoint.check_new(run)
+    check_start_weights(config, start)
+    source, place = world.rank_zero_first(lambda: open_data(data))
+    if world.rank == 0:
+        check_outside(place, run, "--out")
+        if config.adapt.cache is not None:
+            check_outside(place, config.adapt.cache, "--cache")
+        report_unread(place)
+    fingerprint = source.fingerprint()
+    if start is not None:
+        config = settings_of_start(config, start, source, typed)
+    config = replace(config, views=with_measured_range(config.views, source))
+    config = own.configure(config, source)
+    fitted = world.rank_zero_first(
+        lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
+    )
+    config = world.gather_objects(fitted)[0]
+    resolved = resolve_defaults(config, len(source), typical_side(source, config.views))
+    check_ranks(resolved, world)
+    for line in explain_defaults(config, resolved, len(source)):
+        notify(line)
+    learner = Learner(resolved, len(source), world, own.backbone)
+    load_start_weights(learner.encoder, resolved, world)
+    check_network(learner)
+    check_size(learner.encoder, resolved, len(source))
+    feed = open_feed(source, resolved, world, transform=own.views)
+    evaluate = OnlineKnn(resolved, place, source, feed.valid, world=world)
+    floors = RunFloors(run, resolved, place, feed, world)
+    facts = {"data": place, "fingerprint": fingerprint, "size": len(source)}
+    facts |= own.facts(source, learner.encoder, resolved)
+    if start is not None:
+        facts["start"] = str(start)
+    with lock_run_for_all(run, world):
         if world.rank == 0:
-            checkpoint.check_new(run)
-        check_start_weights(config, start)
-        source, place = world.rank_zero_first(lambda: open_data(data))
-        if world.rank == 0:
-            check_outside(place, run, "--out")
-            if config.adapt.cache is not None:
-                check_outside(place, config.adapt.cache, "--cache")
-            report_unread(place)
-        fingerprint = source.fingerprint()
-        if start is not None:
-            config = settings_of_start(config, Path(start), source, typed)
-        config = replace(config, views=with_measured_range(config.views, source))
-        own = OwnParts(backbone, views)
-        config = own.configure(config, source)
-        fitted = world.rank_zero_first(
-            lambda: fit_budget(config, source, typed, world.size) if world.rank == 0 else None
-        )
-        config = world.gather_objects(fitted)[0]
-        resolved = resolve_defaults(config, len(source), typical_side(source, config.views))
-        check_ranks(resolved, world)
-        for line in explain_defaults(config, resolved, len(source)):
-            notify(line)
-        learner = Learner(resolved, len(source), world, backbone)
-        load_start_weights(learner.encoder, resolved, world)
-        check_network(learner)
-        check_size(learner.encoder, resolved, len(source))
-        feed = open_feed(source, resolved, world, transform=views)
-        evaluate = OnlineKnn(resolved, place, source, feed.valid, world=world)
-        floors = RunFloors(run, resolved, place, feed, world)
-        facts = {"data": place, "fingerprint": fingerprint, "size": len(source)}
-        facts |= own.facts(source, learner.encoder, resolved)
-        if start is not None:
-            facts["start"] = str(start)
-        with lock_run_for_all(run, world):
-            if world.rank == 0:
-                checkpoint.check_new(run)  # again: another process may have begun it meanwhile
-                checkpoint.begin_run(run, resolved, facts)
-                save_contents(run, source)
-            features = set_first_state(learner, feed, facts)
-            return train(run, feed, features, learner, evaluate, floors, START, callbacks)
+            checkpoint.check_new(run)  # again: another process may have begun it meanwhile
+            checkpoint.begin_run(run, resolved, facts)
+            save_contents(run, source)
+        features = set_first_state(learner, feed, facts)
+        return train(run, feed, features, learner, evaluate, floors, START, callbacks)
 
 
 @check_argument_types
@@ -193,19 +208,12 @@ def resume(
     check_logger(logger)
     run, typed = Path(out), frozenset(typed)
     check_names(config, typed)
-    callbacks = Callbacks(on_epoch, on_metrics, logger)
+    own, callbacks = OwnParts(backbone, views), Callbacks(on_epoch, on_metrics, logger)
     with join_process_group(rank_timeout, _how_to_resume(run)) as world:
         stored, facts = checkpoint.read_run(run)
         settings = continue_settings(run, stored, config, typed, facts["removed"])
-        own = OwnParts(backbone, views)
         own.check_given(run, facts)
         source, place = world.rank_zero_first(lambda: _open_again(run, facts, data))
-        if source.fingerprint() != facts["fingerprint"]:
-            raise UserError(
-                "mismatch",
-                f"'{place}' ({len(source):,} images) differs from the images of '{run}'"
-                f" ({facts['size']:,} images); start a new run with another --out.",
-            )
         check_ranks(settings, world)
         epochs = config.epochs if config is not None and "epochs" in typed else None
         if prolonged := epochs not in (None, stored.epochs):
@@ -217,35 +225,48 @@ def resume(
                 kept = {name: value for name, value in facts.items() if name != "removed"}
                 noted = settings if prolonged else stored
                 checkpoint.begin_run(run, noted, {**kept, "data": place})
-            newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
-            newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
-            progress = START if newest is None else checkpoint.read_progress(newest)
-            summary = progress.get("summary")
-            asked = require_resolved(settings.epochs)
-            if summary and summary["epochs"] >= asked:
-                notify(f"'{run}' has already finished its {counted(asked, 'epoch')}.")
-                return {**summary, "run": str(run)}  # which may have been renamed
-            feed = open_feed(source, settings, world, progress, views)
-            learner = Learner(settings, len(source), world, backbone)
-            if newest is None:  # killed before its first checkpoint
-                notify(f"'{run}' has no checkpoint; it begins anew.")
-                load_start_weights(learner.encoder, settings, world)
-            own.check_same(facts, source, learner, values=newest is None)
-            evaluate = OnlineKnn(settings, place, source, feed.valid, world=world)
-            floors = RunFloors(run, settings, place, feed, world)
-            if newest is None:
-                features = set_first_state(learner, feed, facts)
-            else:
-                learner.restore(newest)
-                features = open_features(learner, feed)
-                notify(f"Resuming '{run}' after step {learner.step:,}.")
-            return train(run, feed, features, learner, evaluate, floors, progress, callbacks)
+            return _continue(run, settings, facts, source, place, own, callbacks, world)
+
+
+def _continue(
+    run: Path,
+    config: PretrainConfig,
+    facts: dict[str, Any],
+    source: Source,
+    place: str,
+    own: OwnParts,
+    callbacks: Callbacks,
+    world: World,
+) -> dict[str, Any]:
+    newest = checkpoint.latest(run) if checkpoint.has_checkpoint(run) else None
+    newest = world.gather_objects(newest)[0]  # rank 0's view of the disk
+    progress = START if newest is None else checkpoint.read_progress(newest)
+    summary = progress.get("summary")
+    asked = require_resolved(config.epochs)
+    if summary and summary["epochs"] >= asked:
+        notify(f"'{run}' has already finished its {counted(asked, 'epoch')}.")
+        return {**summary, "run": str(run)}  # which may have been renamed
+    feed = open_feed(source, config, world, progress, own.views)
+    learner = Learner(config, len(source), world, own.backbone)
+    if newest is None:  # killed before its first checkpoint
+        notify(f"'{run}' has no checkpoint; it begins anew.")
+        load_start_weights(learner.encoder, config, world)
+    own.check_same(facts, source, learner, values=newest is None)
+    evaluate = OnlineKnn(config, place, source, feed.valid, world=world)
+    floors = RunFloors(run, config, place, feed, world)
+    if newest is None:
+        features = set_first_state(learner, feed, facts)
+    else:
+        learner.restore(newest)
+        features = open_features(learner, feed)
+        notify(f"Resuming '{run}' after step {learner.step:,}.")
+    return train(run, feed, features, learner, evaluate, floors, progress, callbacks)
 
 
 def _open_again(run: Path, facts: dict[str, Any], data: Any) -> tuple[Source, str]:
     """Open the images that a run noted, or the same ones at another place."""
     try:
-        return open_data(facts["data"] if data is None else data)
+        source, place = open_data(facts["data"] if data is None else data)
     except UserError as error:
         if data is not None:
             raise
@@ -254,6 +275,13 @@ def _open_again(run: Path, facts: dict[str, Any], data: Any) -> tuple[Source, st
             f"The images of '{run}' cannot be opened: {error} If they moved, name their place with"
             " --data.",
         ) from None
+    if source.fingerprint() != facts["fingerprint"]:
+        raise UserError(
+            "mismatch",
+            f"'{place}' ({len(source):,} images) differs from the images of '{run}'"
+            f" ({facts['size']:,} images); start a new run with another --out.",
+        )
+    return source, place
 
 
 def _how_to_resume(run: Path) -> str:

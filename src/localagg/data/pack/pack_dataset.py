@@ -93,25 +93,36 @@ def pack(
     start, uri = time.monotonic(), os.fspath(uri)
     format = format or ("arrow" if like is None else "tfrecord")
     destination = Path(os.path.abspath(Path(destination).expanduser()))
-    if not 0 <= seed < 2**32:
-        raise UserError("option-invalid", f"--seed is {seed}; it must be from 0 to 2**32 - 1.")
     shrink = _check_options(format, size, quality, shard_bytes)
     check_destination(destination)
     check_outside(uri, destination, "DST")
-    splits = _plan_splits(uri, format, shrink, shard_bytes)
     if like is not None or files is not None or seed:
-        _check_like(like, format, shrink, files)
+        _check_like(like, format, shrink, seed, files)
+    splits = _plan_splits(uri, format, shrink, shard_bytes)
+    if like is not None:
         splits = [_like_reference(split, seed, files) for split in splits]
-    fingerprints = {s.target: [s.source.fingerprint(), len(s.files)] for s in splits}
-    key = {"data": uri, "format": format, "shrink": shrink, "splits": fingerprints}
-    partial = PartialFolder(destination, key)
-    if not partial.root.exists():
-        check_free_space(destination, sum(split.size for split in splits))
+    partial = _partial_folder(destination, uri, format, shrink, splits)
     with partial.open():
         report = _fill_folder(uri, splits, format, shrink, workers, verify, partial)
         partial.finish()
     seconds = round(time.monotonic() - start, 3)
     return {**report, "destination": str(destination), "seconds": seconds}
+
+
+def _partial_folder(
+    destination: Path,
+    uri: str,
+    format: str,
+    shrink: ShrinkOptions | None,
+    splits: list[PlannedSplit],
+) -> PartialFolder:
+    """Return the folder of this very pack, which may have been begun."""
+    fingerprints = {s.target: [s.source.fingerprint(), len(s.files)] for s in splits}
+    key = {"data": uri, "format": format, "shrink": shrink, "splits": fingerprints}
+    partial = PartialFolder(destination, key)
+    if not partial.root.exists():
+        check_free_space(destination, sum(split.size for split in splits))
+    return partial
 
 
 def _check_options(
@@ -157,8 +168,14 @@ def _plan_splits(
 
 
 def _check_like(
-    like: str | None, format: str, shrink: ShrinkOptions | None, files: tuple[int, int] | None
+    like: str | None,
+    format: str,
+    shrink: ShrinkOptions | None,
+    seed: int,
+    files: tuple[int, int] | None,
 ) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError("option-invalid", f"--seed is {seed}; it must be from 0 to 2**32 - 1.")
     if like is None:
         name = "--seed" if files is None else "--files"
         raise UserError("option-conflict", f"{name} has no effect without --like reference.")

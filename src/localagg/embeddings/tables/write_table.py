@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,18 +122,13 @@ def write_embeddings(
         resumed, begun = writer.images_done, time.perf_counter()
         part = slice(writer.batches_done, None)
         batches = evaluation_batches(images, views, batch=batch, workers=workers, part=part)
-        with show_progress("embedding") as show:
-            for index, pixels in batches:
-                found = encode(encoder, pixels, layer, fabric, raw_maps=raw_maps)
-                values = _convert(found, images, index, facts)
-                writer.write(int(index[0]) // batch, index.numpy(), values.numpy())
-                show(writer.images_done, len(images))
+        encoded = ((index, encode(encoder, pixels, layer, fabric, raw_maps=raw_maps))
+                   for index, pixels in batches)  # fmt: skip
+        _write_batches(writer, encoded, images, facts)
         rate = (len(images) - resumed) / (time.perf_counter() - begun)
         rows = _finish(writer, facts, source, digests, matches)
-    kept = ("dim", "layer", "dtype", "data", "split", "device", "precision")
     return {
-        **{name: facts[name] for name in kept},
-        **({"shapes": facts["shapes"]} if raw_maps else {}),
+        **{name: facts[name] for name in _REPORTED if name in facts},
         **{"rows": rows, "embedded": writer.rows, "unreadable": len(images) - writer.rows},
         "splits": {name: len(images) for name, images in source.parts.items()},
         **{"resumed": resumed, "out": str(out)},
@@ -141,6 +136,22 @@ def write_embeddings(
         "seconds": round(time.perf_counter() - start, 2),
         "images_per_second": round(rate, 1),
     }
+
+
+_REPORTED = ("dim", "layer", "shapes", "dtype", "data", "split", "device", "precision")
+
+
+def _write_batches(
+    writer: TableWriter,
+    encoded: Iterable[tuple[Tensor, Tensor]],
+    images: Source,
+    facts: dict[str, Any],
+) -> None:
+    with show_progress("embedding") as show:
+        for index, found in encoded:
+            values = _convert(found, images, index, facts)
+            writer.write(int(index[0]) // facts["batch"], index.numpy(), values.numpy())
+            show(writer.images_done, len(images))
 
 
 def write_rows(

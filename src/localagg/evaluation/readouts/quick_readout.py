@@ -172,12 +172,16 @@ def quick_readout(
     }
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{layer}.weight": head.weight for layer, head in heads.items()}
-        tensors |= {f"{layer}.bias": head.bias for layer, head in heads.items()}
-        with atomic_write(run / "heads.safetensors") as beside:
-            save_tensors(beside, tensors)
+        _save_heads(run / "heads.safetensors", heads)
         write_json(run / "results.json", results)
     return results
+
+
+def _save_heads(file: Path, heads: dict[str, LogisticHead]) -> None:
+    tensors = {f"{layer}.weight": head.weight for layer, head in heads.items()}
+    tensors |= {f"{layer}.bias": head.bias for layer, head in heads.items()}
+    with atomic_write(file) as beside:
+        save_tensors(beside, tensors)
 
 
 def cache_features(

@@ -143,17 +143,7 @@ def frozen_features(
     source, world, options = feed.source, feed.world, config.adapt
     shape = len(source), 1 + options.feature_views, encoder.backbone.channels
     needed = check_size(encoder, config, len(source))
-    digest = hash_images(source, config.views)[0] if world.rank == 0 else ""
-    facts = {
-        "version": __version__,
-        "backbone": backbone_digest(encoder),
-        "images": world.gather_objects(digest)[0],
-        "views": to_dict(config.views),
-        "feature_views": options.feature_views,
-        "seed": config.seed,
-        "precision": str(dtype),
-        "device": encoder.mean.device.type,
-    }
+    facts = _identity(encoder, config, feed, dtype)
     cache = FeatureCache(options.cache, options.cache_gb)
     key = entry_key(facts)
     entry, unfinished = cache.folder / key, cache.folder / f".{key}.tmp"
@@ -182,6 +172,23 @@ def frozen_features(
     found = {int(index): reason for index, reason in unreadable.items()}
     feed.exclude(found)
     return FrozenFeatures(values, found, config.seed)
+
+
+def _identity(
+    encoder: Encoder, config: PretrainConfig, feed: Feed, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return all that the features depend on."""
+    digest = hash_images(feed.source, config.views)[0] if feed.world.rank == 0 else ""
+    return {
+        "version": __version__,
+        "backbone": backbone_digest(encoder),
+        "images": feed.world.gather_objects(digest)[0],
+        "views": to_dict(config.views),
+        "feature_views": config.adapt.feature_views,
+        "seed": config.seed,
+        "precision": str(dtype),
+        "device": encoder.mean.device.type,
+    }
 
 
 def check_size(encoder: Encoder, config: PretrainConfig, images: int) -> int:
