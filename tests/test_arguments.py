@@ -105,6 +105,7 @@ FUNCTIONS = {
     objectives.instance_softmax: {
         "valid": {"embedding": ROWS, "bank": BANK, "index": INDEX},
         **LOSS, "index": INDEX_INVALID, "temperature": ABOVE_0,
+        "precision": {"another": "float16", "none": None},
     },
     objectives.probability: {
         "valid": {"embedding": ROWS, "bank": BANK},

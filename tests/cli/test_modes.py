@@ -47,7 +47,7 @@ MODES = [
         " --rate-schedule cosine --instance-loss nce --warm-clusters --ir-epochs 0",
         LOOP + "pretrain",
         "--width --blocks --stem-stride --crop-area --crop-aspect --memory-gb --drops --drop-steps"
-        " --ir-batch-size --cache --cache-gb --compat",
+        " --ir-batch-size --instance-precision --cache --cache-gb --compat",
         "--config --dry-run --model --crop --memory --rate-schedule --instance-loss --ir-epochs"
         " --warm-clusters",
     ),

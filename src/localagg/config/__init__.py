@@ -3,6 +3,7 @@
 from .checks import (
     check_arguments,
     check_numbers,
+    check_one_of,
     check_options,
     check_temperature,
     is_integer,
@@ -41,6 +42,7 @@ __all__ = [
     "check_effects",
     "check_names",
     "check_numbers",
+    "check_one_of",
     "check_options",
     "check_temperature",
     "flag",

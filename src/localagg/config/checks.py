@@ -76,6 +76,12 @@ def check_temperature(temperature: object) -> None:
         raise _wrong_argument("temperature", temperature, "a number above 0")
 
 
+def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a UserError if an argument is none of these words."""
+    if value not in choices:
+        raise _wrong_argument(name, value, f"one of {', '.join(choices)}")
+
+
 def check(valid: bool, config: object, name: str, rule: str) -> None:
     """Raise a UserError that states the rule, unless ``valid``."""
     if not valid:

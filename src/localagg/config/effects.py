@@ -29,6 +29,11 @@ _UNUSED: tuple[tuple[tuple[str, ...], str, Callable[[Values], bool]], ...] = (
     (("memory_gb",), "without --memory auto", lambda value: value("memory") != "auto"),
     (("noise",), "without --instance-loss nce", lambda value: value("instance_loss") != "nce"),
     (
+        ("instance_precision",),
+        "with --instance-loss nce",
+        lambda value: value("instance_loss") == "nce",
+    ),
+    (
         ("warm_iterations", "warm_tolerance"),
         "without --warm-clusters",
         lambda value: not value("warm_clusters"),
@@ -39,7 +44,11 @@ _UNUSED: tuple[tuple[tuple[str, ...], str, Callable[[Values], bool]], ...] = (
         lambda value: value("rate_schedule") == "cosine",
     ),
     (("drops",), "with --drop-steps", lambda value: value("drop_steps") is not None),
-    (("ir_batch_size",), "without epochs of IR", lambda value: value("ir_epochs") == 0),
+    (
+        ("ir_batch_size", "instance_precision"),
+        "without epochs of IR",
+        lambda value: value("ir_epochs") == 0,
+    ),
     (
         (
             *("neighbors", "clusters", "instance_share", "kmeans", "kmeans_iterations"),

@@ -214,7 +214,9 @@ def with_gradient(embedding: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return _WithGradient.apply(embedding, value, gradient)
 
 
-def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:
+def log_partition(
+    embedding: Tensor, bank: SearchableBank, temperature: float, *, rounded: bool = False
+) -> Tensor:
     """Return log sum_j exp(v . M_j / t) [B]; its gradient is the softmax-weighted mean row over t.
 
     One pass: log-sum-exp and weighted mean are carried from tile to tile with a running maximum.
@@ -223,21 +225,35 @@ def log_partition(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor
         embedding: [B, D], at least float32.
         bank: [N, D]. Without rows the value is -inf and the gradient 0.
         temperature: t > 0.
+        rounded: multiply in bfloat16 where that is faster (:func:`has_rounded_softmax`); see
+            ``cpu_softmax`` for the bound of the error.
 
     Returns:
         [B], differentiable in the embedding.
     """
+    rows = bank.rows
     with torch.no_grad():
-        if not len(bank):
+        if not len(rows):
             log_Z_B = torch.full_like(embedding[:, 0], -torch.inf)
             mean_BD = torch.zeros_like(embedding)
-        elif gpu := cuda_backend_for(bank, most=256):
-            log_Z_B, mean_BD = gpu.log_partition(embedding, bank, temperature)
+        elif gpu := cuda_backend_for(rows, most=256):
+            log_Z_B, mean_BD = gpu.log_partition(embedding, rows, temperature)
+        elif rounded and embedding.dtype == torch.float32 and has_rounded_softmax(bank):
+            from . import cpu_softmax
+
+            log_Z_B, mean_BD = cpu_softmax.log_partition(embedding / temperature, bank)
         else:
             log_Z_B, mean_BD = torch_backend.log_partition(
-                embedding, bank, temperature, SETTINGS.softmax_tile_bytes
+                embedding, rows, temperature, SETTINGS.softmax_tile_bytes
             )
     return _WithGradient.apply(embedding, log_Z_B, mean_BD / temperature)
+
+
+def has_rounded_softmax(bank: SearchableBank) -> bool:
+    """Return whether a softmax over these rows is faster in bfloat16: on a CPU with its units."""
+    rows = bank.rows
+    low = bank.product_dtype == torch.bfloat16 and rows.dtype == torch.float32
+    return low and rows.is_contiguous() and cpu_backend_for(rows) is not None
 
 
 # --- Choice of the backend ------------------------------------------------------------------------

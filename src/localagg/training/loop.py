@@ -19,7 +19,7 @@ from .frozen.frozen_features import FrozenFeatures
 from .frozen.trained_part import write_final_embeddings
 from .learner import Learner
 from .recorder import START, WAITING, Callbacks, Recorder
-from .step import take_step
+from .step import take_step, unused_precision_note
 
 
 def train(
@@ -41,6 +41,8 @@ def train(
     if schedule.total_steps > schedule.la_start and (
         note := missing_backend_note(learner.bank.rows)
     ):
+        notify(note)
+    if note := unused_precision_note(learner):
         notify(note)
     if progress is START and config.eval_every:  # before the first checkpoint, which keeps them
         _measure_start(learner, features, floors, recorder)

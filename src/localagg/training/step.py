@@ -17,6 +17,7 @@ from ..data.images.augment import Augment
 from ..data.loading.cropping import TrainingBatch
 from ..distributed.differentiable import gather_rows
 from ..engine.counter_rng import NOISE, integers
+from ..engine.search import has_rounded_softmax
 from ..objectives import (
     background_neighbors,
     close_neighbors,
@@ -91,6 +92,18 @@ def take_step(
     return StepResult(index_B, {"loss": loss.detach(), **values}, finite)
 
 
+def unused_precision_note(learner: Learner) -> str | None:
+    """Return a sentence for the user if ``--instance-precision bfloat16`` changes nothing here."""
+    if learner.config.objective.instance_precision == "float32":
+        return None
+    if has_rounded_softmax(learner.bank.searchable):
+        return None
+    return (
+        "--instance-precision bfloat16 changes nothing here: it needs a CPU that multiplies"
+        " bfloat16, a float32 bank and at least 4,096 images of a process."
+    )
+
+
 def batch_loss(
     learner: Learner, v_BD: Tensor, index_B: Tensor, *, aggregating: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,7 +120,8 @@ def batch_loss(
         loss = loss_B.mean().to(v_BD.dtype)
         notes["without_close"] = (ratio_B == 0).float().mean()
     elif objective.instance_loss == "softmax":
-        loss = instance_softmax(v_BD, shard, index_B, temperature=temperature)
+        precision = objective.instance_precision
+        loss = instance_softmax(v_BD, shard, index_B, temperature=temperature, precision=precision)
     else:
         images = torch.arange(len(index_B))
         keys = (learner.config.seed, NOISE, learner.step, images)
