@@ -81,8 +81,8 @@ def main() -> None:
             *("random: loss off by", "gradient off by", "trained: loss off by", "gradient off by"),
         ],
         [measure(size) for size in options.sizes],
-        "Loss and gradient, medians of 7, interleaved, on all cores. A pass needs two products, so with this"
-        " CPU it can gain no more than a product does."
+        "Loss and gradient, medians of 7, interleaved, on all cores. A pass needs two products, so"
+        " with this CPU it can gain no more than a product does."
         " Errors: of the loss, absolute; of the gradient, as a share of its norm; from float64."
         " Bound of the loss's error: 0.09.",
     )

@@ -43,8 +43,15 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [1_000, 30_000])
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "room"),
+    [
+        pytest.param(command, room, id=f"{name}-{room}")
+        for name, command in COMMANDS.items()
+        for room in (1_000, 30_000)
+        if room > 1_000 or name not in ("duplicates", "transfer --quick")  # they take the longest
+    ],
+)
 def test_a_full_disk_is_one_sentence_and_leaves_no_partial_result(
     command, room, made, tmp_path, capsys
 ):

@@ -1,4 +1,4 @@
-"""--instance-precision in a run: it acts, stays near the exact loss, or is said to change nothing."""
+"""--instance-precision in a run: it acts and stays near the exact loss, or the run says so."""
 
 import pytest
 import torch
