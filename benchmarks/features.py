@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import timm
@@ -156,14 +156,7 @@ def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
              for name, call in {**whole, **calls}.items()}  # fmt: skip
     seconds = report.interleaved(timed, options.runs)
     cpu = {name: statistics.median(found[1:]) for name, found in spent.items()}
-    rows = []
-    for group in (whole, calls):
-        first = next(iter(group))
-        for name in group:
-            took = seconds[name]
-            speed = [f"{count / took:,.0f}", f"{seconds[first] / took:.2f}"]
-            rows.append([name, *speed, f"{1000 * cpu[name] / count:.2f}",
-                         f"{cpu[first] / cpu[name]:.2f}"])  # fmt: skip
+    rows = [*lines(whole, seconds, cpu, count), *lines(calls, seconds, cpu, count)]
     plain, ours = whole["plain loop of timm, float32"](), adapt(torch.bfloat16).squeeze(1).float()
     alike = torch.nn.functional.cosine_similarity(plain, ours).mean()
     report.write(
@@ -177,6 +170,21 @@ def measure(folder: Path, weights: Path, options: argparse.Namespace) -> None:
         f" Mean cosine between the features of the first and the fifth line: {alike:.3f} (they"
         " differ in the resampling of photos, too).",
     )
+
+
+def lines(
+    names: Iterable[str], seconds: dict[str, float], cpu: dict[str, float], count: int
+) -> list[list[str]]:
+    """Return the table's lines of a group, whose first is the plain way."""
+    first, *_ = names
+    return [
+        [
+            name,
+            *(f"{count / seconds[name]:,.0f}", f"{seconds[first] / seconds[name]:.2f}"),
+            *(f"{1000 * cpu[name] / count:.2f}", f"{cpu[first] / cpu[name]:.2f}"),
+        ]
+        for name in names
+    ]
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def main() -> None:
         f"{options.tested:,} test images, {options.seeds} seeds, medians of seconds, means of"
         f" accuracies with 95 % intervals. Views of {options.side} pixels for pretrained"
         f" networks; {options.minutes:g} minutes of"
-        " training from scratch. 50,000 and 250,000 images, and a GPU: not measured.",
+        " training from scratch. 250,000 images, and a GPU: not measured.",
     )
 
 

@@ -75,10 +75,8 @@ def find_duplicates(
         views = _views_agreement(source, index[sample], opened.levels, thumbnails[sample])
         others, above = choose_threshold(agreement_P[others_P], views, int(readable.sum()))
     same = agreement_P >= above
-    groups = [
-        _describe_group(opened, source, members, thumbnails)
-        for members in _connected(len(index), pairs_P2[same])
-    ]
+    found = _connected(len(index), pairs_P2[same])
+    groups = [_describe_group(opened, source, members, thumbnails) for members in found]
     groups.sort(key=lambda group: (-len(group), -min(each["agreement"] for each in group)))
     if out is not None:
         _write_groups(out, groups, labeled="label" in opened.images.column_names)

@@ -73,8 +73,7 @@ def embed(
     _check_types(encoder, views, part, on_progress=on_progress, autocast=autocast)
     if views.image_size is None or views.eval_crop is None:
         views = resolve_views(views, source)
-    found_index, found_rows, done = [], [], 0
-    device = next(encoder.parameters()).device
+    found_index, found_rows, done, device = [], [], 0, encoder.mean.device
     if pixels is None:
         batches = evaluation_batches(source, views, batch=int(batch), workers=workers, part=part)
     else:

@@ -100,17 +100,25 @@ def measure_run(
             name: found if name == "clusters" else selection.prefixed(found)
             for name, found in scores.items()
         },
-        "asked": len(embedded.queries),
-        "known": len(embedded.bank),
-        "held_out": selection.held_out is not None,
-        "capped": {str(count): available for count in k if count > available},
+        **_counts(selection, embedded, k, available),
         "against": BANK if against == "bank" else TRAINING_IMAGES,
-        "left_out": selection.left_out,
         "notes": notes,
         "data": data,
         "run": str(run),
         "weights_digest": digest,
         **describe_arithmetic(fabric),
+    }
+
+
+def _counts(
+    selection: QuerySelection, embedded: EmbeddedQueries, k: Sequence[int], available: int
+) -> dict[str, Any]:
+    return {
+        "asked": len(embedded.queries),
+        "known": len(embedded.bank),
+        "held_out": selection.held_out is not None,
+        "capped": {str(count): available for count in k if count > available},
+        "left_out": selection.left_out,
     }
 
 

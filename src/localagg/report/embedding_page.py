@@ -71,9 +71,7 @@ def write_embedding_page(
     k = clusters or (choose_clusters(shown.rows).k if count else 0)
     labels, fit = cluster_rows(shown.rows, k) if count else (torch.empty(0).long(), None)
     xy = map_rows(shown.rows) if kept is None else kept_map(kept, shown.rows)
-    near, similarity = nearest_others(shown.rows, _ODD_NEIGHBORS)
-    oddness = outlier_scores(near, similarity)[0]
-    near, similarity = near[:, :NEIGHBORS], similarity[:, :NEIGHBORS]
+    near, similarity, oddness = _neighbors(shown.rows)
     # Pictures of one cluster share a sheet: a row of pictures then needs one or two of them.
     order = labels.argsort(stable=True)
     place = order.argsort()
@@ -105,6 +103,13 @@ def write_embedding_page(
         "pictures": 0 if thumbnails is None else int((thumbnails.sizes[:, 0] > 0).sum()),
         "bytes": path.stat().st_size,
     }
+
+
+def _neighbors(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the shown neighbors of each image, their similarities, and how odd it is."""
+    near, similarity = nearest_others(rows, _ODD_NEIGHBORS)
+    oddness = outlier_scores(near, similarity)[0]
+    return near[:, :NEIGHBORS], similarity[:, :NEIGHBORS], oddness
 
 
 def _describe_columns(

@@ -16,20 +16,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoint import check_new, weights_digest, write_json
+from ...checkpoint import weights_digest, write_json
 from ...config import TransferConfig, require_resolved
 from ...data.sources.combined import SourceSubset
 from ...engine.device import describe_arithmetic
 from ...errors import UserError
 from ...io.console import notify
-from ...io.files import check_writable
 from ...models import Encoder
 from ..results.protocols import linear_protocol, logistic_protocol
 from .linear import read_out
 from .logistic_regression import shuffle_within_classes
 from .quick_readout import OPTIONS as QUICK_OPTIONS
 from .quick_readout import FrozenFeatures, cache_features
-from .readout_inputs import open_labeled, take_encoder
+from .readout_inputs import new_folder, open_labeled, take_encoder
 
 OPTIONS = (QUICK_OPTIONS | {"finetune"}) - {"ten_crop"}
 """Names of the options of :class:`TransferConfig` and its views that have an effect here."""
@@ -111,9 +110,7 @@ def low_shot_accuracy(
     """
     started = time.monotonic()
     _check(few, per_class, seeds, finetune_epochs)
-    if run := None if out is None else Path(out):
-        check_new(run)
-        check_writable(run)
+    run = new_folder(out)
     encoder, path = take_encoder(weights)
     digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
     frozen = cache_features(
@@ -121,7 +118,7 @@ def low_shot_accuracy(
     )
     tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
     numbers = range(config.seed, config.seed + seeds)
-    parts = [{"few": share} for share in few] + [{"per_class": number} for number in per_class]
+    parts = [*({"few": share} for share in few), *({"per_class": each} for each in per_class)]
     drawn = [_draw_all(draw, frozen, part, numbers) for part in parts]  # before hours of training
     measured = [_measure(frozen, subset, encoder, path, tuning) for subset in drawn]
     results = {

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint import check_new, weights_digest, write_json
+from ...checkpoint import weights_digest, write_json
 from ...config import TransferConfig, require_resolved
 from ...data.loading.scan import require_readable
 from ...data.sources.open import Source
 from ...engine.device import describe_arithmetic, make_fabric
 from ...errors import UserError
 from ...io.console import notify, show_progress
-from ...io.files import atomic_write, check_writable
+from ...io.files import atomic_write
 from ...io.tensor_files import save_tensors
 from ...models import Encoder
 from ..results.protocols import logistic_protocol
@@ -32,6 +32,7 @@ from .readout_inputs import (
     LabeledSplits,
     check_classes,
     evaluation_views,
+    new_folder,
     open_labeled,
     resolve_transfer,
     take_encoder,
@@ -142,10 +143,7 @@ def quick_readout(
         UserError: as :func:`.linear.transfer` and :func:`cache_features`.
     """
     started = time.monotonic()
-    run = None if out is None else Path(out)
-    if run is not None:
-        check_new(run)
-        check_writable(run)
+    run = new_folder(out)
     encoder, path = take_encoder(weights)
     digest = weights_digest(encoder)
     frozen = cache_features(config, encoder, path, open_labeled(os.fspath(data)))

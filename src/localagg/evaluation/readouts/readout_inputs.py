@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint import load_encoder, load_views
+from ...checkpoint import check_new, load_encoder, load_views
 from ...config import PretrainConfig, TransferConfig, ViewConfig, require_resolved, to_dict
 from ...data.images.augment import evaluation_view, ten_crop_views
 from ...data.images.samples import with_measured_range
@@ -21,6 +21,7 @@ from ...data.sources.labels import held_out_to_training_labels
 from ...data.sources.open import Source, open_evaluation, open_images
 from ...errors import UserError
 from ...io.console import notify
+from ...io.files import check_writable
 from ...models import Encoder
 from ...recipes.derived_settings import resolve_defaults
 from ...recipes.schedule import Schedule
@@ -109,6 +110,15 @@ def general_options(config: TransferConfig) -> PretrainConfig:
     """Return a configuration of pretraining with the options that read-outs share with it."""
     shared = {field.name for field in fields(PretrainConfig)} & {f.name for f in fields(config)}
     return PretrainConfig(**{name: getattr(config, name) for name in shared}, ir_epochs=0)
+
+
+def new_folder(out: str | Path | None) -> Path | None:
+    """Return the folder to make, or None; raise a UserError if it exists or cannot be written."""
+    if out is None:
+        return None
+    check_new(Path(out))
+    check_writable(Path(out))
+    return Path(out)
 
 
 def take_encoder(weights: str | Path | Encoder) -> tuple[Encoder, Path | None]:
