@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import report
 from localagg.engine import SETTINGS
-from localagg.engine.search import store_by_row
+from localagg.engine.search import nearest, similarities, store_by_row
 from localagg.engine.searchable_bank import SearchableBank, product_dtype
 from localagg.engine.thread_pool import in_threads
 from localagg.io.machine import keep_freed_memory
@@ -49,6 +49,7 @@ class Problem:
         near = self.bank[self.index].float() + torch.randn(B, D, generator=generator) * D**-0.5
         self.v = F.normalize(near, dim=1).requires_grad_()
         self.searchable = SearchableBank(self.bank)
+        self.neighbors: torch.Tensor | None = None
 
 
 # --- LA by the ways that others take ---
@@ -136,11 +137,29 @@ def read(rows: torch.Tensor) -> None:
     in_threads(lambda part: rows[part.start : part.stop].view(torch.int32).amax(), len(rows))
 
 
+def neighbors_of(p: Problem) -> torch.Tensor:
+    """The K nearest rows of each query, found once."""
+    if p.neighbors is None:
+        p.neighbors = nearest(p.v.detach(), p.searchable, K)[0]
+    return p.neighbors
+
+
+def score_neighbors(p: Problem) -> None:
+    similarities(p.v.detach(), p.bank, neighbors_of(p))
+
+
+def weigh_neighbors(p: Problem) -> None:
+    rows = neighbors_of(p)
+    F.embedding_bag(rows, p.bank, per_sample_weights=torch.ones(rows.shape), mode="sum")
+
+
 FLOORS = {
     "float32 product alone": lambda p: product(p, torch.float32),
     "bfloat16 product alone": lambda p: product(p, torch.bfloat16),
     "reading the float32 bank": lambda p: read(p.bank),
     "reading the copy of the first pass": lambda p: read(p.searchable.rounded),
+    "float32 products with the K neighbors": score_neighbors,
+    "weighted sum of the K neighbors": weigh_neighbors,
 }
 EMULATED = "" if FAST is torch.bfloat16 else "bfloat16 product alone"  # too slow for large N
 
