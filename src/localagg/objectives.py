@@ -27,8 +27,6 @@ the engine's collectives this takes, in bytes (e = 4 in float32, 8 in float64)::
     instance_nce       1 all-reduce   2 e           the two terms
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +73,7 @@ def instance_softmax(
     index: Tensor,
     *,
     temperature: float = 0.07,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: str = "float32",
 ) -> Tensor:
     """Return IR with its exact partition: -mean_B log P(i | v_i); IR eq. 3. No sampling.
 
@@ -87,10 +85,10 @@ def instance_softmax(
         bank: [N, D].
         index: int64 [B], the bank row of each sample.
         temperature: t > 0.
-        precision: of the products. bfloat16 rounds those of improbable rows, where the CPU
-            multiplies bfloat16 and a float32 bank has at least 4,096 rows (elsewhere all is exact).
-            At t = 0.07 the loss is then off by at most 0.09, in practice by 1e-3; see
-            :mod:`~localagg.engine.cpu_softmax`.
+        precision: of the products, float32 or bfloat16. bfloat16 rounds those of improbable rows
+            where the CPU multiplies bfloat16 and a float32 bank has at least 4,096 rows; elsewhere
+            all is exact. At t = 0.07 the loss is then off by at most 0.09, in practice by 1e-3; see
+            ``engine.cpu_list_kernels``.
 
     Returns:
         Scalar mean loss, differentiable in ``embedding``.

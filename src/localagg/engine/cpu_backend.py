@@ -24,10 +24,12 @@ from torch import Tensor
 from . import SETTINGS
 from . import cpu_list_kernels as list_kernels
 from . import cpu_search_kernels as kernels
+from .cpu_kernel_primitives import bits, signed_bits
 from .searchable_bank import RowBounds, SearchableBank, not_finite_error
 from .thread_pool import in_threads, take_from
 
 _FEW = 2  # queries, for which a loop is faster than a matrix product
+_SOFTMAX_SAMPLE = 2048  # rows that a partition is estimated from
 
 # --- Nearest rows ---------------------------------------------------------------------------------
 
@@ -344,17 +346,44 @@ def weigh_split_rows(
     return sum_BD
 
 
-# --- Bits and compilation -------------------------------------------------------------------------
+def log_partition(query: Tensor, bank: SearchableBank) -> tuple[Tensor, Tensor]:
+    """Return log sum_j exp(q . M_j) [B] and the softmax-weighted mean row [B, D]; all float32.
+
+    Products are in bfloat16, large terms in float32; ``cpu_list_kernels`` bounds the error.
+    """
+    rows, rounded = bank.refresh().rows, bank.rounded
+    query, low_BD = query.contiguous(), query.bfloat16()
+    count = min(len(rows), _SOFTMAX_SAMPLE)
+    sample_BS = query @ bank.sample_rows(count).to(query.dtype).T
+    estimate_B = torch.logsumexp(sample_BS, dim=1) + math.log(len(rows) / count)
+    tile = max(1, SETTINGS.tile_products // len(query))
+
+    # A thread has fixed rows, not whichever are left: sums are then the same in every call.
+    def sum_part(part: range) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        sum_B, large_BD = np.zeros(len(query)), np.zeros(query.shape)
+        small_BD, buffer = torch.zeros_like(query), low_BD.new_empty(len(query) * tile)
+        for start in range(part.start, part.stop, tile):
+            rows_TD = rows[start : min(part.stop, start + tile)]
+            here = slice(start, start + len(rows_TD))
+            low_TD = rows_TD.bfloat16() if rounded is None else rounded[here]
+            weight_BT = buffer[: len(query) * len(low_TD)].view(len(query), -1)
+            torch.mm(low_BD, low_TD.T, out=weight_BT)
+            list_kernels.exponentials(
+                *(bits(weight_BT), estimate_B.numpy(), query.numpy(), rows_TD.numpy()),
+                *(sum_B, large_BD),
+            )
+            small_BD += torch.mm(weight_BT, low_TD)
+        return sum_B, large_BD, small_BD
+
+    parts = in_threads(sum_part, len(rows))
+    sum_PB, large_PBD, small_PBD = zip(*parts, strict=True)
+    sum_B = torch.from_numpy(np.sum(sum_PB, axis=0))
+    mean_BD = torch.from_numpy(np.sum(large_PBD, axis=0)) + torch.stack(small_PBD).double().sum(0)
+    log_Z_B = estimate_B.double() + sum_B.log()
+    return log_Z_B.float(), (mean_BD / sum_B.unsqueeze(1)).float()
 
 
-def bits(rows: Tensor) -> np.ndarray:
-    """View float32 rows as numpy floats, and bfloat16 ones, which numpy lacks, as uint16 bits."""
-    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
-
-
-def signed_bits(products: Tensor) -> np.ndarray:
-    """View the bits of products as integers: bfloat16 as int16, float32 as int32."""
-    return products.view(torch.int16 if products.dtype == torch.bfloat16 else torch.int32).numpy()
+# --- Compilation ----------------------------------------------------------------------------------
 
 
 def compile_all() -> None:

@@ -8,14 +8,29 @@ Numba caches compiled code by each file's own date: remove ``__pycache__`` after
 """
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 SUMS = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity are preserved
 _PREFETCH_DISTANCE = 24  # listed rows between the one in use and the one that is prefetched
 _INVERTED = np.int32(0x7FFFFFFF)
+
+
+# --- Tensors as arrays ---
+
+
+def bits(rows: Tensor) -> np.ndarray:
+    """View float32 rows as numpy floats, and bfloat16 ones, which numpy lacks, as uint16 bits."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def signed_bits(products: Tensor) -> np.ndarray:
+    """View the bits of products as integers: bfloat16 as int16, float32 as int32."""
+    return products.view(torch.int16 if products.dtype == torch.bfloat16 else torch.int32).numpy()
 
 
 # --- Numbers and keys ---

@@ -226,7 +226,7 @@ def log_partition(
         bank: [N, D]. Without rows the value is -inf and the gradient 0.
         temperature: t > 0.
         rounded: multiply in bfloat16 where that is faster (:func:`has_rounded_softmax`); see
-            ``cpu_softmax`` for the bound of the error.
+            ``cpu_list_kernels`` for the bound of the error.
 
     Returns:
         [B], differentiable in the embedding.
@@ -238,10 +238,13 @@ def log_partition(
             mean_BD = torch.zeros_like(embedding)
         elif gpu := cuda_backend_for(rows, most=256):
             log_Z_B, mean_BD = gpu.log_partition(embedding, rows, temperature)
-        elif rounded and embedding.dtype == torch.float32 and has_rounded_softmax(bank):
-            from . import cpu_softmax
-
-            log_Z_B, mean_BD = cpu_softmax.log_partition(embedding / temperature, bank)
+        elif (
+            rounded
+            and has_rounded_softmax(bank)
+            and (compiled := cpu_backend_for(rows, embedding))
+            and embedding.dtype == torch.float32
+        ):
+            log_Z_B, mean_BD = compiled.log_partition(embedding / temperature, bank)
         else:
             log_Z_B, mean_BD = torch_backend.log_partition(
                 embedding, rows, temperature, SETTINGS.softmax_tile_bytes
