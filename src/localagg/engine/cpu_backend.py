@@ -379,8 +379,7 @@ def log_partition(query: Tensor, bank: SearchableBank) -> tuple[Tensor, Tensor]:
     sum_PB, large_PBD, small_PBD = zip(*parts, strict=True)
     sum_B = torch.from_numpy(np.sum(sum_PB, axis=0))
     mean_BD = torch.from_numpy(np.sum(large_PBD, axis=0)) + torch.stack(small_PBD).double().sum(0)
-    log_Z_B = estimate_B.double() + sum_B.log()
-    return log_Z_B.float(), (mean_BD / sum_B.unsqueeze(1)).float()
+    return (estimate_B + sum_B.log()).float(), (mean_BD / sum_B.unsqueeze(1)).float()
 
 
 # --- Compilation ----------------------------------------------------------------------------------
