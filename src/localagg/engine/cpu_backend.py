@@ -353,9 +353,8 @@ def log_partition(query: Tensor, bank: SearchableBank) -> tuple[Tensor, Tensor]:
     """
     rows, rounded = bank.refresh().rows, bank.rounded
     query, low_BD = query.contiguous(), query.bfloat16()
-    count = min(len(rows), _SOFTMAX_SAMPLE)
-    sample_BS = query @ bank.sample_rows(count).to(query.dtype).T
-    estimate_B = torch.logsumexp(sample_BS, dim=1) + math.log(len(rows) / count)
+    sample = bank.sample_rows(min(len(rows), _SOFTMAX_SAMPLE)).float()
+    estimate_B = torch.logsumexp(query @ sample.T, dim=1) + math.log(len(rows) / len(sample))
     tile = max(1, SETTINGS.tile_products // len(query))
 
     # A thread has fixed rows, not whichever are left: sums are then the same in every call.
@@ -363,9 +362,9 @@ def log_partition(query: Tensor, bank: SearchableBank) -> tuple[Tensor, Tensor]:
         sum_B, large_BD = np.zeros(len(query)), np.zeros(query.shape)
         small_BD, buffer = torch.zeros_like(query), low_BD.new_empty(len(query) * tile)
         for start in range(part.start, part.stop, tile):
-            rows_TD = rows[start : min(part.stop, start + tile)]
-            here = slice(start, start + len(rows_TD))
-            low_TD = rows_TD.bfloat16() if rounded is None else rounded[here]
+            end = min(part.stop, start + tile)
+            rows_TD = rows[start:end]
+            low_TD = rows_TD.bfloat16() if rounded is None else rounded[start:end]
             weight_BT = buffer[: len(query) * len(low_TD)].view(len(query), -1)
             torch.mm(low_BD, low_TD.T, out=weight_BT)
             list_kernels.exponentials(

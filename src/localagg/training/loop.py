@@ -38,12 +38,7 @@ def train(
     schedule = Schedule(config, len(feed.valid))
     recorder = Recorder(config, run, feed, learner, schedule, progress, callbacks)
     step = partial(take_step, learner, augment, timer=recorder.timer)
-    if schedule.total_steps > schedule.la_start and (
-        note := missing_backend_note(learner.bank.rows)
-    ):
-        notify(note)
-    if note := unused_precision_note(learner):
-        notify(note)
+    _notify_slow_parts(learner, schedule)
     if progress is START and config.eval_every:  # before the first checkpoint, which keeps them
         _measure_start(learner, features, floors, recorder)
 
@@ -87,6 +82,14 @@ def train(
         # --- The end: floors, summary, table ---
         head_only = features if schedule.network_start >= schedule.total_steps else None
         return _finish(run, feed, head_only, learner, floors, recorder)
+
+
+def _notify_slow_parts(learner: Learner, schedule: Schedule) -> None:
+    aggregates = schedule.total_steps > schedule.la_start
+    if aggregates and (note := missing_backend_note(learner.bank.rows)):
+        notify(note)
+    if note := unused_precision_note(learner):
+        notify(note)
 
 
 def _measure_start(
