@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import report
-from localagg.engine.search import has_rounded_softmax
+from localagg.engine.search import rounded_softmax_backend
 from localagg.objectives import instance_softmax
 
 PRECISIONS = ("float32", "bfloat16")
@@ -44,7 +44,7 @@ def measure(size: int) -> list[str]:
     """Return the line of one size."""
     problem = neighbors.Problem(size)
     problem.searchable.refresh()
-    if not has_rounded_softmax(problem.searchable):
+    if not rounded_softmax_backend(problem.searchable):
         raise SystemExit("This CPU does not multiply bfloat16, so the option changes nothing here.")
     ways = {
         name: functools.partial(

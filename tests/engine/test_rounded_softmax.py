@@ -106,7 +106,7 @@ def test_other_banks_stay_exact(dtype):
     exact, found = (measured(v, bank, index, 0.07, each) for each in ("float32", "bfloat16"))
     assert torch.equal(exact[0], found[0])
     assert torch.equal(exact[1], found[1])
-    assert not search.has_rounded_softmax(SearchableBank(bank))
+    assert not search.rounded_softmax_backend(SearchableBank(bank))
 
 
 def test_the_default_is_exact():

@@ -82,9 +82,9 @@ def embed(
         batches = ((index, evaluation_view(pixels[index].to(device), views)) for index in chunks)
     training = encoder.training
     encoder.train(batch_statistics)
+    run = _run_as_in_training if batch_statistics else run_in_parts
     try:
         for index, images in batches:
-            run = _run_as_in_training if batch_statistics else run_in_parts
             with autocast():
                 found_rows.append(run(encoder, images.to(device)))
             found_index.append(index)

@@ -225,7 +225,7 @@ def log_partition(
         embedding: [B, D], at least float32.
         bank: [N, D]. Without rows the value is -inf and the gradient 0.
         temperature: t > 0.
-        rounded: multiply in bfloat16 where that is faster (:func:`has_rounded_softmax`); see
+        rounded: multiply in bfloat16 where that is faster (:func:`rounded_softmax_backend`); see
             ``cpu_list_kernels`` for the bound of the error.
 
     Returns:
@@ -240,9 +240,8 @@ def log_partition(
             log_Z_B, mean_BD = gpu.log_partition(embedding, rows, temperature)
         elif (
             rounded
-            and has_rounded_softmax(bank)
-            and (compiled := cpu_backend_for(rows, embedding))
             and embedding.dtype == torch.float32
+            and (compiled := rounded_softmax_backend(bank))
         ):
             log_Z_B, mean_BD = compiled.log_partition(embedding / temperature, bank)
         else:
@@ -252,11 +251,11 @@ def log_partition(
     return _WithGradient.apply(embedding, log_Z_B, mean_BD / temperature)
 
 
-def has_rounded_softmax(bank: SearchableBank) -> bool:
-    """Return whether a softmax over these rows is faster in bfloat16: on a CPU with its units."""
+def rounded_softmax_backend(bank: SearchableBank) -> ModuleType | None:
+    """Return the CPU backend if a softmax over these rows is faster in bfloat16, or None."""
     rows = bank.rows
     low = bank.product_dtype == torch.bfloat16 and rows.dtype == torch.float32
-    return low and rows.is_contiguous() and cpu_backend_for(rows) is not None
+    return cpu_backend_for(rows) if low and rows.is_contiguous() else None
 
 
 # --- Choice of the backend ------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def measure_run(
     options = EmbeddingOptions(fabric, workers, batch)
     selection, embedded = _select_and_embed(run, encoder, data, facts, against, options)
     available = len(embedded.bank) - (selection.held_out is None)
-    notes = _notify_all([*selection.notes, *_count_notes(selection, k, available)])
+    notes = [*selection.notes, *_count_notes(selection, k, available)]
+    for note in notes:
+        notify(note)
     requested = ["accuracy"] + ["retrieval"] * retrieval + ["clusters"] * clusters
     scores = {name: MEASUREMENTS[name](embedded, k) for name in requested}
     return {
@@ -120,12 +122,6 @@ def _counts(
         "capped": {str(count): available for count in k if count > available},
         "left_out": selection.left_out,
     }
-
-
-def _notify_all(notes: list[str]) -> list[str]:
-    for note in notes:
-        notify(note)
-    return notes
 
 
 def _place_of_images(run: Path, data: str | None, facts: dict[str, Any]) -> str:

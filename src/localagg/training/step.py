@@ -17,7 +17,7 @@ from ..data.images.augment import Augment
 from ..data.loading.cropping import TrainingBatch
 from ..distributed.differentiable import gather_rows
 from ..engine.counter_rng import NOISE, integers
-from ..engine.search import has_rounded_softmax
+from ..engine.search import rounded_softmax_backend
 from ..objectives import (
     background_neighbors,
     close_neighbors,
@@ -96,7 +96,7 @@ def unused_precision_note(learner: Learner) -> str | None:
     """Return a sentence for the user if ``--instance-precision bfloat16`` changes nothing here."""
     if learner.config.objective.instance_precision == "float32":
         return None
-    if has_rounded_softmax(learner.bank.searchable):
+    if rounded_softmax_backend(learner.bank.searchable):
         return None
     return (
         "--instance-precision bfloat16 changes nothing here: it needs a CPU that multiplies"
