@@ -21,6 +21,7 @@ JOB = (
     " --clusters 10 20 --kmeans-iterations 3 --batch-size 100 --log-every 1 --eval-every 4"
     " --device cpu --precision 32-true --checkpoint-seconds 0"
 )
+LOCALAGG = ("-m", "localagg")
 PATIENCE = 300  # seconds
 
 
@@ -40,9 +41,9 @@ def pretrain(run: Path, *options: str, ranks: int = 2) -> subprocess.Popen:
     return begin(["localagg", "pretrain", *words, "--processes", str(ranks), *options])
 
 
-def torchrun(run: Path, *options: str) -> subprocess.Popen:
-    words = ["localagg", "pretrain", *JOB.split(), "--out", str(run)]
-    return begin(["torch.distributed.run", *options, "-m", *words])
+def torchrun(run: Path, *options: str, program: tuple[str, ...] = LOCALAGG) -> subprocess.Popen:
+    words = [*program, "pretrain", *JOB.split(), "--out", str(run)]
+    return begin(["torch.distributed.run", *options, *words])
 
 
 def free_port() -> int:
@@ -148,10 +149,25 @@ def test_the_launcher_forwards_a_signal_and_exits_with_its_status(tmp_path, numb
     assert f"--resume {run}" in errors[0]
 
 
+# As torchrun does if it sees the dead rank while the other unwinds.
+TERMINATED = """
+import os, signal, sys
+from localagg.cli.main import main
+from localagg.distributed.process_group import _RankProcess
+final_error = _RankProcess.final_error
+def terminated(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return final_error(*arguments)
+_RankProcess.final_error = terminated
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_rank_of_torchrun_is_named_by_another(tmp_path):
-    run = tmp_path / "run"
-    process = torchrun(run, "--standalone", "--nproc-per-node", "2")
+    run, script = tmp_path / "run", tmp_path / "terminated.py"
+    script.write_text(TERMINATED)
+    process = torchrun(run, "--standalone", "--nproc-per-node", "2", program=(str(script),))
     wait_for_step(process, run, 3)
     victim = ranks_of(process)[-1]
     os.kill(victim, signal.SIGKILL)

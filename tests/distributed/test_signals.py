@@ -3,7 +3,9 @@ import signal
 import threading
 
 import pytest
+import torch.distributed as dist
 
+from localagg.distributed.collectives import CollectiveError
 from localagg.distributed.signals import handle_stop_signals
 from localagg.errors import Interrupted
 
@@ -22,6 +24,17 @@ def test_the_first_signal_requests_a_stop_and_the_second_acts_as_before(number, 
         assert isinstance(error, Interrupted)
         assert (error.status, str(error)) == (status, "so far")
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("error", [CollectiveError, dist.DistNetworkError])
+def test_after_a_failed_collective_sigterm_is_ignored(error):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(error), handle_stop_signals():
+            raise error("connection closed by peer")
+        os.kill(os.getpid(), signal.SIGTERM)  # it would end this process
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_with_a_handler_keeps_it():

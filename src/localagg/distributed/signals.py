@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch.distributed as dist
+
 from ..errors import Interrupted
 from ..io.console import notify
+from .collectives import CollectiveError
 
 _STATUSES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75}
 # Windows has neither of the last two.
@@ -43,7 +46,9 @@ def handle_stop_signals() -> Iterator[StopRequest]:
     """Turn the first of these signals into a stop request; a second one acts as before.
 
     A signal that already has a handler keeps it (submitit handles SIGTERM and SIGUSR2, for
-    example). Outside of the main thread no signal is handled.
+    example). Outside of the main thread no signal is handled. After a failed collective SIGTERM is
+    ignored: torchrun sends it to the ranks that are left, and the first of them has to name the
+    rank that has died.
     """
     stop = StopRequest()
     defaults = (signal.SIG_DFL, signal.default_int_handler)
@@ -67,6 +72,9 @@ def handle_stop_signals() -> Iterator[StopRequest]:
         return
     try:
         yield stop
+    except (CollectiveError, dist.DistError):
+        previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

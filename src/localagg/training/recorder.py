@@ -102,8 +102,8 @@ class Recorder:
         self._epoch_start = (self.learner.step, time.monotonic())  # floors are behind
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def after_step(self, epoch: int, aggregating: bool, result: StepResult, *, ends: bool) -> None:
         """Write metrics every few steps, and a checkpoint when one is due.
