@@ -91,13 +91,17 @@ def steps(
         times.append(time.perf_counter() - start)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--channels", type=int, default=384, help="384: ViT-S; 512: ResNet-18")
     parser.add_argument("--views", type=int, default=1, help="random views beside the measured one")
     parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     size, shape = options.images, (options.images, 1 + options.views, options.channels)
     config: PretrainConfig = override(recipe("adapt").config, device="cpu", image_size=SIDE)
     config = resolve_defaults(override(config, feature_views=options.views), size, SIDE)

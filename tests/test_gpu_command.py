@@ -30,7 +30,7 @@ def test_parts_run_in_order_and_a_slow_or_failing_one_leaves_the_rest(folders):
     slow = "import time; print('begun', flush=True); time.sleep(60)"
     outcomes = gpu.run_parts(
         [
-            part("slow", slow, limit=1.0),
+            part("slow", slow, limit=3.0),
             part("failing", "print('one | two'); raise SystemExit(3)"),
             part("good", "import localagg; print(localagg.__file__)"),
         ],
@@ -39,7 +39,7 @@ def test_parts_run_in_order_and_a_slow_or_failing_one_leaves_the_rest(folders):
     )
     assert seen == [1, 2, 3]
     assert [each.ended for each in outcomes] == [
-        "ended after 1 s",
+        "ended after 3 s",
         "failed with status 3",
         "passed",
     ]

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -179,3 +180,21 @@ def test_messages_into_a_closed_pipe_end_a_command_too(pictures):
     os.close(write)
     assert done.returncode == 141
     assert "Traceback" not in done.stdout
+
+
+IMPATIENT = """
+import atexit, os, signal, sys
+from localagg.cli import main
+module = sys.modules["localagg.cli.main"]
+def press(*_):
+    signal.raise_signal(signal.SIGINT)
+module._run_command = press
+atexit.register(press)
+sys.exit(main())
+"""
+
+
+def test_one_more_ctrl_c_while_the_program_ends_prints_no_traceback():
+    done = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True)
+    assert done.stderr == "localagg: stopped.\n"
+    assert done.returncode == -signal.SIGINT

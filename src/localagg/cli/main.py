@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except ReportedElsewhere as ended:
         return ended.status
     except KeyboardInterrupt:
+        if argv is None:  # a program that is about to end; the next Ctrl-C needs no traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _report("stopped.", 130)
     except BrokenPipeError:  # the reader left, as in ``localagg results RUN | head``
         _discard(sys.stdout, sys.stderr)

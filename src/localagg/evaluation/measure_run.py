@@ -65,18 +65,15 @@ def measure_run(
         data: data URI. Default: that of the run.
         against: "bank": the run's memory bank; "embeddings": new ones of the training split.
         k: numbers of neighbors.
-        workers: processes that decode.
+        workers, batch: processes that decode; images embedded at a time.
         retrieval, clusters: also measure these; see :data:`MEASUREMENTS`.
-        batch: images embedded at a time.
-        device: auto, cpu, cuda or mps.
-        precision: arithmetic of the network; see :func:`.make_fabric`.
+        device, precision: where and how the network computes; see :func:`.make_fabric`.
 
     Returns:
         {"accuracy": {name: 0-1}, "asked": queries, "known": reference images, "held_out": whether
         queries are held-out images, "capped": {k: number that votes}, "against", "data", "run",
         "weights_digest", "device", "precision", "left_out": {"known", "asking": {reason: images}},
-        "notes": sentences},
-        and "retrieval", "clusters" where requested.
+        "notes": sentences}, and "retrieval", "clusters" where requested.
 
     Raises:
         UserError: no usable labels, no bank of these images, or no such run.
@@ -85,7 +82,6 @@ def measure_run(
     check_options(batch_size=(batch, 1), workers=(workers, 0))
     _check_choices(against, k)
     encoder = load_encoder(run)
-    digest = weights_digest(encoder)
     facts = read_run(run)[1] if run.is_dir() else {}
     data = _place_of_images(run, data, facts)
     fabric = make_fabric(device, precision)
@@ -97,17 +93,16 @@ def measure_run(
         notify(note)
     requested = ["accuracy"] + ["retrieval"] * retrieval + ["clusters"] * clusters
     scores = {name: MEASUREMENTS[name](embedded, k) for name in requested}
+    clustered = {"clusters": scores.pop("clusters")} if clusters else {}
     return {
-        **{
-            name: found if name == "clusters" else selection.prefixed(found)
-            for name, found in scores.items()
-        },
+        **{name: selection.prefixed(found) for name, found in scores.items()},
+        **clustered,
         **_counts(selection, embedded, k, available),
         "against": BANK if against == "bank" else TRAINING_IMAGES,
         "notes": notes,
         "data": data,
         "run": str(run),
-        "weights_digest": digest,
+        "weights_digest": weights_digest(encoder),
         **describe_arithmetic(fabric),
     }
 

@@ -65,11 +65,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Learn an embedding of images without labels: IR, then LA (LA section 3).
 
-    Only the nearest-neighbor measurements use labels, where the data have them.
-
-    Processes started by torchrun or srun learn together; each calls this function. The result does
-    not depend on their number, up to the order of sums, and batch-norm unless it is synchronized.
-    The page of the finished run is written by :func:`localagg.write_report`.
+    Only the nearest-neighbor measurements use labels. Processes started by torchrun or srun learn
+    together; each calls this function. The result does not depend on their number, up to the order
+    of sums, and batch-norm unless it is synchronized.
 
     Args:
         config: settings; those that are None are derived from the images.
@@ -96,10 +94,8 @@ def pretrain(
 
     Returns:
         {"run", "images", "unreadable", "epochs", "steps", "seconds", "final": {metric: value},
-        "floors": {"images": measured, "neighbors": k of 200-NN, "clusters": k, "values": {"raw
-        pixels", "starting network", "trained network": {metric: value}}, "verdict": a sentence}
-        (see :func:`.measure_floors`; None with ``eval_every=0``), "shares": {part of the time:
-        0-1}, "hint": advice that reduces its waiting, or None}.
+        "floors": as :func:`.measure_floors`, or None with ``eval_every=0``, "shares": {part of the
+        time: 0-1}, "hint": advice that reduces its waiting, or None}.
 
     Raises:
         UserError: options, data and folder do not fit together; a process died.
@@ -107,8 +103,7 @@ def pretrain(
         ReportedElsewhere: another process already reported either of them.
     """
     check_logger(logger)
-    typed = frozenset(typed)
-    check_names(config, typed)
+    check_names(config, typed := frozenset(typed))
     run, own = Path(out), OwnParts(backbone, views)
     callbacks = Callbacks(on_epoch, on_metrics, logger)
     start = None if start is None else Path(start)

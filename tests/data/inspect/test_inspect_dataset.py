@@ -107,7 +107,7 @@ import localagg.data.inspect.inspect_image as module
 from localagg.cli import main
 original = module.inspect_image
 def slow(*arguments, **options):
-    time.sleep(0.05)
+    time.sleep(0.5)
     print("inspecting", flush=True)
     return original(*arguments, **options)
 module.inspect_image = slow

@@ -39,16 +39,19 @@ def test_kills_at_random_moments_leave_the_same_bytes(pictures, tmp_path, format
     assert status == 0
     whole = contents(tmp_path / "whole")
     assert len(whole) > 3
-    resumed = 0
+    killed = resumed = 0
     for kill in range(kills):
         folder, unfinished = tmp_path / f"{kill}", tmp_path / f"{kill}.partial"
         moment = draw.randrange(1, calls * 99 // 100)
-        assert child(uri, folder, format, workers, moment)[0] == -signal.SIGKILL
+        status, _ = child(uri, folder, format, workers, moment)
+        assert status in (0, -signal.SIGKILL)  # 0: progress is shown by the clock, in fewer calls
+        killed += status != 0
         resumed += len(list(unfinished.glob("state/**/*.sha256"))) > 0
         if not folder.exists():
             assert child(uri, folder, format, workers)[0] == 0
             assert not unfinished.exists()
         assert contents(folder) == whole, f"killed in call {moment:,} of {calls:,}"
+    assert killed > kills / 2
     assert resumed >= kills // 3  # or the moments say little
 
 

@@ -57,7 +57,7 @@ def test_stopped_processes_resume_to_the_end_of_one(weights, tmp_path):
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + PATIENCE
     while not (first / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.005)
     job.send_signal(signal.SIGINT)
     _, stderr = job.communicate(timeout=PATIENCE)
     assert job.returncode == 130

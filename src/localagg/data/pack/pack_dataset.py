@@ -5,6 +5,12 @@ processes read, check, hash and shrink; this process writes, so that the files d
 number of workers. Every file is written atomically into ``DST.partial``, and the folder is renamed
 at the end. A pack that was stopped or killed continues after its finished files, and produces the
 same bytes.
+
+``pack-report.json`` has "data", "format", "size", "quality", "images", "bytes", "verified",
+"left_out_splits", "unread_files", "duplicates" (groups of identical images, over all splits, as
+{"split", "index", "name"}), and "splits": {split: {"images", "bytes", "classes" (count or None),
+"formats": {name: images}, "shrunk", "unreadable": [{"index", "name", "reason"}], "malformed_lines":
+[numbers], "files"}}.
 """
 
 import json
@@ -68,7 +74,7 @@ def pack(
             Default: arrow, or tfrecord with ``like``.
         size: shrink images whose shorter side has more pixels (Pillow's Lanczos filter), as JPEG
             without metadata but the EXIF orientation. Default: keep all bytes.
-        quality: JPEG quality, 1-100. Default: 95.
+        quality: of these JPEGs, 1-100. Default: 95.
         workers: processes that read, check and shrink; 0: this one.
         shard_bytes: approximate largest size of a file.
         verify: read everything back and compare hashes.
@@ -78,12 +84,7 @@ def pack(
         files: of train and val, like the reference. Default: 1,024 and 128.
 
     Returns:
-        The contents of ``pack-report.json``, "destination" and "seconds". The report has "data",
-        "format", "size", "quality", "images", "bytes", "verified", "left_out_splits",
-        "unread_files", "duplicates" (groups of identical images, over all splits, as {"split",
-        "index", "name"}), and "splits": {split: {"images", "bytes", "classes" (count or
-        None), "formats": {name: images}, "shrunk", "unreadable": [{"index", "name", "reason"}],
-        "malformed_lines": [numbers], "files"}}.
+        The report, as in ``pack-report.json``, with "destination" and "seconds".
 
     Raises:
         UserError: a source, option or destination is invalid, space is too small, or images were
@@ -96,8 +97,7 @@ def pack(
     shrink = _check_options(format, size, quality, shard_bytes)
     check_destination(destination)
     check_outside(uri, destination, "DST")
-    if like is not None or files is not None or seed:
-        _check_like(like, format, shrink, seed, files)
+    _check_like(like, format, shrink, seed, files)
     splits = _plan_splits(uri, format, shrink, shard_bytes)
     if like is not None:
         splits = [_like_reference(split, seed, files) for split in splits]
@@ -105,8 +105,8 @@ def pack(
     with partial.open():
         report = _fill_folder(uri, splits, format, shrink, workers, verify, partial)
         partial.finish()
-    seconds = round(time.monotonic() - start, 3)
-    return {**report, "destination": str(destination), "seconds": seconds}
+    seconds = time.monotonic() - start
+    return {**report, "destination": str(destination), "seconds": round(seconds, 3)}
 
 
 def _partial_folder(
@@ -176,6 +176,8 @@ def _check_like(
 ) -> None:
     if not 0 <= seed < 2**32:
         raise UserError("option-invalid", f"--seed is {seed}; it must be from 0 to 2**32 - 1.")
+    if like is None and files is None and not seed:
+        return
     if like is None:
         name = "--seed" if files is None else "--files"
         raise UserError("option-conflict", f"{name} has no effect without --like reference.")

@@ -45,22 +45,11 @@ from .table_writer import NameColumns, TableWriter, open_writer
 
 @check_argument_types
 def write_embeddings(
-    weights: str | Path,
-    data: str | Path,
-    out: str | Path,
-    *,
-    append: bool = False,
-    split: str = "all",
-    layer: str | Sequence[str] | None = None,
-    raw_maps: bool = False,
-    image_size: int | None = None,
-    eval_crop: float | None = None,
-    dtype: str = "float32",
-    workers: int = 0,
-    batch: int = 256,
-    device: str = "auto",
-    precision: str = "32-true",
-) -> dict[str, Any]:
+    weights: str | Path, data: str | Path, out: str | Path, *, append: bool = False,
+    split: str = "all", layer: str | Sequence[str] | None = None, raw_maps: bool = False,
+    image_size: int | None = None, eval_crop: float | None = None, dtype: str = "float32",
+    workers: int = 0, batch: int = 256, device: str = "auto", precision: str = "32-true",
+) -> dict[str, Any]:  # fmt: skip
     """Write embeddings of any images as a table; see :mod:`localagg.embeddings.table`.
 
     Each readable image has a row, in order of the index. After a kill the same call resumes at the
@@ -83,10 +72,8 @@ def write_embeddings(
         image_size, eval_crop: view of the images, as in :class:`.ViewConfig`. Default: the view
             that the weights store, else derived from the images.
         dtype: float32 or float16.
-        workers: processes that decode.
-        batch: images a batch.
-        device: auto, cpu, cuda or mps.
-        precision: arithmetic of the network; see :func:`.make_fabric`.
+        workers, batch: processes that decode; images a batch.
+        device, precision: where and how the network computes; see :func:`.make_fabric`.
 
     Returns:
         {"rows", "embedded": rows computed by this call, "unreadable": images skipped, "dim",
@@ -98,19 +85,36 @@ def write_embeddings(
         UserError: missing weights, images or layer; values not finite; ``out`` is not writable.
         Interrupted: Ctrl-C; finished batches are kept.
     """
-    weights, data, out = Path(weights), os.fspath(data), Path(out)
-    layer = _one_or_several(layer)
-    _check_options(out, layer, dtype, workers, batch, append=append, raw_maps=raw_maps)
-    check_options(image_size=(1 if image_size is None else image_size, 1))
+    start, weights, data, out = time.perf_counter(), Path(weights), os.fspath(data), Path(out)
+    layer, shown = _one_or_several(layer), 1 if image_size is None else image_size
+    _check_options(out, layer, dtype, append=append, raw_maps=raw_maps)
+    check_options(batch_size=(batch, 1), workers=(workers, 0), image_size=(shown, 1))
     check_outside(data, out, "--out")
-    start, fabric = time.perf_counter(), make_fabric(device, precision)
-    encoder = load_encoder(weights).to(fabric.device)
-    source = open_splits(data, split)
-    grows = append and out.exists()
+    fabric, grows = make_fabric(device, precision), append and out.exists()
+    encoder, source = load_encoder(weights).to(fabric.device), open_splits(data, split)
     views = _chosen_views(weights, image_size, eval_crop)
     views = _table_views(out, views) if grows else resolve_views(views, source)
     facts = _describe_table(weights, encoder, source, out, views, fabric, layer, dtype, raw_maps)
     facts |= {"split": split, "batch": batch}
+    written = _write_missing(out, encoder, source, views, facts, fabric, workers, grows=grows)
+    return {**written, "run": str(weights), "seconds": round(time.perf_counter() - start, 2)}
+
+
+_REPORTED = ("dim", "layer", "shapes", "dtype", "data", "split", "device", "precision")
+
+
+def _write_missing(
+    out: Path,
+    encoder: Encoder,
+    source: JoinedSplits,
+    views: ViewConfig,
+    facts: dict[str, Any],
+    fabric: Fabric,
+    workers: int,
+    *,
+    grows: bool,
+) -> dict[str, Any]:
+    """Embed the images that the table does not have, and write it."""
     matches, digests = None, None
     if grows:
         digests = _read_contents(source)
@@ -118,6 +122,7 @@ def write_embeddings(
         matches.report()
     images = source if matches is None else SourceSubset(source, matches.missing)
     job = {**facts, "images": len(images), "fingerprint": images.fingerprint()}
+    layer, batch, raw_maps = facts["layer"], facts["batch"], "shapes" in facts
     with open_writer(out, job) as writer:
         resumed, begun = writer.images_done, time.perf_counter()
         part = slice(writer.batches_done, None)
@@ -131,14 +136,8 @@ def write_embeddings(
         **{name: facts[name] for name in _REPORTED if name in facts},
         **{"rows": rows, "embedded": writer.rows, "unreadable": len(images) - writer.rows},
         "splits": {name: len(images) for name, images in source.parts.items()},
-        **{"resumed": resumed, "out": str(out)},
-        "run": str(weights),
-        "seconds": round(time.perf_counter() - start, 2),
-        "images_per_second": round(rate, 1),
+        **{"resumed": resumed, "out": str(out), "images_per_second": round(rate, 1)},
     }
-
-
-_REPORTED = ("dim", "layer", "shapes", "dtype", "data", "split", "device", "precision")
 
 
 def _write_batches(
@@ -211,8 +210,6 @@ def _check_options(
     out: Path,
     layer: str | list[str] | None,
     dtype: str,
-    workers: int,
-    batch: int,
     *,
     append: bool,
     raw_maps: bool,
@@ -222,7 +219,6 @@ def _check_options(
     check_format(out, len(layer) if isinstance(layer, list) else 1)
     if dtype not in DTYPES:
         raise UserError("option-invalid", f"--dtype is {dtype}; it must be {' or '.join(DTYPES)}.")
-    check_options(batch_size=(batch, 1), workers=(workers, 0))
     if raw_maps and layer is None:
         raise UserError("option-missing", "--raw-maps needs the --layer whose maps it writes.")
     if append and out.suffix.lower() not in (".parquet", ".pq"):

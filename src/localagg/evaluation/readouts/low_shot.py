@@ -113,9 +113,8 @@ def low_shot_accuracy(
     run = new_folder(out)
     encoder, path = take_encoder(weights)
     digest, layers = weights_digest(encoder), config.layers or (encoder.layers[-1],)
-    frozen = cache_features(
-        replace(config, layers=layers), encoder, path, open_labeled(os.fspath(data))
-    )
+    labeled = open_labeled(os.fspath(data))
+    frozen = cache_features(replace(config, layers=layers), encoder, path, labeled)
     tuning = _tuning_config(config, frozen.config, finetune_epochs) if finetune else None
     numbers = range(config.seed, config.seed + seeds)
     parts = [*({"few": share} for share in few), *({"per_class": each} for each in per_class)]
@@ -135,10 +134,14 @@ def low_shot_accuracy(
         "classes": frozen.splits.classes,
         "seconds": round(time.monotonic() - started, 2),
     }
+    _store(run, results)
+    return results
+
+
+def _store(run: Path | None, results: dict[str, Any]) -> None:
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "results.json", results)
-    return results
 
 
 def _draw_all(
