@@ -232,6 +232,21 @@ def test_under_slurm_the_death_of_the_first_task_is_reported_by_the_other(tmp_pa
         assert value in errors[0]
 
 
+@pytest.mark.slow
+def test_under_slurm_a_first_task_that_hangs_with_the_store_ends_the_other(tmp_path):
+    run = tmp_path / "run"
+    first, other = srun(run, "--rank-timeout", "3")
+    wait_for_step(first, run, 3)
+    first.send_signal(signal.SIGSTOP)
+    status, errors = end(other)
+    first.kill()
+    end(first)
+    assert status == 2
+    assert len(errors) == 1
+    for value in ("rank 0", "127.0.0.1:", "3 s", f"--resume {run}"):
+        assert value in errors[0]
+
+
 def test_zero_processes_are_rejected_before_anything_starts(capsys):
     assert main(["pretrain", "digits", "--data", "digits", "--processes", "0"]) == 2
     assert "--processes" in capsys.readouterr().err

@@ -98,8 +98,8 @@ class _RankProcess:
         self.world = World(rank, size, environment.local_rank())
         self.address = (environment.main_address, environment.main_port)
         self.timeout, self.remedy = timeout, remedy
-        agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.hosts_store = rank == 0 and not agent_hosts_store
+        self.agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.hosts_store = rank == 0 and not self.agent_hosts_store
         self.store: Store | None = None
         self.monitor: RankMonitor | None = None
 
@@ -113,8 +113,8 @@ class _RankProcess:
             self.store = self._connect(self.timeout, host=self.hosts_store)
             self.monitor = RankMonitor(
                 self.world, self.store, lambda: self._connect(_CONNECT_SECONDS),
-                timeout=self.timeout, remedy=self.remedy, hosts_store=self.hosts_store,
-                parent=parent,
+                timeout=self.timeout, remedy=self.remedy, place=self._place_of_store(),
+                hosts_store=self.hosts_store, parent=parent,
             )  # fmt: skip
             self._wait_for_ranks(self.store, self.monitor)
             dist.init_process_group(
@@ -128,6 +128,10 @@ class _RankProcess:
             self.world.barrier()
         except (dist.DistError, CollectiveError) as error:
             raise CollectiveError(str(error)) from None
+
+    def _place_of_store(self) -> str:
+        name, port = self.address
+        return f"{'the launcher' if self.agent_hosts_store else 'rank 0'} at {name}:{port}"
 
     def _wait_for_ranks(self, store: Store, monitor: RankMonitor) -> None:
         deadline = time.monotonic() + self.timeout

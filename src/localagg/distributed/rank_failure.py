@@ -2,7 +2,7 @@
 
 Each rank publishes a heartbeat in the job's key-value store every second: a counter, and the number
 of collectives it has begun. The first rank that fails posts its exit status there and reports the
-reason; all other ranks end silently with that status.
+reason; all other ranks end silently with that status. A store that does not answer ends each rank.
 """
 
 import os
@@ -63,19 +63,22 @@ class RankMonitor:
         connect: opens another connection for the thread; one that waits serves no other.
         timeout: seconds of silence after which a rank counts as hanging.
         remedy: advice that ends each message.
+        place: names the process that serves the store, and its address.
         hosts_store: whether this process serves the store.
         parent: id of the process that started this one; the rank ends when its parent has ended.
     """
 
     def __init__(
         self, world: World, store: Store, connect: Callable[[], Store],
-        *, timeout: float, remedy: str, hosts_store: bool, parent: int,
+        *, timeout: float, remedy: str, place: str, hosts_store: bool, parent: int,
     ) -> None:  # fmt: skip
-        self.world, self.timeout, self.remedy = world, timeout, remedy
+        self.world, self.timeout, self.remedy, self.place = world, timeout, remedy, place
         self._store, self._hosts_store, self._parent = store, hosts_store, parent
         self._stopped = threading.Event()
+        self._beats, self._beating = 0, False
         store.set(f"process/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         threading.Thread(target=self._run, args=[connect], daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._watch_store, daemon=True, name="watch").start()
 
     def stop(self) -> None:
         """Stop the heartbeat."""
@@ -123,13 +126,15 @@ class RankMonitor:
         rank, size = self.world.rank, self.world.size
         try:
             store, other = connect(), (rank + 1) % size
-            beats, last_seen, silent = 0, (0, 0), 0
+            self._beating = True
+            last_seen, silent = (0, 0), 0
             while not self._stopped.wait(_BEAT_SECONDS):
-                beats += 1
-                store.set(f"heartbeat/{rank}", f"{beats} {self.world.calls}")
+                self._beats += 1
+                store.set(f"heartbeat/{rank}", f"{self._beats} {self.world.calls}")
                 if os.getppid() != self._parent:
                     self._exit(2, f"The process that started rank {rank} of {size} has ended")
                 if (status := posted_exit_status(store)) is not None:
+                    self._beating = False
                     if not self._stopped.wait(END_SECONDS):
                         self._exit(status)
                     return
@@ -144,8 +149,19 @@ class RankMonitor:
                     other_rank = self._describe(store, [other])
                     self._exit(2, f"{other_rank} has been silent for {self.timeout:g} s")
         except (dist.DistError, UserError):  # the store, or the process that served it, is gone
+            self._beating = False
             if not self._stopped.wait(END_SECONDS):
                 self._exit(2, f"Rank {rank} of {size} has lost rank 0")
+
+    def _watch_store(self) -> None:
+        """End this process if the store takes a request and never answers: both threads wait."""
+        last_beats, silent = 0, 0
+        while not self._stopped.wait(_BEAT_SECONDS):
+            silent = 0 if self._beats != last_beats or not self._beating else silent + 1
+            last_beats = self._beats
+            if silent * _BEAT_SECONDS > self.timeout:
+                silence = f"no answer from {self.place} for {self.timeout:g} s"
+                self._exit(2, f"Rank {self.world.rank} of {self.world.size} has had {silence}")
 
     def _exit(self, status: int, reason: str | None = None) -> None:
         if reason is not None:
