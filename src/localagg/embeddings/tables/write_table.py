@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from ... import __version__
 from ...checkpoint import load_encoder, load_views, weights_digest
 from ...config import (
     ViewConfig,
@@ -263,7 +263,7 @@ def _describe_table(
         sizes = [list(each.shape[1:]) for each in maps]
         shapes = {"shapes": dict(zip(names, sizes, strict=True))}
     return {
-        "version": __version__,
+        "version": version("localagg"),
         "weights_digest": weights_digest(encoder),
         "model": encoder.spec["model"],
         "layer": layer,

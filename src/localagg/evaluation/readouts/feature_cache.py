@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from ... import __version__
 from ...checkpoint import weights_digest, write_json
 from ...config import ViewConfig, require_resolved
 from ...data.images.decode import READ_ERRORS, open_image
@@ -141,7 +141,7 @@ class FeatureExtractor:
             mixed = torch.is_autocast_enabled(device)
             precision = torch.get_autocast_dtype(device) if mixed else torch.float32
         shared = {
-            "version": __version__,
+            "version": version("localagg"),
             "weights": weights_digest(self.encoder),
             "images": images,
             "compat": self.compat,

@@ -23,10 +23,10 @@ overwritten.
 import json
 import math
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
 from ...errors import UserError
 from ...io.files import check_writable
 from ...io.run_lock import lock_run
@@ -57,7 +57,7 @@ def append_result(run: Path, entry: dict[str, Any]) -> None:
 
     file = _results_path(run)
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {"when": when, "version": __version__, **entry}
+    entry = {"when": when, "version": version("localagg"), **entry}
     if fault := _find_fault(entry):
         raise ValueError(f"not a result: {fault}")
     with lock_run(file.parent, f".{_FILE}.lock", timeout=_LOCK_SECONDS):

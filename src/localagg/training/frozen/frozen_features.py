@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import __version__
 from ...checkpoint import write_json
 from ...config import PretrainConfig, require_resolved, to_dict
 from ...data.images.augment import Augment
@@ -180,7 +180,7 @@ def _identity(
     """Return all that the features depend on."""
     digest = hash_images(feed.source, config.views)[0] if feed.world.rank == 0 else ""
     return {
-        "version": __version__,
+        "version": version("localagg"),
         "backbone": backbone_digest(encoder),
         "images": feed.world.gather_objects(digest)[0],
         "views": to_dict(config.views),
