@@ -15,6 +15,7 @@ from localagg.data.inspect.image_contents import content_digests, match_contents
 from localagg.data.sources.open import open_images
 from localagg.embeddings.embed import embed
 from localagg.io.metrics_log import read_metrics
+from localagg.training.continue_run import prolong
 
 SMALL = override(
     PretrainConfig(),
@@ -199,6 +200,9 @@ def test_what_cannot_go_on_gives_one_sentence(finished, train, tmp_path):
     pretrain(override(SMALL, epochs=1), str(train), ir)
     with user_error("unsupported", ir, "--start"):
         resume(ir, override(SMALL, epochs=2), typed={"epochs"})
+    head = override(SMALL, feature_views=2)  # --start refuses such a run, so it is no advice
+    with user_error("unsupported", "run", f"adapt --weights {finished} --epochs 9"):
+        prolong(head, 9, None, open_images(str(train)), finished)
 
 
 def test_callbacks_get_each_epoch_and_each_line_of_metrics(train, tmp_path):

@@ -154,11 +154,16 @@ def prolong(
             "option-invalid",
             f"--epochs {epochs} is before the end of '{run}', {stored.epochs}; use more.",
         )
-    if stored.ir_epochs == stored.epochs or stored.adapt.feature_views:
+    if stored.adapt.feature_views:
         raise UserError(
             "unsupported",
-            f"'{run}' is a run of IR alone or of a head on frozen features; go on with LA by"
-            f" --start {run} --out ANOTHER.",
+            f"'{run}' learned a head on frozen features, which takes minutes: learn it anew by"
+            f" localagg pretrain adapt --weights {run} --epochs {epochs} --out ANOTHER.",
+        )
+    if stored.ir_epochs == stored.epochs:
+        raise UserError(
+            "unsupported",
+            f"'{run}' is a run of IR alone; go on with LA by --start {run} --out ANOTHER.",
         )
     changed = replace(stored, epochs=epochs, drops=drops, drop_steps=None)
     changed = resolve_defaults(changed, len(source), require_resolved(stored.views.image_size))

@@ -30,7 +30,7 @@ _LISTED = 5  # folders in a message
 _TABLES = ("a saved dataset", "Parquet")  # kinds with columns
 
 # Each returns the splits of a file or folder, None if it is not of this kind, or an error. To add a
-# kind, write its module and add its function here; by_name takes URIs that are no paths.
+# kind, write its module and add its function here; find_splits has those of URIs that are no paths.
 _PLACES: dict[str, Callable[[str, Path, str | None], Splits | None]] = {
     "a saved dataset": find_saved_dataset,
     "TFRecords": lambda uri, root, _: find_tfrecords(uri, root),
