@@ -9,6 +9,7 @@ import sys
 import pytest
 from small_commands import run_small
 
+from embeddings import save_small_encoder
 from localagg import cli
 from localagg.cli.commands import COMMANDS
 from localagg.errors import Interrupted, ReportedElsewhere
@@ -180,6 +181,13 @@ def test_messages_into_a_closed_pipe_end_a_command_too(pictures):
     os.close(write)
     assert done.returncode == 141
     assert "Traceback" not in done.stdout
+
+
+def test_images_beyond_all_memory_are_one_sentence(tmp_path):
+    weights, _ = save_small_encoder(tmp_path / "w.safetensors")
+    size = ["--image-size", str(10**9)]
+    done = localagg("embed", str(weights), "--data", "digits", "--out", str(tmp_path / "o"), *size)
+    assert done.returncode == 2
 
 
 IMPATIENT = """

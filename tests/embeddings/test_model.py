@@ -1,6 +1,7 @@
 """One object in Python: the numbers of the command line, pickled, from threads, wrong inputs."""
 
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +118,24 @@ def test_the_bank_s_nearest_rows_have_paths_and_similarities(run, pictures):
             model.nearest(queries, k)
     with user_error("not-finite"):
         model.nearest(queries * np.nan)
+
+
+def test_images_that_were_not_learned_are_no_neighbors(pictures, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "train", data)
+    bad = sorted(path for path in data.rglob("*") if path.is_file())[3]
+    bad.write_bytes(b"nothing")
+    config = override(
+        PretrainConfig(),
+        model="resnet18_small", width=8, blocks=(1,), dim=12, image_size=16, epochs=1, ir_epochs=1,
+        batch_size=24, workers=0, device="cpu", unreadable="skip", eval_every=0,
+    )  # fmt: skip
+    localagg.pretrain(config, str(data), tmp_path / "run")
+    bank = load_bank(tmp_path / "run").float()
+    found = localagg.load(tmp_path / "run", device="cpu").nearest(bank[[5]].numpy(), k=1000)
+    assert sorted(found.index[0]) == [i for i in range(48) if i != 3]
+    assert found.index[0][0] == 5
+    assert bad.name not in {Path(name).name for name in found.paths[0]} or len(bank) == 48
 
 
 def test_a_bank_of_other_images_or_none_is_reported(run, pictures, tmp_path):

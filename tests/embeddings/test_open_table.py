@@ -2,6 +2,9 @@
 
 import shutil
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from expect import user_error
 
@@ -61,6 +64,16 @@ def test_images_that_are_gone_since_the_training_are_counted(run, flat, capsys):
     (flat / "flower-00.png").unlink()
     assert len(open_table(run)) == 11
     assert "11 now, 12 then" in capsys.readouterr().err
+
+
+def test_a_run_s_table_that_another_program_wrote_is_kept_and_named(run):
+    path = open_table(run).path
+    frame = pd.read_parquet(path)
+    frame["note"] = 1
+    pq.write_table(pa.Table.from_pandas(frame).replace_schema_metadata(), path)
+    with user_error("mismatch", path):
+        open_table(run)
+    assert "note" in pq.read_schema(path).names
 
 
 def test_missing_tables_and_runs_raise(tmp_path):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import socket
 
 import numpy as np
 import onnxruntime
@@ -19,6 +20,7 @@ from embeddings import hidden_files
 from localagg.checkpoint import save_weights
 from localagg.cli.main import main
 from localagg.config import ViewConfig
+from localagg.interop import hub_folder
 from localagg.interop.export import EXPORT_FORMATS, export
 from localagg.interop.export_formats import OPSET
 from localagg.models import create_encoder
@@ -224,10 +226,24 @@ def test_a_folder_is_pushed_to_the_hub(small, tmp_path, monkeypatch):
     assert result["address"] == "https://hub/me/birds"
     assert pushed == {"me/birds": ["README.md", "localagg.safetensors"]}
 
+    class TransportError(Exception):
+        """As the Hub's client raises: neither an OSError nor a ValueError."""
+
     def offline(self, name, exist_ok):
-        raise OSError("no network")
+        raise TransportError("no network")
 
     monkeypatch.setattr(Api, "create_repo", offline)
     with user_error("environment", "no network", tmp_path / "hub2"):
         export(small, "hub", tmp_path / "hub2", push="me/birds")
     assert (tmp_path / "hub2" / "README.md").exists()
+
+
+def test_an_upload_to_a_silent_hub_ends(tmp_path, monkeypatch):
+    """A server that takes the request and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", "token")
+        monkeypatch.setattr(hub_folder, "_SILENT_SECONDS", 0.2)
+        with user_error("environment", tmp_path, "me/birds"):
+            hub_folder.push_to_hub(tmp_path, "me/birds")

@@ -64,7 +64,7 @@ def run(options: Embed) -> dict[str, Any]:
     from ..embeddings.tables.write_table import write_embeddings
 
     if options.map or options.images:
-        check_viewer_columns(options.out)
+        check_viewer_columns(options.out, layers=len(options.layer or ()), map=options.map)
     data = add_options(options.data, pages=options.pages, image_column=options.image_column)
     result = write_embeddings(
         options.run,

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 _MEMORY = (
     "There is not enough memory for this; choose a smaller --image-size, --batch-size or network."
 )
@@ -99,7 +100,7 @@ def _convert_resource_errors() -> Iterator[None]:
             " raise its limit (ulimit -v).",
         ) from None
     except RuntimeError as error:
-        if any(text in str(error) for text in ("can't allocate memory", "out of memory")):
+        if any(text in str(error) for text in _NO_MEMORY):
             raise UserError("too-large", _MEMORY) from None
         from ..data.loading.workers import convert_worker_death
 

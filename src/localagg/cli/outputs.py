@@ -27,6 +27,9 @@ def check_outputs(options: Any, json: str | None) -> None:
     if json and (is_folder or not Path(json).absolute().parent.is_dir()):
         raise UserError("not-found", f"--json {json} is not a file in an existing folder.")
     written: dict[str, str] = {}
+    out = Path(str(values.get("out") or ""))
+    if out.suffix.lower() == ".npy":  # embed writes a second file
+        outputs["the paths of --out"] = out.with_suffix(".images.csv")
     for option, value in outputs.items():
         if str(value) == "-":
             raise UserError(

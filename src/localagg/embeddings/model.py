@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import EXPORTED_NAME, load_bank, load_encoder, load_views, read_run
+from ..checkpoint import (
+    EXPORTED_NAME,
+    latest,
+    load_bank,
+    load_encoder,
+    load_views,
+    read_progress,
+    read_run,
+)
 from ..config import ViewConfig, check_argument_types, check_arguments
 from ..data.images.image_dataset import as_source
 from ..data.loading.cropping import evaluation_crops
@@ -60,14 +68,13 @@ class Model:
         self.device = make_fabric(device, "32-true").device
         self.encoder = encoder.to(self.device).eval()
         self.views, self.run = views, run
-        self._bank: Tensor | None = None
-        self._source: Source | None = None
+        self._bank: tuple[Tensor, Tensor, Source] | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.encoder.spec['model']}, dim={self.dim}, device={self.device.type})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bank": None, "_source": None}  # read again where it is unpickled
+        return {**self.__dict__, "_bank": None}  # read again where it is unpickled
 
     @property
     def dim(self) -> int:
@@ -130,7 +137,7 @@ class Model:
 
         Args:
             rows: float [n, dim], from :meth:`embed`; they are scaled to unit length.
-            k: number of neighbors, capped at the images of the bank.
+            k: number of neighbors, capped at the images that were learned.
 
         Raises:
             UserError: the model has no bank, its images have moved or changed, or rows of another
@@ -138,8 +145,9 @@ class Model:
         """
         check_arguments(k=(k, 1))
         queries_QD = _as_queries(rows, self.dim)
-        bank_ND, source = self._open_bank()
+        bank_ND, learned, source = self._open_bank()
         found, similarity = sort_by_similarity(*nearest(queries_QD, bank_ND, int(k)))
+        found = learned[found]
         paths = [[source.name(i) for i in line] for line in found.tolist()]
         return Neighbors(found.numpy(), similarity.clamp(-1, 1).numpy(), paths)
 
@@ -166,18 +174,22 @@ class Model:
         require_readable(source, unreadable)
         return loaded.images
 
-    def _open_bank(self) -> tuple[Tensor, Source]:
-        """Return the bank's rows float32 [N, dim] on the CPU, and the run's images."""
+    def _open_bank(self) -> tuple[Tensor, Tensor, Source]:
+        """Return the learned rows of the bank, float32 [n, dim] on the CPU, the indices of their
+        images, int64 [n], and the run's images."""
         if self.run is None:
             raise UserError(
                 "unsupported", "Weights alone have no memory bank; load the run folder instead."
             )
-        if self._bank is None or self._source is None:
+        if self._bank is None:
             _, facts = read_run(self.run)
             fingerprint = facts["fingerprint"]
-            self._source = open_unchanged(facts["data"], fingerprint, self.run, "restore them")
-            self._bank = F.normalize(load_bank(self.run).float(), dim=1)
-        return self._bank, self._source
+            source = open_unchanged(facts["data"], fingerprint, self.run, "restore them")
+            learned = torch.ones(len(source), dtype=torch.bool)
+            learned[read_progress(latest(self.run))["unreadable"]] = False
+            rows = F.normalize(load_bank(self.run).float(), dim=1)
+            self._bank = rows[learned], learned.nonzero().squeeze(1), source
+        return self._bank
 
 
 @check_argument_types

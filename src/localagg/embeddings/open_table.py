@@ -101,6 +101,12 @@ def _open_unless_stale(file: Path, digest: str) -> EmbeddingTable | None:
         table = EmbeddingTable(file)
     except UserError:  # missing, damaged or of another version
         return None
+    if not table.facts:
+        raise UserError(
+            "mismatch",
+            f"'{file}' was written anew by another program; move it elsewhere and name it instead"
+            " of the run, or delete it, and it is embedded again.",
+        )
     return table if table.facts["weights_digest"] == digest else None
 
 

@@ -130,6 +130,8 @@ class EmbeddingTable:
                 f"'{path}' was not written by localagg embed, or was rewritten since; embed the"
                 " images again.",
             )
+        if not len(self):
+            raise UserError("unsupported", f"'{path}' has no rows; embed images to a new file.")
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows

@@ -8,6 +8,8 @@ from ..checkpoint import EXPORTED_NAME, read_run
 from ..errors import UserError, first_line
 from ..models import Encoder
 
+_SILENT_SECONDS = 120  # of the Hub, after which an upload ends
+
 _CARD = """---
 library_name: localagg
 pipeline_tag: image-feature-extraction
@@ -120,12 +122,17 @@ def push_to_hub(folder: Path, name: str) -> str:
         UserError: no network, no token, or no right to write there. The folder stays.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import get_session
 
     try:
+        session: Any = (
+            get_session()
+        )  # waits forever by default; of requests (1.0 and before) always
+        session.timeout = _SILENT_SECONDS
         api = HfApi()
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever its client raises: the folder must be named
         raise UserError(
             "environment",
             f"'{folder}' is written, but was not uploaded to '{name}' ({first_line(error)}); log in"

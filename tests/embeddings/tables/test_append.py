@@ -11,6 +11,7 @@ from expect import user_error
 from embeddings import interrupt_after, save_small_encoder, stacked_rows
 from localagg.embeddings.duplicates import find_duplicates
 from localagg.embeddings.search import search
+from localagg.embeddings.table import EmbeddingTable
 from localagg.embeddings.tables.write_table import write_embeddings
 from localagg.errors import Interrupted
 
@@ -50,6 +51,19 @@ def test_a_grown_table_equals_one_embedded_anew(grown, weights, tmp_path):
     np.testing.assert_allclose(stacked_rows(grew), stacked_rows(anew), atol=1e-6)
     assert write_embeddings(weights, folder, out, append=True)["embedded"] == 0
     assert pq.read_table(out).equals(grew)
+
+
+def test_a_table_without_rows_is_neither_written_nor_read(grown, weights, tmp_path):
+    folder, out = grown
+    before, empty = out.read_bytes(), tmp_path / "empty.parquet"
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"nothing")
+    with user_error("unreadable-images", folder):
+        write_embeddings(weights, folder, out, append=True)
+    assert out.read_bytes() == before
+    pq.write_table(pq.read_table(out).slice(0, 0), empty)
+    with user_error("unsupported", empty):
+        EmbeddingTable(empty)
 
 
 def test_growth_resumes_after_ctrl_c(grown, weights, monkeypatch):

@@ -1,6 +1,7 @@
 """Each format is read by its own library, with the rows of the Parquet table."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -20,6 +21,7 @@ from localagg.config import ViewConfig
 from localagg.embeddings.duplicates import find_duplicates
 from localagg.embeddings.search import search
 from localagg.embeddings.tables.write_table import write_embeddings
+from localagg.errors import Interrupted
 
 
 def from_csv(path):
@@ -192,3 +194,41 @@ def test_the_view_can_be_set_and_a_picture_is_searched_among_raw_maps(weights, f
             write_embeddings(weights, str(flat), out, **wrong)
     with user_error("mismatch", out):
         write_embeddings(weights, str(flat), out, append=True, layer="1", image_size=16)
+
+
+def test_a_kill_between_the_two_files_of_npy_leaves_no_other_paths(weights, tmp_path, monkeypatch):
+    out, paths = tmp_path / "v.npy", tmp_path / "v.images.csv"
+    write_embeddings(weights, "digits", out, split="val")
+    before = paths.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt_second(os.replace))
+        with pytest.raises(Interrupted):
+            write_embeddings(weights, "digits", out, split="train")
+    assert len(np.load(out)) == 1400
+    assert not paths.exists()
+    write_embeddings(weights, "digits", out, split="train")
+    assert len(pandas.read_csv(paths)) == 1400
+    assert paths.read_bytes() != before
+    assert not hidden_files(tmp_path)
+
+
+def interrupt_second(replace):
+    calls = []
+
+    def replaced(*names):
+        if str(names[1]).endswith((".npy", ".csv")):
+            calls.append(names)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    return replaced
+
+
+def test_the_paths_of_npy_replace_no_input(weights, tmp_path, capsys):
+    listing = tmp_path / "v.images.csv"
+    listing.write_text("path\n")
+    words = ["embed", str(weights), "--data", str(listing), "--out", str(tmp_path / "v.npy")]
+    assert main(words) == 2
+    assert str(listing) in capsys.readouterr().err
+    assert listing.read_text() == "path\n"

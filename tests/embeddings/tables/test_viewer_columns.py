@@ -10,6 +10,7 @@ from expect import user_error
 from PIL import Image
 
 from embeddings import save_small_encoder, stacked_rows
+from localagg.cli.main import main
 from localagg.embeddings.search import search
 from localagg.embeddings.tables.viewer_columns import add_viewer_columns
 from localagg.embeddings.tables.write_table import write_embeddings
@@ -44,6 +45,17 @@ def test_columns_are_as_viewers_document_them(table, pictures):
     assert search(table, [3], k=4)["queries"] == found
     add_viewer_columns(table, map=False, images=True)  # replaces its own column
     assert sorted(pq.read_schema(table).names) == sorted(frame.columns)
+
+
+def test_a_table_of_layers_takes_pictures_and_no_map(pictures, tmp_path, capsys):
+    weights, _ = save_small_encoder(tmp_path / "small.safetensors")
+    out = tmp_path / "e.parquet"
+    command = ["embed", str(weights), "--data", str(pictures), "--out", str(out), "--layer", "0"]
+    assert main([*command, "1", "--map"]) == 2
+    assert "--map" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "1", "--images"]) == 0
+    assert {"layer_0", "layer_1", "image"} <= {*pq.read_schema(out).names}
 
 
 def test_other_formats_and_changed_images_raise(table, pictures, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from expect import user_error
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -95,3 +96,10 @@ def test_single_rows_take_the_default_strength_and_absent_classes_never_win():
     logits = features @ head.weight.T + head.bias
     assert logits.argmax(dim=1).tolist() == [0, 2, 4]
     assert logits[:, [1, 3, 5]].max() < logits[:, [0, 2, 4]].min()
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = torch.zeros(4, 3)
+    features[2, 1] = torch.nan
+    with user_error("not-finite"):
+        fit_logistic_head(features, torch.tensor([0, 1, 0, 1]), torch.arange(4), 2)

@@ -123,12 +123,17 @@ def test_weights_lend_their_views(tmp_path):
     assert results["run"] == str(tmp_path / "w.safetensors")
 
 
-def test_unreadable_images_are_reported_or_counted(tmp_path, pictures):
+def test_unreadable_images_are_reported_or_counted(tmp_path, pictures, capsys):
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     config = override(QUICK, image_size=16)
-    header, tail = data / "train" / "flower" / "03.jpg", data / "train" / "temple" / "05.jpg"
     held_out = data / "val" / "temple" / "01.jpg"
+    whole = held_out.read_bytes()
+    held_out.write_bytes(middle_lost(whole))
+    with user_error("unreadable-images", "1 of", "temple/01.jpg"):
+        quick_readout(config, network(), str(data))
+    held_out.write_bytes(whole)
+    header, tail = data / "train" / "flower" / "03.jpg", data / "train" / "temple" / "05.jpg"
     tail.write_bytes(middle_lost(tail.read_bytes()))
     with user_error("unreadable-images", "1 of", "temple/05.jpg"):
         quick_readout(config, network(), str(data))
@@ -138,6 +143,8 @@ def test_unreadable_images_are_reported_or_counted(tmp_path, pictures):
     held_out.write_bytes(middle_lost(held_out.read_bytes()))
     results = quick_readout(override(config, unreadable="skip"), network(), str(data))
     assert (results["images"], results["measured"], results["unreadable"]) == (46, 11, 3)
+    said = capsys.readouterr().err
+    assert [text in said for text in ("2 unreadable images", "1 unreadable image ")] == [True] * 2
     for file in (data / "train" / "flower").iterdir():
         file.write_bytes(b"nothing")
     with user_error("no-labels", data):

@@ -1,7 +1,9 @@
 """The explorer's server: what it answers, and what it refuses."""
 
 import asyncio
+import errno
 import io
+import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,16 @@ def test_labels_are_saved_beside_and_read_again(client, tmp_path):
     assert {i: names[c] for i, c in enumerate(codes) if c} == {2: "c", 4: 'a,"b'}
     client.post("/label", json={"ids": [2, 4], "label": ""})
     assert file.read_text() == "row,path,label\n" or file.read_bytes() == b"row,path,label\r\n"
+
+
+def test_a_label_that_cannot_be_saved_is_refused_with_the_reason(client, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full", str(tmp_path / "f.labels.csv"))
+
+    monkeypatch.setattr(os, "replace", full)
+    answer = client.post("/label", json={"ids": [1], "label": "a"})
+    assert answer.status_code == 409
+    assert [text in answer.text for text in ("f.labels.csv", "No space left")] == [True] * 2
 
 
 def test_labels_of_other_images_and_damaged_ones_are_refused(tmp_path):
@@ -178,7 +190,6 @@ def test_mistakes_of_the_command(tmp_path, monkeypatch):
     with user_error("option-invalid", 70000):
         server.explore(tmp_path, port=70000)
     with server._listen(0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         assert taken.getsockname()[0] == "127.0.0.1"
         with user_error("environment", port):

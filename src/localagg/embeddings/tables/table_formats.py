@@ -7,6 +7,7 @@ arguments: the file, the schema (:func:`.table_schema`), the number of rows, and
 import contextlib
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
+from ...io.files import hidden_beside, sync_to_disk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,7 +66,7 @@ def _write_npy(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> No
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, *shape)}
     with (
         open(path, "wb") as file,
-        open(_images_file(path), "w", newline="", encoding="utf-8") as images,
+        open(images_file(path), "w", newline="", encoding="utf-8") as images,
     ):
         np.lib.format.write_array_header_1_0(file, header)
         writer = csv.writer(images)
@@ -72,16 +74,21 @@ def _write_npy(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> No
         for group in groups:
             file.write(_values(group, name).tobytes())
             writer.writerows(zip(*(group[n].to_pylist() for n in names), strict=True))
+    sync_to_disk(images_file(path))
 
 
-def _images_file(path: Path) -> Path:
+def images_file(path: Path) -> Path:
+    """Return the file of the paths beside an ``.npy`` file."""
     return path.with_suffix(".images.csv")
 
 
 def _write_hdf5(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> None:
     h5py = _library("h5py")
-    with h5py.File(path, "w") as file:
-        _fill_datasets(file, schema, rows, groups, h5py.string_dtype())
+    try:
+        with h5py.File(path, "w") as file:
+            _fill_datasets(file, schema, rows, groups, h5py.string_dtype())
+    except RuntimeError as error:  # of a full disk, when the file is closed
+        raise OSError(first_line(error)) from None
 
 
 def _write_zarr(path: Path, schema: "pa.Schema", rows: int, groups: Groups) -> None:
@@ -168,7 +175,15 @@ def check_format(out: Path, columns: int) -> None:
         _library("zarr" if suffix == ".zarr" else "h5py")
 
 
-def publish_images_file(temporary: Path, out: Path) -> None:
-    """Move the file of paths beside an ``.npy`` file to its final name."""
-    with contextlib.suppress(FileNotFoundError):
-        _images_file(temporary).replace(_images_file(out))
+@contextlib.contextmanager
+def publish_images_file(out: Path) -> Iterator[None]:
+    """Move the paths of an ``.npy`` file, written meanwhile, to their name beside it."""
+    written = images_file(hidden_beside(out, ".tmp"))
+    try:
+        yield
+        if written.exists():
+            os.replace(written, images_file(out))
+            sync_to_disk(out.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            written.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from ...io.crc32c import crc32c
 from ...io.files import atomic_write, hidden_beside
 from ...io.run_lock import lock_run
 from ..table import table_schema
-from .table_formats import TABLE_FORMATS, publish_images_file
+from .table_formats import TABLE_FORMATS, images_file, publish_images_file
 
 NameColumns = Callable[[list[int]], dict[str, list[Any]]]
 """Returns the columns path, split, content and, with labels, label of indices."""
@@ -121,19 +121,24 @@ class TableWriter:
         Raises:
             UserError: no rows, damaged records, full disk or no permission.
         """
-        if not self.rows and merge is None:
-            raise UserError(
-                "unreadable-images",
-                f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
-                " read; check them by localagg inspect.",
-            )
         schema, rows, suffix = table_schema(self.facts), self.rows, self.out.suffix.lower()
         groups = self._groups(schema, columns)
         if merge is not None:
             schema, rows, groups = merge(groups)
-        with self._convert_write_errors(), atomic_write(self.out) as temporary:
+        if not rows:
+            raise UserError(
+                "unreadable-images",
+                f"None of the images of '{self.facts['data']}' can be read; check them by localagg"
+                " inspect.",
+            )
+        with (
+            self._convert_write_errors(),
+            publish_images_file(self.out),
+            atomic_write(self.out) as temporary,
+        ):
             TABLE_FORMATS[suffix](temporary, schema, rows, groups)
-            publish_images_file(temporary, self.out)
+            if suffix == ".npy":
+                images_file(self.out).unlink(missing_ok=True)  # or a kill could leave the old one
         shutil.rmtree(self._records.parent, ignore_errors=True)
         return rows
 

@@ -29,11 +29,15 @@ _NEIGHBORS = 15
 _SIDE = 128  # pixels, the longer side of a thumbnail
 
 
-def check_viewer_columns(out: str | Path) -> None:
-    """Raise UserError if a table of this name cannot hold such columns."""
+def check_viewer_columns(out: str | Path, *, layers: int, map: bool) -> None:
+    """Raise UserError if a table of this name, with so many layers, cannot hold such columns."""
     if Path(out).suffix.lower() not in (".parquet", ".pq"):
         raise UserError(
             "option-conflict", f"--map and --images need --out FILE.parquet, not {out}."
+        )
+    if map and layers > 1:
+        raise UserError(
+            "option-conflict", "--map is of one embedding: name one --layer, or omit --map."
         )
 
 
@@ -51,8 +55,9 @@ def add_viewer_columns(path: str | Path, *, map: bool, images: bool) -> None:
     """
     import pyarrow.parquet as pq
 
-    check_viewer_columns(path)
-    table, start = EmbeddingTable(Path(path)), 0
+    check_viewer_columns(path, layers=1, map=map)
+    columns = {"path", "index"} | ({"embedding"} if map else set())
+    table, start = EmbeddingTable(Path(path), columns), 0
     source = open_table_pictures(table) if images else None
     added = _map_columns(table) if map else {}
     options: Any = {"use_dictionary": ["label"], "write_page_checksum": True}

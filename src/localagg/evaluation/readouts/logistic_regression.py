@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...engine.counter_rng import SPLIT, bits
+from ...errors import UserError
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Strengths of the L2 penalty that are tried, strongest first."""
@@ -73,6 +74,8 @@ def fit_logistic_head(
         seed: random seed of the folds.
         on_fit: called before each fit with the number of fits done, at most :data:`MOST_FITS`.
     """
+    if not features.isfinite().all():
+        raise UserError("not-finite", "Features are not finite; the weights are damaged.")
     standardized, mean, scale = _standardize(features)
     x, basis = _rotate(standardized)
     y = labels.numpy()

@@ -19,7 +19,7 @@ from ...config import TransferConfig, require_resolved
 from ...data.loading.scan import require_readable
 from ...data.sources.open import Source
 from ...engine.device import describe_arithmetic, make_fabric
-from ...errors import UserError
+from ...errors import UserError, counted
 from ...io.console import notify, show_progress
 from ...io.files import atomic_write
 from ...io.tensor_files import save_tensors
@@ -218,16 +218,16 @@ def cache_features(
         notify(f"{message}; they are left out.")
         resolved = replace(resolved, layers=tuple(fitting))
         extractor = extractor_of(tuple(fitting))
-    training = _cache_split(cache, extractor, splits.source, config.unreadable, training=True)
+    training = _cache_split(cache, extractor, splits.source, config.unreadable)
     check_classes(splits, training.index)
-    held_out = _cache_split(cache, extractor, splits.held_out, config.unreadable, training=False)
+    held_out = _cache_split(cache, extractor, splits.held_out, config.unreadable)
     return FrozenFeatures(resolved, splits, extractor, training, held_out, left_out)
 
 
 def _cache_split(
-    cache: FeatureCache, extractor: FeatureExtractor, source: Source, policy: str, *, training: bool
+    cache: FeatureCache, extractor: FeatureExtractor, source: Source, policy: str
 ) -> CachedFeatures:
-    """Return the features of a split. Undecodable held-out images are counted, not reported."""
+    """Return the features of a split; with the policy "skip" say how many images have none."""
     digest, failed = hash_images(source, extractor.views)
     require_readable(source, failed, policy)
     features = cache.get(extractor, source, digest=digest)
@@ -237,7 +237,8 @@ def _cache_split(
             f"The features of '{source.uri}' exceed half of the free disk space of"
             f" '{cache.folder}'; name another --cache.",
         )
-    if training:
-        lost = set(range(len(source))) - set(features.index.tolist()) - set(failed)
-        require_readable(source, dict.fromkeys(lost, "damaged"), policy)
+    lost = set(range(len(source))) - set(features.index.tolist())
+    require_readable(source, dict.fromkeys(lost, "damaged") | failed, policy)
+    if lost:
+        notify(f"Left out: {counted(len(lost), 'unreadable image')} of '{source.uri}'.")
     return features

@@ -11,7 +11,7 @@ from ...checkpoint import save_weights, write_json
 from ...config import TransferConfig
 from ...distributed.signals import StopRequest
 from ...engine.device import describe_arithmetic
-from ...errors import UserError
+from ...errors import UserError, counted
 from ...io.console import ProgressLine, notify
 from ...io.files import atomic_write
 from ...io.metrics_log import MetricsLog
@@ -101,6 +101,8 @@ class TransferRecorder:
         """Measure the heads, write the results if there is a folder, and return them."""
         probe, config, splits = self.probe, self.config, self.probe.splits
         layers, measured = probe.measure(ten_crop=False)
+        if lost := len(splits.held_out) - measured:
+            notify(f"Left out: {counted(lost, 'unreadable held-out image')}.")
         if config.ten_crop:
             for layer, found in probe.measure(ten_crop=True)[0].items():
                 layers[layer] |= {f"ten_crop_{key}": value for key, value in found.items()}

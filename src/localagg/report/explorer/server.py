@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.images.decode import READ_ERRORS, decode, read_error_reason
 from ...errors import UserError, printable
+from ...io.files import reason_of
 from ..page import content_hash, escape, package_file, page_script
 from .space import LABEL, Space, open_space
 
@@ -69,6 +70,7 @@ def _listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # now: two programs may bind, while both load their images
     except OSError as error:
         listener.close()
         raise UserError(
@@ -203,6 +205,8 @@ def _posted(action: Callable[[bytes], Any]) -> Callable[["Request"], Awaitable["
             return JSONResponse(await run_in_threadpool(action, bytes(body)))
         except UserError as error:
             raise _Refused(409, str(error)) from None
+        except OSError as error:  # labels are written beside the table
+            raise _Refused(409, f"'{error.filename}': {reason_of(error)}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise _Refused(400, "The request is not understood.") from None
 
