@@ -186,8 +186,11 @@ def test_messages_into_a_closed_pipe_end_a_command_too(pictures):
 def test_images_beyond_all_memory_are_one_sentence(tmp_path):
     weights, _ = save_small_encoder(tmp_path / "w.safetensors")
     size = ["--image-size", str(10**9)]
-    done = localagg("embed", str(weights), "--data", "digits", "--out", str(tmp_path / "o"), *size)
-    assert done.returncode == 2
+    out = ["--data", "digits", "--out", str(tmp_path / "o.parquet")]
+    for command in (["embed", str(weights)], ["pretrain", "digits"]):
+        done = localagg(*command, *out, *size)
+        assert done.returncode == 2
+        assert not (tmp_path / "o.parquet").exists()
 
 
 IMPATIENT = """

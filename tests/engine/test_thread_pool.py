@@ -75,3 +75,29 @@ def test_no_thread_of_torch_waits_while_ours_compute(first):
     if done.returncode == 77:
         pytest.skip("torch's OpenMP cannot release its threads")
     assert done.returncode == 0, done.stderr
+
+
+_NO_THREADS = """
+import threading
+import torch
+from localagg.engine.thread_pool import in_threads
+torch.set_num_threads(3)
+start, started = threading.Thread.start, []
+def refused(self):
+    started.append(self)
+    if len(started) > 1:
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = refused
+try:
+    in_threads(len, 7)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_thread_that_cannot_start_ends_the_others():
+    """They wait for it, and Python waits for them when it ends."""
+    command = [sys.executable, "-c", _NO_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.stdout == "can't start new thread\n"

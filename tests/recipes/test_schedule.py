@@ -1,10 +1,11 @@
 import pytest
+from expect import user_error
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localagg.config import PretrainConfig, override
 from localagg.recipes.builtin import recipe
-from localagg.recipes.schedule import Schedule
+from localagg.recipes.schedule import Schedule, check_aggregates
 
 
 def schedule(images=1000, **options):
@@ -80,3 +81,13 @@ def test_the_references_vgg_switches_inside_an_epoch_of_its_larger_batch():
     assert s.position(100_089) == (9, 10_008, False)
     assert s.position(100_090) == (20, 10, True)
     assert s.boundaries == [680_681, 790_791]
+
+
+def test_ir_in_smaller_batches_that_takes_all_steps_is_refused():
+    base = {"epochs": 50, "ir_epochs": 30, "batch_size": 128, "drops": (40.0,)}
+    config = override(PretrainConfig(), **base, ir_batch_size=64)
+    assert Schedule(config, 1400).la_start == 630
+    with user_error("option-conflict", "630", "--ir-batch-size"):
+        check_aggregates(config, 1400)
+    check_aggregates(override(config, ir_batch_size=128), 1400)
+    check_aggregates(override(config, ir_epochs=50), 1400)  # IR alone, as asked

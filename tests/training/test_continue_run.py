@@ -217,3 +217,30 @@ def test_callbacks_get_each_epoch_and_each_line_of_metrics(train, tmp_path):
     assert lines == read_metrics(tmp_path / "run")
     resume(tmp_path / "run", override(SMALL, epochs=4), typed={"epochs"}, **callbacks)
     assert [epoch for epoch, _ in epochs] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("batch", [6, 24])
+def test_a_run_that_goes_on_in_other_batches_learns_the_epochs_that_are_left(
+    finished, train, tmp_path, batch
+):
+    config = override(SMALL, batch_size=batch, epochs=5)
+    typed = {"batch_size", "epochs"}
+    pretrain(config, str(train), tmp_path / "run", start=finished, typed=typed)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run")]
+    last = 5 * (48 // batch)
+    assert max(steps) == last
+    assert min(steps) > 3 * (48 // batch)
+
+
+def test_a_run_killed_while_it_noted_its_images_notes_them_when_it_begins_anew(
+    train, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("localagg.training.runs.save_contents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(override(SMALL, epochs=1), str(train), tmp_path / "run")
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "contents.npy").exists()

@@ -95,7 +95,8 @@ def find_duplicates(
 def _sample(readable: Tensor) -> Tensor:
     """Return places of readable images, evenly spread."""
     places = readable.nonzero().flatten()
-    return places[torch.linspace(0, len(places) - 1, min(_SAMPLE, len(places))).long()]
+    count = min(_SAMPLE, len(places))
+    return places[torch.linspace(0, len(places) - 1, count, dtype=torch.float64).long()]
 
 
 _MEASURES = ("agreement", "width", "height", "sharpness", "bytes")

@@ -68,7 +68,11 @@ def _openmp() -> ctypes.CDLL | None:
 def _pool(threads: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads)
     pool = ThreadPoolExecutor(threads, initializer=_use_one_thread)
-    list(pool.map(lambda _: started.wait(), range(threads)))
+    try:
+        list(pool.map(lambda _: started.wait(), range(threads)))
+    except RuntimeError:  # no further thread can start: those that wait would never end
+        started.abort()
+        raise
     torch.set_num_threads(threads)
     return pool
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import PretrainConfig, require_resolved
+from ..errors import UserError
 
 _WARM_UP = 0.1  # share of the backbone's steps in which its rate rises
 
@@ -126,3 +127,24 @@ class Schedule:
         """Images that pass through the network in a run, repeats counted."""
         ir = self.la_start * self.batch_size(aggregating=False)
         return ir + (self.total_steps - self.la_start) * self.batch_size(aggregating=True)
+
+
+def check_aggregates(config: PretrainConfig, images: int) -> None:
+    """Check that LA has steps where it has epochs.
+
+    Args:
+        config: resolved.
+        images: number of them.
+
+    Raises:
+        UserError: IR's epochs, in smaller batches, take all steps of the run.
+    """
+    schedule = Schedule(config, images)
+    if config.ir_epochs != config.epochs and schedule.la_start >= schedule.total_steps:
+        raise UserError(
+            "option-conflict",
+            f"No step is left for LA: {config.ir_epochs} epochs of IR in batches of"
+            f" {schedule.batch_size(aggregating=False):,} take {schedule.la_start:,} steps, and"
+            f" {config.epochs} epochs in batches of {config.batch_size:,} no more. LA's epochs are"
+            " counted from the first step: raise --epochs or --ir-batch-size.",
+        )

@@ -78,7 +78,7 @@ def fit_budget(
     resolved, seconds = _first_that_fits(candidates, source, side, 60 * minutes * shared)
     epochs, seconds = require_resolved(resolved.epochs), seconds / shared
     if config.epochs is None:
-        epochs = max(1, config.ir_epochs or 0, min(epochs, int(60 * minutes / seconds)))
+        epochs = max(1, config.ir_epochs or 0, int(min(epochs, 60 * minutes / seconds)))
     encoder, views = resolved.encoder, resolved.views
     fitted = replace(
         config,

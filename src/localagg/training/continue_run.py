@@ -210,6 +210,8 @@ def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
     folder = checkpoint.latest(start)
     if start_facts["fingerprint"] == facts["fingerprint"]:
         learner.restore(folder)
+        if _batches(before) != _batches(learner.config):
+            learner.step = _step_of_same_epoch(learner, before, len(feed.valid))
         return
     known = _load_contents(start, start_facts)
     with show_progress("matching images") as show:
@@ -226,11 +228,20 @@ def restore_start(learner: Learner, feed: Feed, facts: dict[str, Any]) -> None:
     old = checkpoint.load_bank(start)
     learner.bank.rows[(mine >= 0).to(device)] = old[mine[mine >= 0]].to(learner.bank.rows)
     _embed_rows(learner, feed, new[(new >= part.start) & (new < part.stop)])
-    schedule = Schedule(learner.config, len(feed.valid))
+    learner.step = _step_of_same_epoch(learner, before, len(feed.valid))
+
+
+def _batches(config: PretrainConfig) -> tuple[int | None, int | None]:
+    return config.batch_size, config.ir_batch_size or config.batch_size
+
+
+def _step_of_same_epoch(learner: Learner, before: PretrainConfig, images: int) -> int:
+    """Return the step at which the epochs of ``before`` are over, in batches of this run."""
+    schedule = Schedule(learner.config, images)
     begins_by_ir = (learner.config.ir_epochs or 0) > require_resolved(before.epochs)
     begins_by_ir |= before.ir_epochs == before.epochs
     steps = schedule.ir_steps if begins_by_ir else schedule.la_steps
-    learner.step = require_resolved(before.epochs) * steps
+    return require_resolved(before.epochs) * steps
 
 
 @torch.no_grad()

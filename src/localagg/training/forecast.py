@@ -1,6 +1,7 @@
 """Forecast a run: its full configuration, its steps and the memory that it needs."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 from torch import nn
 
 from ..config import PretrainConfig, require_resolved, to_dict
+from ..data.images.samples import with_measured_range
 from ..data.loading.scan import typical_side
 from ..data.sources.open import open_images
 from ..engine.search import estimate_search_bytes
 from ..engine.searchable_bank import SearchableBank
 from ..models import load_weights
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
-from ..recipes.schedule import Schedule
+from ..recipes.schedule import Schedule, check_aggregates
 from .budget import fit_budget
 from .continue_run import settings_of_start
 from .learner import make_encoder
@@ -50,9 +52,11 @@ def forecast(
     source = open_images(data)
     if start is not None:
         config = settings_of_start(config, Path(start), source, frozenset(typed))
+    config = replace(config, views=with_measured_range(config.views, source))
     size, side = len(source), typical_side(source, config.views)
     config = fit_budget(config, source, typed)
     resolved = resolve_defaults(config, size, side)
+    check_aggregates(resolved, size)
     schedule = Schedule(resolved, size)
     memory = _memory(resolved, size, side)
     notes = explain_defaults(config, resolved, size)

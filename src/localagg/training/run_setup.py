@@ -142,7 +142,14 @@ def check_network(learner: Learner) -> None:
     smallest = min(n for n in (config.batch_size, config.ir_batch_size) if n)
     images = smallest if config.sync_batch_norm else smallest // learner.world.size
     shape = (min(images, 2), 3, size, size)
-    blank = torch.zeros(shape, dtype=torch.uint8, device=learner.device)
+    try:
+        blank = torch.zeros(shape, dtype=torch.uint8, device=learner.device)
+    except RuntimeError as error:
+        raise UserError(
+            "too-large",
+            f"Images of {size:,} pixels fit no memory ({first_line(error)}); use a smaller"
+            " --image-size.",
+        ) from None
     before = [buffer.clone() for buffer in encoder.buffers()]
     training = encoder.training
     try:

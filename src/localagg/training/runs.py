@@ -28,6 +28,7 @@ from ..io.console import notify
 from ..io.loggers import check_logger
 from ..io.metrics_log import MetricsCallback
 from ..recipes.derived_settings import explain_defaults, resolve_defaults
+from ..recipes.schedule import check_aggregates
 from .budget import fit_budget
 from .continue_run import prolong, save_contents, settings_of_start
 from .frozen.frozen_features import check_size
@@ -141,6 +142,7 @@ def _begin(
     config = world.gather_objects(fitted)[0]
     resolved = resolve_defaults(config, len(source), typical_side(source, config.views))
     check_ranks(resolved, world)
+    check_aggregates(resolved, len(source))
     for line in explain_defaults(config, resolved, len(source)):
         notify(line)
     learner = Learner(resolved, len(source), world, own.backbone)
@@ -245,6 +247,8 @@ def _continue(
     learner = Learner(config, len(source), world, own.backbone)
     if newest is None:  # killed before its first checkpoint
         notify(f"'{run}' has no checkpoint; it begins anew.")
+        if world.rank == 0:
+            save_contents(run, source)
         load_start_weights(learner.encoder, config, world)
     own.check_same(facts, source, learner, values=newest is None)
     evaluate = OnlineKnn(config, place, source, feed.valid, world=world)

@@ -155,3 +155,17 @@ def test_wrong_inputs_give_one_sentence(images, code, values):
 def test_a_folder_is_no_image(tmp_path):
     with user_error("not-found", tmp_path, "open_images"):
         ImageList([tmp_path])
+
+
+def test_labels_that_are_no_classes_are_refused(photo):
+    class Numbered:
+        targets = np.array([0, 1_500_000])
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return np.asarray(Image.open(photo)), int(self.targets[index])
+
+    with user_error("unsupported", "1,500,000"):
+        as_source(Numbered())

@@ -19,6 +19,7 @@ from localagg.data import open_images
 from localagg.data.images.decode import UnreadableImage, decode, decoded_size, open_image
 from localagg.data.images.levels import Levels
 from localagg.data.images.samples import measure_range
+from localagg.data.loading.scan import load_or_scan
 from localagg.data.pack.pack_dataset import pack
 from localagg.data.sources.source import ImagePage
 
@@ -361,3 +362,35 @@ def test_pillows_own_lines_do_not_reach_the_user(capfd):
         decode(tiff(values, photometric="minisblack", planarconfig="contig"))
     logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded")
     assert capfd.readouterr().err == ""
+
+
+def test_each_frame_of_dicom_and_page_of_a_deep_tiff_is_an_image(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (4 * H, W)).astype(np.uint8)
+    several = np.random.default_rng(1).integers(0, 2**16, (3, 5, H, W)).astype(np.uint16)
+    for name, data, pages in (
+        ("f.dcm", dicom(frames, Rows=H, NumberOfFrames=4), 4),
+        ("b.tif", tiff(several, photometric="minisblack", planarconfig="separate"), 3),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(data)
+        source = open_images(f"{folder}#pages=all")
+        assert len(source) == pages
+        options = {"memory": "never", "levels": Levels(bands=(1, 2, 3), range=(0, 2**16))}
+        options = options if name == "b.tif" else {"memory": "never"}
+        assert load_or_scan(open_images(folder), **options).pages == pages - 1
+        assert load_or_scan(source, **options).pages == 0
+
+
+def test_a_frame_of_dicom_is_that_frame(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (3 * H, W)).astype(np.uint8)
+    (tmp_path / "f.dcm").write_bytes(dicom(frames, Rows=H, NumberOfFrames=3))
+    source = open_images(f"{tmp_path}#pages=all")
+    for i in range(3):
+        assert np.array_equal(decode(source[i].image)[0].numpy(), frames[i * H : (i + 1) * H])
+
+
+def test_a_range_of_no_such_bands_is_one_sentence(tmp_path):
+    Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W)).save(tmp_path / "a.png")
+    with user_error("option-conflict", "--range auto", "--bands"):
+        measure_range(open_images(tmp_path), (1, 2, 3))

@@ -67,3 +67,20 @@ def test_the_typical_side_is_the_median_of_the_shorter_ones(pictures):
     source = open_images(pictures)
     sides = sorted(min(decode(source[i].image).shape[1:]) for i in range(48))
     assert typical_side(source, ViewConfig()) == sides[24]
+
+
+def test_the_sample_of_a_huge_source_stays_within_it(pictures):
+    """float32 has no 16,777,219."""
+    source = open_images(pictures)
+
+    class Huge(type(source)):
+        def __len__(self):
+            return 16_777_220
+
+        def __getitem__(self, index):
+            assert 0 <= index < len(self)
+            return source[index % len(source)]
+
+    source_of_many = object.__new__(Huge)
+    source_of_many.__dict__.update(source.__dict__)
+    assert typical_side(source_of_many, ViewConfig()) > 0

@@ -1,6 +1,7 @@
 """Listings: Places205's CSV over real images."""
 
 import csv
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from expect import user_error
 from localagg.data import open_evaluation, open_images
 from localagg.data.inspect.inspect_dataset import inspect
 from localagg.data.sources.csv_listing import PLACES_FOLDER
+from localagg.data.sources.listing_table import read_listing
 
 
 @pytest.fixture
@@ -224,3 +226,31 @@ def test_a_missing_image_is_one_unreadable_image(tree):
     assert source.fingerprint() != before
     with user_error("not-found", "1 of 3 images", "flower/00.png"):
         source.stored_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "malformed"),
+    [
+        ('path\tcaption\na.jpg\tone\nb.jpg\t"two\nc.jpg\tthree\nd.jpg\tfour"\ne.jpg\tfive\n',
+         "abcde", []),
+        ('path,label\na.jpg,0\n"b.jpg,1\nc.jpg,0\nd.jpg,1', "acd", [3]),
+        ('path,caption\na.jpg,"one\nmore\n\nline"\nb.jpg,two\n', "ab", []),
+        ('path,label\n\n"a,x.jpg",0\nb.jpg,1\n', ["a,x", "b"], []),
+    ],
+    ids=["a quote in each of two captions", "no end", "a text over lines", "a blank line before"],
+)  # fmt: skip
+def test_a_quote_swallows_no_image(tmp_path, text, found, malformed):
+    table = tmp_path / ("t.tsv" if "\t" in text else "t.csv")
+    table.write_text(text)
+    listing = read_listing(table)
+    assert [image.path for image in listing.images] == [f"{name}.jpg" for name in found]
+    assert listing.malformed == malformed
+
+
+def test_a_json_list_on_one_long_line_is_read_whole(tmp_path):
+    images = [{"path": f"img{i:05d}.jpg", "label": i % 3} for i in range(300)]
+    (tmp_path / "l.json").write_text(json.dumps(images))
+    for limit in (None, 64):
+        listing = read_listing(tmp_path / "l.json", limit)
+        assert len(listing.images) == 300
+        assert listing.malformed == []

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,3 +289,7 @@ def test_the_default_folder_is_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert FeatureCache(None, 1.0).folder == tmp_path / "home/.cache/localagg/features"
+
+
+def test_a_budget_beyond_all_disks_is_all_of_them(tmp_path):
+    assert FeatureCache(tmp_path, 1e300).budget == sys.maxsize

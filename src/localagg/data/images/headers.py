@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..sources.image_files import open_file
+from ..sources.pages import count_pages, may_have_frames
 from ..sources.source import Source
 from .decode import UnreadableImage, decode, open_image, orientation
 from .levels import STORED, Levels
-from .samples import count_pages, may_have_frames
 
 HEAD = 32 * 1024  # bytes read from the beginning of a file; a longer header is read whole
 _TAIL = 1024  # bytes read from its end, which may be padded with zeros
@@ -38,7 +38,7 @@ class Header(NamedTuple):
     decoded: bool = False
     """Whether all pixels had to be decoded, because the end of the format is not there."""
     pages: int = 1
-    """Pages of a TIFF file, frames of a GIF, PNG or WebP file."""
+    """Pages of a TIFF file, frames of a GIF, PNG, WebP or DICOM file."""
     turn: int = 1
     """EXIF orientation; above 1 the image is turned or mirrored."""
     samples: str = ""

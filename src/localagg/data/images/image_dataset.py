@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import UserError
+from ..sources.labels import MAX_CLASSES
 from ..sources.open import GIVEN, open_images
 from ..sources.source import Sample, Source, content_hash
 from .image_list import ImageList
@@ -139,5 +140,11 @@ def _labels(dataset: Any) -> tuple[Tensor | None, list[str] | None]:
         return None, None
     names = getattr(dataset, "classes", None)
     if not isinstance(names, list | tuple) or len(names) <= values.max():
+        if values.max() >= MAX_CLASSES:
+            raise UserError(
+                "unsupported",
+                f"The dataset's labels go up to {values.max():,}; number its classes from 0, at"
+                f" most {MAX_CLASSES:,}.",
+            )
         names = range(int(values.max()) + 1)
     return torch.from_numpy(values.astype(np.int64)), [str(name) for name in names]

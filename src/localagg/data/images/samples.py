@@ -74,46 +74,6 @@ def _read_tags(data: bytes, page: int) -> Any:
         raise UnreadableImage(f"its TIFF tags are damaged ({error})") from None
 
 
-def count_pages(data: bytes) -> int:
-    """Return the pages of a TIFF file or the frames of a GIF, PNG or WebP file; else 1."""
-    if data[:2] in (b"II", b"MM"):
-        return count_tiff_pages(data)
-    if not may_have_frames(data):
-        return 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("GIF", "PNG", "WEBP")) as image:
-                return max(1, getattr(image, "n_frames", 1))
-    except Exception:  # Pillow's parsers raise errors of any kind
-        return 1
-
-
-def may_have_frames(head: bytes) -> bool:
-    """Return whether these are the first bytes of a GIF, or of an animated PNG or WebP file."""
-    animated_webp = (
-        head[:4] == b"RIFF" and head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2 > 0
-    )
-    animated_png = head[:4] == b"\x89PNG" and b"acTL" in head[:4096]
-    return head[:4] == b"GIF8" or animated_webp or animated_png
-
-
-def count_tiff_pages(data: bytes) -> int:
-    """Return the pages of a TIFF file; 1 if they cannot be counted, and at most 100,000."""
-    try:
-        file, big = io.BytesIO(data), data[2:4] in (b"+\0", b"\0+")
-        tags: Any = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if big else 8))
-        pages, seen = 0, set[int]()
-        while tags.next and tags.next not in seen and pages < 100_000:
-            seen.add(tags.next)
-            file.seek(tags.next)
-            tags.load(file)
-            pages += 1
-        return max(1, pages)
-    except Exception:  # Pillow's parser raises errors of any kind
-        return 1
-
-
 def used_levels(data: bytes) -> tuple[Samples, float, float] | None:
     """Return the samples of a deep image, and their lowest and highest value; else None."""
     samples = read_samples(data)
@@ -271,6 +231,7 @@ def measure_range(source: Source, bands: tuple[int, ...] | None) -> tuple[float,
         UserError: none of the images has samples of more than 8 bits, or all samples are equal.
     """
     found: list[np.ndarray] = []
+    refused: UnreadableImage | None = None
     for index in np.linspace(0, len(source) - 1, min(_MEASURED, len(source))).astype(int).tolist():
         try:
             image = source[index].image
@@ -278,8 +239,14 @@ def measure_range(source: Source, bands: tuple[int, ...] | None) -> tuple[float,
         except (UnreadableImage, OSError, UserError):
             continue
         if samples is not None and samples.values.dtype not in (bool, np.uint8):
-            chosen = choose_bands(samples, bands).ravel()
+            try:
+                chosen = choose_bands(samples, bands).ravel()
+            except UnreadableImage as error:  # the run counts such images, or refuses them
+                refused = error
+                continue
             found.append(chosen[:: 1 if len(chosen) < 10**6 else _EVERY])
+    if refused is not None and not found:
+        raise UserError("option-conflict", f"--range auto finds no samples: {refused}.")
     if not found:
         raise UserError(
             "option-invalid",

@@ -4,6 +4,7 @@ import functools
 import warnings
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ...io.console import ProgressCallback
 from ..images.decode import READ_ERRORS, decode, decoded_size, read_error_reason
 from ..images.headers import read_ends, read_header
 from ..images.levels import STORED, Levels, levels_for_sizes
-from ..images.samples import count_pages
+from ..sources.pages import count_pages
 from ..sources.source import ImagePage, Source
 from .workers import map_in_workers
 
@@ -187,7 +188,7 @@ def typical_side(source: Source, views: ViewConfig) -> int:
     Raises UserError if none of them can be read.
     """
     sides, unreadable, levels = [], {}, levels_for_sizes(views)
-    for i in torch.linspace(0, len(source) - 1, min(64, len(source))).long().tolist():
+    for i in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int).tolist():
         try:
             sides.append(min(decoded_size(source[i].image, levels=levels)))
         except READ_ERRORS as error:

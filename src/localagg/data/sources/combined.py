@@ -1,19 +1,14 @@
-"""Sources made of others: several splits as one, some images of one, every page of a file."""
+"""Sources made of others: several splits as one, some images of one."""
 
 import hashlib
-import io
-import warnings
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .source import ImagePage, Sample, Source
-
-_PAGED = ("TIFF", "GIF", "WEBP", "PNG")  # further pictures of MPO are previews
+from .source import Sample, Source
 
 
 class CombinedSplits(Source):
@@ -105,59 +100,3 @@ class SourceSubset(Source):
     def stored_bytes(self) -> int:
         """Return the stored bytes, estimated by the share of the images."""
         return round(self.source.stored_bytes() * len(self) / len(self.source))
-
-
-class Pages(Source):
-    """Every page of multi-page TIFF files, and every frame of animations, as an image."""
-
-    def __init__(self, source: Source) -> None:
-        self.uri, self.source, self.classes = source.uri, source, source.classes
-        counts = [_count_pages(source, index) for index in range(len(source))]
-        self._starts = [0, *accumulate(counts)]
-        self.labels = None
-        if source.labels is not None:
-            self.labels = source.labels.repeat_interleave(torch.tensor(counts))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        image = bisect_right(self._starts, index) - 1
-        return image, index - self._starts[image]
-
-    def __getitem__(self, index: int) -> Sample:
-        number, page = self._find(index)
-        image = self.source[number].image
-        if isinstance(image, bytes) and self._starts[number + 1] - self._starts[number] > 1:
-            image = ImagePage(image, page)
-        return Sample(index, image, self.label(index))
-
-    def name(self, index: int) -> str:
-        """Return the file's name and the number of the page, from 1."""
-        image, page = self._find(index)
-        several = self._starts[image + 1] - self._starts[image] > 1
-        return self.source.name(image) + (f" page {page + 1}" if several else "")
-
-    def fingerprint(self) -> str:
-        """Hash the source and the numbers of pages."""
-        return hashlib.sha256(f"{self.source.fingerprint()}{self._starts}".encode()).hexdigest()
-
-    def stored_bytes(self) -> int:
-        """Return the size of all files in bytes."""
-        return self.source.stored_bytes()
-
-
-def _count_pages(source: Source, index: int) -> int:
-    """Return the pages of an image; 1 if it cannot be read, which decoding reports."""
-    try:
-        data = source[index].image
-        if not isinstance(data, bytes):
-            return 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_PAGED) as image:
-                return max(1, getattr(image, "n_frames", 1))
-    except Exception:  # Pillow's parsers raise errors of any kind
-        return 1

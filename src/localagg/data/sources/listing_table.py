@@ -63,7 +63,9 @@ def read_listing(table: Path, limit: int | None = None) -> Listing:
     """
     try:
         with open(table, encoding=_encoding(table), errors="surrogateescape", newline="") as file:
-            lines = list(itertools.islice(_short_lines(file), limit))
+            is_list = file.read(_LINE_LIMIT).lstrip().startswith("[")
+            file.seek(0)
+            lines = [file.read()] if is_list else [*itertools.islice(_short_lines(file), limit)]
     except (OSError, UnicodeError) as error:
         raise UserError("environment", f"'{table}' cannot be read: {error}.") from None
     first = next((line.strip() for line in lines if line.strip()), "")
@@ -144,8 +146,8 @@ def _headed_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, Listed
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     header = next((row for row in reader if any(cell.strip() for cell in row)), [])
     names = [_column(cell) for cell in header]
-    rows = [(reader.line_num, row) for row in _csv_rows(reader)]
     path = _find(names, _PATHS)
+    rows = [*_csv_rows(reader, lines, delimiter, path)]
     label, split = _find(names, _LABELS), _find(names, _SPLITS)
     if label is None and len(names) == 2:
         label = 1 - (path or 0)
@@ -160,8 +162,13 @@ def _headed_rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, Listed
         yield number, ListedImage(number, row[path].strip(), _label(text), named or "train")
 
 
-def _csv_rows(reader: Any) -> Iterator[list[str]]:
+def _csv_rows(
+    reader: Any, lines: list[str], delimiter: str, path: int | None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, row). A text may go on over lines, unless these name images themselves: then a
+    quote is a character, as in tables that were not written as CSV."""
     while True:
+        start = reader.line_num
         try:
             row = next(reader)
         except StopIteration:
@@ -171,7 +178,18 @@ def _csv_rows(reader: Any) -> Iterator[list[str]]:
         else:
             if not any(cell.strip() for cell in row):
                 continue
-        yield row
+        several = lines[start : reader.line_num]
+        if path is None or len(several) < 2:
+            yield reader.line_num, row
+            continue
+        options: Any = {"delimiter": delimiter, "skipinitialspace": True}
+        alone = [*csv.reader(several, quoting=csv.QUOTE_NONE, **options)]
+        if not any(_is_image(each[path]) for each in alone[1:] if len(each) > path):
+            yield reader.line_num, row
+            continue
+        for number, each in enumerate(alone, start + 1):
+            quoted = len(each) > path and '"' in each[path]
+            yield number, [] if quoted else each
 
 
 def _find(names: Sequence[str], wanted: tuple[str, ...]) -> int | None:

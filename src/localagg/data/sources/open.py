@@ -9,8 +9,9 @@ from typing import NamedTuple
 from ...errors import UserError
 from ...io.console import notify
 from ...io.files import is_inside
-from .combined import CombinedSplits, Pages
+from .combined import CombinedSplits
 from .find_data import find_splits, notify_once
+from .pages import Pages
 from .source import Sample, Source
 from .splits import ALIASES, STORED, MissingSplit, find_stored_name
 from .unread_files import UnreadFiles, count_unread, describe_unread

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -174,7 +175,7 @@ class FeatureCache:
             check_outside(images, folder, "--cache")
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "localagg" / "features"
         self.folder = Path(home if folder is None else folder).expanduser()
-        self.budget = int(gb * 2**30)
+        self.budget = int(min(gb * 2**30, sys.maxsize))
         self.returned: dict[str, int] = {}  # bytes by key
 
     def fitting_layers(self, extractor: FeatureExtractor, images: int) -> list[str]:
