@@ -254,3 +254,12 @@ def test_a_json_list_on_one_long_line_is_read_whole(tmp_path):
         listing = read_listing(tmp_path / "l.json", limit)
         assert len(listing.images) == 300
         assert listing.malformed == []
+
+
+def test_lines_that_begin_with_a_bracket_are_no_json(tmp_path):
+    (tmp_path / "l.txt").write_text("[x] a.jpg 0\n[x] b.jpg 1\n")
+    listing = read_listing(tmp_path / "l.txt")
+    assert [(image.path, image.label) for image in listing.images] == [
+        ("[x] a.jpg", 0),
+        ("[x] b.jpg", 1),
+    ]

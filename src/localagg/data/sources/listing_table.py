@@ -65,12 +65,16 @@ def read_listing(table: Path, limit: int | None = None) -> Listing:
         with open(table, encoding=_encoding(table), errors="surrogateescape", newline="") as file:
             is_list = file.read(_LINE_LIMIT).lstrip().startswith("[")
             file.seek(0)
-            lines = [file.read()] if is_list else [*itertools.islice(_short_lines(file), limit)]
+            values = _json_list(file.read()) if is_list else None
+            file.seek(0)
+            lines = [*itertools.islice(_short_lines(file), limit)]
     except (OSError, UnicodeError) as error:
         raise UserError("environment", f"'{table}' cannot be read: {error}.") from None
     first = next((line.strip() for line in lines if line.strip()), "")
-    if first.startswith(("{", "[")) or table.suffix.lower() in (".jsonl", ".ndjson"):
-        return _collect(_json_rows(lines))
+    if values is not None:
+        return _collect(_json_rows(enumerate(values, 1)))
+    if first.startswith("{") or table.suffix.lower() in (".jsonl", ".ndjson"):
+        return _collect(_json_rows(_json_lines(lines)))
     for delimiter in ("\t", ";", ",", "|", " "):
         names = [_column(cell) for cell in next(csv.reader([first], delimiter=delimiter), [])]
         known = {*names} & {*_LABELS}
@@ -255,20 +259,24 @@ def _share(rows: list[list[str]], column: int) -> float:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: list[str]) -> Iterator[tuple[int, ListedImage | None]]:
-    """Yield the objects or paths of JSON lines, or of one JSON list."""
-    values: list[tuple[int, Any]] = []
-    if "".join(lines[:1]).lstrip().startswith("["):
-        try:
-            values = [*enumerate(json.loads("".join(lines)), 1)]
-        except (ValueError, RecursionError):
-            values = []
-    for number, line in [] if values else enumerate(lines, 1):
+def _json_list(text: str) -> list[Any] | None:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # lines of another form, which begin with a bracket
+        return None
+
+
+def _json_lines(lines: list[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                values.append((number, json.loads(line)))
+                yield number, json.loads(line)
             except (ValueError, RecursionError):
-                values.append((number, None))
+                yield number, None
+
+
+def _json_rows(values: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, ListedImage | None]]:
+    """Yield the images of JSON objects or paths."""
     for number, value in values:
         if isinstance(value, str):
             value = {"path": value}
