@@ -12,13 +12,13 @@ demo: .venv/installed
 	.venv/bin/localagg demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n auto --dist loadscope -m "not slow"
+	.venv/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -n auto --dist loadscope
+	.venv/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 coverage: .venv/installed
-	.venv/bin/python -m pytest -n auto --dist loadscope --cov --cov-report=term
+	.venv/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder --cov --cov-report=term
 
 check: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
@@ -32,7 +32,7 @@ lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[test]'
-	.venv-lowest/bin/python -m pytest -n auto --dist loadscope -m "not slow"
+	.venv-lowest/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
 
 docs: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[docs]'

@@ -23,6 +23,12 @@ with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may lack it: mak
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that have slow tests, or one worker ends long after the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests that need a GPU where there is none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
