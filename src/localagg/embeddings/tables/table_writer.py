@@ -128,8 +128,8 @@ class TableWriter:
         if not rows:
             raise UserError(
                 "unreadable-images",
-                f"None of the images of '{self.facts['data']}' can be read; check them by localagg"
-                " inspect.",
+                f"None of the {self.facts['images']:,} images of '{self.facts['data']}' can be"
+                " read; check them by localagg inspect.",
             )
         with (
             self._convert_write_errors(),
