@@ -48,7 +48,7 @@ def made(tmp_path_factory):
     [
         pytest.param(command, room, id=f"{name}-{room}")
         for name, command in COMMANDS.items()
-        for room in (1_000, 30_000, *[105_000] * (name == "embed h5"))  # the records, no table
+        for room in (1_000, 30_000)
         if room > 1_000 or name not in ("duplicates", "transfer --quick")  # they take the longest
     ],
 )

@@ -29,7 +29,9 @@ def check_outputs(options: Any, json: str | None) -> None:
     written: dict[str, str] = {}
     out = Path(str(values.get("out") or ""))
     if out.suffix.lower() == ".npy":  # embed writes a second file
-        outputs["the paths of --out"] = out.with_suffix(".images.csv")
+        from ..embeddings.tables.table_formats import images_file
+
+        outputs["the paths of --out"] = images_file(out)
     for option, value in outputs.items():
         if str(value) == "-":
             raise UserError(

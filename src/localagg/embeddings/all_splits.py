@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..data.sources.combined import CombinedSplits
+from ..data.sources.combined import CombinedSplits, locate
 from ..data.sources.open import Source, open_images, parse_uri, report_unread, stored_splits
 
 
@@ -25,11 +25,11 @@ class JoinedSplits(CombinedSplits):
 
     def split(self, index: int) -> str:
         """Return the name of an image's split."""
-        return [*self.parts][self._find(index)[0]]
+        return [*self.parts][locate(index, self._starts)[0]]
 
     def name(self, index: int) -> str:
         """Return the path relative to ``root``, or the name of the record."""
-        part, row = self._find(index)
+        part, row = locate(index, self._starts)
         file = self._sources[part].file(row)
         if file is None or self.root is None:
             return self._sources[part].name(row)

@@ -125,10 +125,8 @@ def push_to_hub(folder: Path, name: str) -> str:
     from huggingface_hub.utils import get_session
 
     try:
-        session: Any = (
-            get_session()
-        )  # waits forever by default; of requests (1.0 and before) always
-        session.timeout = _SILENT_SECONDS
+        session: Any = get_session()
+        session.timeout = _SILENT_SECONDS  # by default it waits forever; before 1.0 it still does
         api = HfApi()
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)

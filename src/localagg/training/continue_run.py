@@ -178,7 +178,10 @@ def prolong(
 
 
 def save_contents(run: Path, source: Source) -> None:
-    """Note the content of each image in a run folder, by which a later run knows its rows."""
+    """Note the content of each image in a run folder, by which a later run knows its rows. What
+    is noted already stays."""
+    if (run / _CONTENTS).exists():
+        return
     with show_progress("noting images") as show:
         save_array(run / _CONTENTS, content_digests(source, show))
 

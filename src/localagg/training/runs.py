@@ -248,7 +248,7 @@ def _continue(
     if newest is None:  # killed before its first checkpoint
         notify(f"'{run}' has no checkpoint; it begins anew.")
         if world.rank == 0:
-            save_contents(run, source)
+            save_contents(run, source)  # the kill may have come before
         load_start_weights(learner.encoder, config, world)
     own.check_same(facts, source, learner, values=newest is None)
     evaluate = OnlineKnn(config, place, source, feed.valid, world=world)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import sys
 
@@ -232,3 +233,22 @@ def test_the_paths_of_npy_replace_no_input(weights, tmp_path, capsys):
     assert main(words) == 2
     assert str(listing) in capsys.readouterr().err
     assert listing.read_text() == "path\n"
+
+
+# Objects of an unwritten file that are freed later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_hdf5_on_a_disk_that_is_full_at_any_place_is_an_os_error(weights, tmp_path):
+    """h5py raises RuntimeError where the disk is full when it closes the file."""
+    write_embeddings(weights, "digits", tmp_path / "t.parquet", split="val")
+    table, limits = pq.read_table(tmp_path / "t.parquet"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, whole = formats.TABLE_FORMATS[".h5"], tmp_path / "whole.h5"
+    write(whole, table.schema, len(table), iter([table]))
+    for room in range(500, whole.stat().st_size, 1_500):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            write(tmp_path / "cut.h5", table.schema, len(table), iter([table]))
+        except OSError:
+            continue
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        raise AssertionError(f"written whole in {room:,} bytes")

@@ -11,6 +11,22 @@ from torch import Tensor
 from .source import Sample, Source
 
 
+def locate(index: int, starts: list[int]) -> tuple[int, int]:
+    """Return the part that an index lies in, and its place there.
+
+    Args:
+        index: of all images.
+        starts: of each part, and the number of all images.
+
+    Raises:
+        IndexError: there is no such image.
+    """
+    if not 0 <= index < starts[-1]:
+        raise IndexError(index)
+    part = bisect_right(starts, index) - 1
+    return part, index - starts[part]
+
+
 class CombinedSplits(Source):
     """The images of several splits, one after another. Images of a split without labels have -1."""
 
@@ -28,24 +44,18 @@ class CombinedSplits(Source):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect_right(self._starts, index) - 1
-        return part, index - self._starts[part]
-
     def __getitem__(self, index: int) -> Sample:
-        part, row = self._find(index)
+        part, row = locate(index, self._starts)
         return Sample(index, self._sources[part][row].image, self.label(index))
 
     def name(self, index: int) -> str:
         """Return the image's name in its split, after the name of the split."""
-        part, row = self._find(index)
+        part, row = locate(index, self._starts)
         return f"{[*self.parts][part]}: {self._sources[part].name(row)}"
 
     def file(self, index: int) -> Path | None:
         """Return the file that holds this image alone, or None."""
-        part, row = self._find(index)
+        part, row = locate(index, self._starts)
         return self._sources[part].file(row)
 
     def fingerprint(self) -> str:

@@ -3,13 +3,13 @@
 import hashlib
 import io
 import warnings
-from bisect import bisect_right
 from itertools import accumulate
 from typing import Any
 
 import torch
 from PIL import Image, TiffImagePlugin
 
+from .combined import locate
 from .file_kinds import HEAD, kind_of
 from .source import ImagePage, Sample, Source
 
@@ -28,14 +28,8 @@ class Pages(Source):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        image = bisect_right(self._starts, index) - 1
-        return image, index - self._starts[image]
-
     def __getitem__(self, index: int) -> Sample:
-        number, page = self._find(index)
+        number, page = locate(index, self._starts)
         image = self.source[number].image
         if isinstance(image, bytes) and self._starts[number + 1] - self._starts[number] > 1:
             image = ImagePage(image, page)
@@ -43,7 +37,7 @@ class Pages(Source):
 
     def name(self, index: int) -> str:
         """Return the file's name and the number of the page, from 1."""
-        image, page = self._find(index)
+        image, page = locate(index, self._starts)
         several = self._starts[image + 1] - self._starts[image] > 1
         return self.source.name(image) + (f" page {page + 1}" if several else "")
 
